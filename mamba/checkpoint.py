@@ -1,0 +1,194 @@
+"""Checkpoints as folders: weights as safetensors, the training state without pickled code, the description as JSON.
+
+    model.safetensors       the weights
+    ema.safetensors         their moving average, if the run keeps one
+    training_state.pt       optimizer, scaler, RNG of every rank, position, best metric (torch.load, weights_only)
+    config.json             architecture with every block's actual widths, classes, statistics, metrics
+
+A folder is written under a temporary name, synced, then renamed: a name that exists is complete. A model is rebuilt
+from its folder alone; a folder without training_state.pt (the best of a run) cannot be resumed, only loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mamba.errors import CheckpointError
+from mamba.model import Architecture, MambaModel
+
+WEIGHTS, EMA_WEIGHTS, STATE, DESCRIPTION = "model.safetensors", "ema.safetensors", "training_state.pt", "config.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    model: MambaModel,
+    ema: MambaModel | None,
+    description: dict[str, Any],
+    training_state: dict[str, Any] | None,
+) -> Path:
+    """Write a checkpoint folder atomically. `description` is JSON; the architecture is added to it.
+
+    Raises:
+        CheckpointError: the folder cannot be written (no space left, no permission).
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(_tensors(model), partial / WEIGHTS)
+        if ema is not None:
+            save_file(_tensors(ema), partial / EMA_WEIGHTS)
+        if training_state is not None:
+            torch.save(training_state, partial / STATE)
+        text = json.dumps({**description, "architecture": model.architecture.to_dict()}, indent=1)
+        (partial / DESCRIPTION).write_text(text)
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors wrap a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint {folder} could not be written: {error}; earlier checkpoints are untouched"
+        ) from None
+    return folder
+
+
+def load_model(
+    path: Path, weights: Literal["best", "raw", "ema"] = "best", device: str | torch.device = "cpu"
+) -> tuple[MambaModel, dict[str, Any]]:
+    """Rebuild a model from a checkpoint folder, or from a run's folder (its best checkpoint, else its newest).
+
+    Args:
+        path: the folder.
+        weights: raw, ema, or the one of both that validated best (raw where nothing was validated).
+        device: where the model is put.
+
+    Returns:
+        the model in eval mode, and the checkpoint's description (classes, mean, std, metrics).
+
+    Raises:
+        CheckpointError: no checkpoint there, a file missing or truncated, or no average kept.
+    """
+    folder = find_checkpoint(path)
+    description = read_description(folder)
+    try:
+        model = MambaModel(Architecture.from_dict(description["architecture"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} does not describe a model of ours: {error}") from None
+    use_ema = weights == "ema" or (weights == "best" and description.get("weights") == "ema")
+    load_weights(model, folder, EMA_WEIGHTS if use_ema else WEIGHTS)
+    return model.to(device).eval(), description
+
+
+def load_weights(model: nn.Module, folder: Path, file: str = WEIGHTS) -> None:
+    """Load one weights file of a checkpoint into a model of the same shape.
+
+    Raises:
+        CheckpointError: missing, truncated, or of another architecture (the first difference is named).
+    """
+    path = folder / file
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the folder holds {_listing(folder)}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); use another checkpoint") from None
+    own = model.state_dict()
+    for name in [*own, *tensors]:
+        if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
+            ours = tuple(own[name].shape) if name in own else "absent"
+            theirs = tuple(tensors[name].shape) if name in tensors else "absent"
+            raise CheckpointError(
+                f"{path} is of another architecture: {name} is {theirs} there and {ours} in this run's model"
+            )
+    model.load_state_dict(tensors)
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """Raises CheckpointError where it is missing or truncated."""
+    path = folder / STATE
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: this checkpoint can be loaded, but a run cannot resume from it")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); use another checkpoint") from None
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checkpoint's JSON; raises CheckpointError where it is missing or damaged."""
+    path = folder / DESCRIPTION
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the folder holds {_listing(folder)}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder: `path` itself, or, of a run's folder, its best, else its newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / DESCRIPTION).exists():
+        return path
+    found = best_checkpoint(path) or newest_checkpoint(path)
+    if found is None:
+        raise CheckpointError(
+            f"{path} is neither a checkpoint (with {DESCRIPTION} and {WEIGHTS}) nor a run with checkpoints/ in it"
+        )
+    return found
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The last complete training state of a run."""
+    return max((run / "checkpoints").glob("step-*"), default=None)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The weights that validated best."""
+    return max((run / "checkpoints").glob("best-*"), default=None)
+
+
+def remove_old(run: Path, pattern: str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of a name pattern."""
+    for folder in sorted((run / "checkpoints").glob(pattern))[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_best_after(run: Path, epoch: int) -> None:
+    """Delete the best checkpoints of epochs that a resumed run is going to repeat."""
+    for folder in (run / "checkpoints").glob("best-*"):
+        if int(folder.name.partition("-")[2]) > epoch:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(f.name for f in folder.iterdir())) if folder.is_dir() else "nothing (it does not exist)"

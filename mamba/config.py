@@ -1,0 +1,334 @@
+"""The whole configuration of a run: typed, validated, and addressed by dotted keys.
+
+The same keys (`optim.lr`, `data.dataset`, ...) name a value on the command line, in a search space, in TensorBoard's
+HPARAMS tab and in the results table. Each field states its own bounds; `RunConfig.resolve` fills in what depends on
+other fields and refuses combinations that cannot run. Nothing here imports torch, so errors come at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mamba.errors import ConfigError
+
+DATASET_SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "folder": 224}
+"""Side in pixels that `data.img_size` takes when it is not given."""
+
+SizeName = Literal["mamba_tiny", "mamba_small", "mamba_base"]
+
+MODEL_SIZES: dict[SizeName, tuple[int, int]] = {
+    "mamba_tiny": (128, 16),
+    "mamba_small": (192, 24),
+    "mamba_base": (384, 32),
+}
+"""Named models: (d_model, depth)."""
+
+
+def default_patch_size(img_size: int) -> int:
+    """16 to 256 tokens for the image sizes in use: 2 up to 16 pixels, 4 up to 64, 16 above."""
+    return 2 if img_size <= 16 else 4 if img_size <= 64 else 16
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error, type(self))) from None
+
+
+class DataConfig(_Group):
+    """Images, splits and augmentation."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "folder"] = "cifar10"
+    """digits ships with scikit-learn; cifar10 and cifar100 download into `data.root`; folder reads
+    `data.root`/{train,test or val}/<class>/<image>."""
+    root: Path = Path("data")
+    """Where the data set lies or is downloaded to."""
+    img_size: int | None = Field(None, ge=4)
+    """Side in pixels that images are resized to; None: 8 for digits, 32 for CIFAR, 224 for folder."""
+    batch_size: int = Field(128, ge=1)
+    """Images per optimizer step, over all workers and accumulation steps together."""
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    """Part of the training set, class by class, kept for validation; 0 trains on all of it and selects nothing."""
+    augment: Literal["none", "basic", "randaugment", "autoaugment"] = "basic"
+    """basic: crop with padding (an eighth of the side, 4 pixels at 32) and flip; the others add RandAugment
+    (2 operations, magnitude 9) or AutoAugment (CIFAR-10 policy)."""
+    random_erasing: float = Field(0.0, ge=0, le=1)
+    """Probability of erasing a random rectangle of the normalised image."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of mixup's Beta distribution; 0: off."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of cutmix's Beta distribution; 0: off. With both on, each mixed batch takes one of them at random."""
+    mix_prob: float = Field(0.5, ge=0, le=1)
+    """Part of the batches that mixup or cutmix is applied to."""
+    loader_workers: int | None = Field(None, ge=0)
+    """Loader processes per training worker; None: as many as its CPUs less one (8 at most), 0 for digits."""
+
+
+class ModelConfig(_Group):
+    """Architecture. What is None comes from the named model or from the image size."""
+
+    name: SizeName = "mamba_small"
+    """Named size: tiny (d 128, 16 blocks), small (d 192, 24 blocks), base (d 384, 32 blocks)."""
+    d_model: int | None = Field(None, ge=1)
+    """Width of the residual stream."""
+    depth: int | None = Field(None, ge=1)
+    """Number of blocks."""
+    patch_size: int | None = Field(None, ge=1)
+    """Side of a patch in pixels; None: 2 up to 16 pixels, 4 up to 64, 16 above."""
+    expand: float = Field(2.0, gt=0)
+    """Inner width of the SSM over d_model."""
+    d_state: int = Field(16, ge=1, le=256)
+    """States per channel of the scan."""
+    d_conv: int = Field(4, ge=1)
+    """Taps of the causal convolution."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of the MLP over d_model."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth: drop probability of the last block, rising linearly from 0 at the first."""
+
+
+class OptimConfig(_Group):
+    """AdamW, its schedule, precision."""
+
+    epochs: int = Field(300, ge=1)
+    """Passes over the training set."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of the head; not scaled by batch size."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay; never on A_log, D, biases, norms and embeddings."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's first-moment decay."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's second-moment decay."""
+    warmup_epochs: float = Field(20.0, ge=0)
+    """Length of the warm-up in epochs (fractions allowed)."""
+    warmup: Literal["linear", "exponential"] = "exponential"
+    """Shape of the warm-up; exponential is (1 - e^(-5p)) / (1 - e^-5)."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Layer-wise learning-rate decay: block i of L gets layer_decay^(L-1-i), embeddings layer_decay^L; 1: off."""
+    grad_clip: float | None = Field(1.0, gt=0)
+    """Largest global gradient norm; None: no clipping."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches per optimizer step: the same result as the whole batch at once, in less memory."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Part of the target spread over all classes."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Mixed precision; auto: bf16 on GPUs that have it, fp16 on other GPUs, off on CPU."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    max_skipped: int = Field(20, ge=1)
+    """Stop after this many optimizer steps in a row with a non-finite loss or gradient (each is skipped)."""
+
+
+class EmaConfig(_Group):
+    """Moving average of the weights."""
+
+    enabled: bool = True
+    """Keep an exponential moving average of weights and buffers, and validate it beside the raw weights."""
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Largest decay per step; it warms up as (1 + t) / (10 + t), so that a short run is not stuck at its start."""
+
+
+class EvalConfig(_Group):
+    """Validation and the final test."""
+
+    every: int = Field(1, ge=1)
+    """Validate each N epochs (and always after the last)."""
+    batch_size: int = Field(512, ge=1)
+    """Images per forward pass and worker."""
+    tta_views: int = Field(1, ge=1, le=10)
+    """Views averaged per test image: the image, its mirror image, then shifts of both; 1: off."""
+
+
+class CheckpointConfig(_Group):
+    """What is kept of a run."""
+
+    every: int = Field(1, ge=1)
+    """Save the full training state each N epochs (and always after the last)."""
+    keep: int = Field(1, ge=1)
+    """Full training states kept; the best by validation is kept besides."""
+
+
+class ScalingConfig(_Group):
+    """Processes and devices."""
+
+    num_workers: int | None = Field(None, ge=0)
+    """Training processes under Ray Train; None: one per GPU of the cluster, else one on CPU; 0: this process,
+    without a cluster (tests, debuggers)."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """CPUs reserved for each worker; None: an equal share of the cluster's."""
+    max_failures: int = Field(3, ge=0)
+    """Times that Ray restarts the run from its last checkpoint when a worker dies."""
+
+
+class RunConfig(_Group):
+    """One training run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Experiment: the folder under `out` that its trials share."""
+    trial: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of this run under the experiment; None: date, time and seed."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, order, augmentation and the validation split."""
+    out: Path = Path("runs")
+    """Root of all results; on a cluster of several machines, a folder that they share."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    scaling: ScalingConfig = ScalingConfig()
+
+    def resolve(self) -> RunConfig:
+        """Fill in every value that follows from others, make paths absolute, and refuse what cannot run.
+
+        Raises:
+            ConfigError: names the keys, and what is valid.
+        """
+        side = self.data.img_size or DATASET_SIDES[self.data.dataset]
+        patch = self.model.patch_size or default_patch_size(side)
+        if side % patch:
+            raise ConfigError(
+                f"data.img_size {side} is not divisible by model.patch_size {patch}; "
+                f"valid patch sizes: {', '.join(str(p) for p in range(1, side + 1) if side % p == 0)}"
+            )
+        width, depth = MODEL_SIZES[self.model.name]
+        if self.data.batch_size % self.optim.accumulate:
+            raise ConfigError(
+                f"data.batch_size {self.data.batch_size} is not divisible by optim.accumulate {self.optim.accumulate}"
+            )
+        if self.optim.min_lr > self.optim.lr:
+            raise ConfigError(f"optim.min_lr {self.optim.min_lr} is above optim.lr {self.optim.lr}; it must not be")
+        if self.optim.warmup_epochs > self.optim.epochs:
+            raise ConfigError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than optim.epochs {self.optim.epochs}; "
+                "it must not be"
+            )
+        return self.with_values(
+            {
+                "data.img_size": side,
+                "data.root": self.data.root.expanduser().absolute(),
+                "out": self.out.expanduser().absolute(),
+                "model.patch_size": patch,
+                "model.d_model": self.model.d_model or width,
+                "model.depth": self.model.depth or depth,
+            }
+        )
+
+    def check_workers(self, num_workers: int, gpu: bool) -> None:
+        """Refuse what cannot run on this many processes of this kind.
+
+        Raises:
+            ConfigError: names the keys, and what is valid.
+        """
+        shards = max(1, num_workers) * self.optim.accumulate
+        if self.data.batch_size % shards:
+            raise ConfigError(
+                f"data.batch_size {self.data.batch_size} is not divisible by workers x optim.accumulate = "
+                f"{max(1, num_workers)} x {self.optim.accumulate}; valid: a multiple of {shards}"
+            )
+        if self.optim.amp == "fp16" and not gpu:
+            raise ConfigError("optim.amp 'fp16' needs a GPU and there is none; valid on CPU: auto, bf16, off")
+
+    def with_values(self, values: dict[str, Any]) -> RunConfig:
+        """A copy with the given dotted keys replaced, checked like everything else.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type, a value out of bounds.
+        """
+        tree = self.model_dump()
+        known = dotted_keys()
+        for key, value in values.items():
+            if key not in known:
+                raise unknown_key(key)
+            *groups, leaf = key.split(".")
+            node = tree
+            for group in groups:
+                node = node[group]
+            node[leaf] = value
+        return RunConfig(**tree)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, in order of declaration; paths as text."""
+        tree = self.model_dump(mode="json")
+        flat: dict[str, Any] = {}
+        for key, value in tree.items():
+            flat |= {f"{key}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {key: value}
+        return flat
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> RunConfig:
+        """Read what `to_yaml` wrote.
+
+        Raises:
+            ConfigError: the file is missing or unreadable, or holds an unknown key or a bad value.
+        """
+        try:
+            tree = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read as a run config: {error}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} does not hold a run config (a mapping of keys)")
+        return cls(**tree)
+
+
+def dotted_keys() -> dict[str, type[_Group]]:
+    """Every dotted key of a run config, with the group that owns it."""
+    keys: dict[str, type[_Group]] = {}
+    for name, field in RunConfig.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, _Group):
+            keys |= {f"{name}.{leaf}": group for leaf in group.model_fields}
+        else:
+            keys[name] = RunConfig
+    return keys
+
+
+def unknown_key(key: str) -> ConfigError:
+    """The error for a key that is none: lists its group's keys, or the groups where there is no such group."""
+    known = dotted_keys()
+    group = key.split(".")[0]
+    siblings = [k for k in known if k.startswith(group + ".")]
+    if siblings:
+        return ConfigError(f"unknown key '{key}'; valid in {group}: {', '.join(siblings)}")
+    groups = sorted({k.split(".")[0] + ".*" for k in known if "." in k})
+    plain = [k for k in known if "." not in k]
+    return ConfigError(f"unknown key '{key}'; valid: {', '.join(plain + groups)}")
+
+
+def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """All findings of one validation as a sentence, with dotted keys and without pydantic's own vocabulary."""
+    group = next((k for k, f in RunConfig.model_fields.items() if f.annotation is model), None)
+    findings: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError):  # raised by a nested group, already complete
+            findings[str(inner)] = str(inner)
+            continue
+        # a union's location ends in the name of the member that was tried
+        path = [str(p) for p in item["loc"] if str(p) not in ("int", "float", "none", "str")]
+        key = ".".join(([group] if group else []) + path)
+        if item["type"] == "extra_forbidden":
+            findings[key] = str(unknown_key(key))
+        else:
+            findings.setdefault(key, f"{key}: {_lower_first(item['msg'])}, got {item['input']!r}")
+    return "; ".join(findings.values())
+
+
+def _lower_first(text: str) -> str:
+    text = text.removeprefix("Input ")
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,204 @@
+"""What a run leaves in its folder: config, TensorBoard events, metrics as JSON lines, the live position, the result.
+
+    config.yaml         the resolved config
+    events.out.*        TensorBoard: scalars, images, config as text, the HPARAMS entry
+    metrics.jsonl       one line an epoch
+    progress.json       where the run is now (replaced in place)
+    result.json         written once, at the end
+    checkpoints/
+
+Only rank 0 writes. A resumed run drops what was logged after the checkpoint that it continues from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid
+
+from mamba.config import RunConfig, dotted_keys
+from mamba.errors import CheckpointError, ConfigError
+
+HPARAM_METRICS = (
+    "test/accuracy",
+    "val/accuracy",
+    "val/ema_accuracy",
+    "train/loss",
+    "train/images_per_s",
+    "model/params",
+    "model/macs",
+)
+NOT_COMPARED = {"trial", "out", "data.root", "data.loader_workers", "eval.batch_size", "scaling.cpus_per_worker"}
+
+
+def run_folder(config: RunConfig) -> Path:
+    """`out`/`name`/`trial`; the trial defaults to date, time and seed."""
+    trial = config.trial or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed}"
+    return config.out / config.name / trial
+
+
+def create_run(config: RunConfig) -> Path:
+    """Make a new run's folder and write its config.
+
+    Raises:
+        ConfigError: the folder holds a run already, or cannot be made.
+    """
+    folder = run_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "config.yaml").exists():
+            raise ConfigError(
+                f"{folder} holds a run already; choose another --trial or --name, or continue it with --resume {folder}"
+            )
+        (folder / "config.yaml").write_text(config.model_copy(update={"trial": folder.name}).to_yaml())
+    except OSError as error:
+        raise ConfigError(f"out: the run's folder {folder} cannot be written: {error}") from None
+    return folder
+
+
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    """What a finished run left in result.json, None for one that is not finished."""
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def discard_if_unused(folder: Path) -> None:
+    """Remove the folder of a run that ended before it began, so that its name can be used again."""
+    left = {f.name for f in folder.iterdir()}
+    if left <= {"config.yaml", ".ray"}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Replace a JSON file so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.replace(path)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and code revision, for the result's reader."""
+    packages = ("torch", "torchvision", "ray", "numpy")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "hardware": {"gpu": gpu, "cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "code_revision": _revision(),
+    }
+
+
+def _revision() -> str:
+    """The commit of the code that runs, `+changes` where the tree differs from it, `unknown` outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class Tracker:
+    """Writes a run's folder as it goes. Made on rank 0 only."""
+
+    def __init__(self, folder: Path, config: RunConfig, epochs_done: int, steps_done: int) -> None:
+        self.folder, self.config = folder, config
+        try:
+            self._drop_after(epochs_done)
+            self.writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+            if steps_done == 0:
+                lines = [f"    {line}" for line in config.to_yaml().splitlines()]
+                self.writer.add_text("config", "\n".join(lines))
+            self._hparams_start()
+        except OSError as error:
+            raise CheckpointError(f"the run's folder {folder} cannot be written: {error}") from None
+
+    def _drop_after(self, epochs_done: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _epoch_of(line) <= epochs_done]
+            path.write_text("".join(line + "\n" for line in lines))
+
+    def _hparams_start(self) -> None:
+        """Every run of ours has the same keys, so each can carry the same experiment summary, whichever TensorBoard
+        reads: one table with every run under `--logdir`, whatever was or was not searched."""
+        shown = {
+            key: value
+            if isinstance(value, int | float) and not isinstance(value, bool) and not _may_be_none(key)
+            else str(value)
+            for key, value in self.config.flat().items()
+            if key not in NOT_COMPARED
+        }
+        experiment, start, self.session_end = hparams(shown, dict.fromkeys(HPARAM_METRICS, 0.0))
+        writer = self.writer._get_file_writer()
+        writer.add_summary(experiment)
+        writer.add_summary(start)
+        writer.flush()
+
+    def step(self, global_step: int, metrics: Mapping[str, float]) -> None:
+        """Scalars of one optimizer step, under tags of their own (`step/*`)."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"step/{name}", value, global_step)
+
+    def epoch(self, epoch: int, global_step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
+        """Scalars at the end of the epoch-th epoch; learning rates by group under `lr/*`. Like every scalar they are
+        drawn against the optimizer step, the one axis on which a resumed run can drop what it is going to repeat."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, global_step)
+        for name, value in rates.items():
+            self.writer.add_scalar(f"lr/{name}", value, global_step)
+        self.writer.flush()
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"epoch": epoch, **metrics}) + "\n")
+
+    def samples(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """A grid of the first training batch as the model sees it, normalisation undone."""
+        shift, scale = (torch.tensor(v)[:, None, None] for v in (mean, std))
+        pictures = (images[:32].detach().float().cpu() * scale + shift).clamp(0, 1)
+        factor = max(1, 64 // pictures.shape[-1])
+        pictures = pictures.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
+        self.writer.add_image("train/augmented", make_grid(pictures, nrow=8), 0)
+
+    def progress(self, **position: Any) -> None:
+        write_json(self.folder / "progress.json", position)
+
+    def finish(self, result: Mapping[str, Any], global_step: int) -> None:
+        """The final scalars, the HPARAMS entry's end, and result.json."""
+        for name, value in result["metrics"].items():
+            if name.split("/")[0] in ("test", "model"):
+                self.writer.add_scalar(name, value, global_step)
+        self.writer._get_file_writer().add_summary(self.session_end)
+        self.writer.close()
+        write_json(self.folder / "result.json", result)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _epoch_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError):  # a line that a crash cut short
+        return 10**9
+
+
+def _may_be_none(key: str) -> bool:
+    group = dotted_keys()[key]
+    return type(None) in getattr(group.model_fields[key.rpartition(".")[2]].annotation, "__args__", ())

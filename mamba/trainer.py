@@ -1,0 +1,418 @@
+"""Training, from a resolved config to a result: `fit` reads top to bottom, everything else serves it.
+
+One `Trainer` a rank. All that changes while it runs is in `state()`, so that a run interrupted at any optimizer step
+continues as if it had not been: same order, same random numbers, same bits on a deterministic device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mamba import checkpoint as ckpt
+from mamba.augment import BatchMix, tta_views
+from mamba.config import RunConfig
+from mamba.data import ImageData, ImageSet, eval_batches, load_data, make_train_loader
+from mamba.ema import ModelEma
+from mamba.errors import ForgeError, TrainingError
+from mamba.model import Architecture, MambaModel, count_parameters
+from mamba.optim import make_optimizer
+from mamba.schedule import learning_rate, set_learning_rate
+from mamba.tracking import Tracker, environment
+from mamba.worker import Worker
+
+LOG_EVERY_S = 0.5
+"""Seconds between two lines of step metrics, and between two looks for a request to stop."""
+LOOK_EVERY_STEPS = 10
+"""Steps between two looks at the flags that live on a GPU (skipped steps, stop): each look waits for the device."""
+
+
+def fit(config: RunConfig, worker: Worker, folder: Path, data: ImageData | None = None) -> dict[str, Any]:
+    """Train a resolved config in `folder`, from its newest checkpoint if there is one; every rank calls it.
+
+    Returns:
+        what result.json holds; with status "interrupted" when `request_stop` was called.
+
+    Raises:
+        ForgeError: data, checkpoint or training errors, each a sentence for the user.
+    """
+    trainer = Trainer(config, worker, folder, data if data is not None else load_data(config.data, config.seed))
+    try:
+        return trainer.run()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory ({str(error).splitlines()[0]}); lower data.batch_size or raise optim.accumulate"
+        ) from None
+    except OSError as error:
+        raise TrainingError(f"the run's folder {folder} could not be written to: {error}") from None
+    finally:
+        trainer.close()
+
+
+def request_stop(folder: Path) -> None:
+    """Ask the run in this folder to save a checkpoint at its current step and end."""
+    (folder / "STOP").touch()
+
+
+class Trainer:
+    """A rank's model, optimizer and position, and the loop over them."""
+
+    def __init__(self, config: RunConfig, worker: Worker, folder: Path, data: ImageData) -> None:
+        gpu = worker.device.type == "cuda"
+        config.check_workers(worker.world_size, gpu)
+        self.config, self.worker, self.folder, self.data = config, worker, folder, data
+        optim = config.optim
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        architecture = Architecture.from_config(config.model, len(data.classes), data.train.images.shape[1])
+        self.model = MambaModel(architecture).to(worker.device)
+        self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
+        self.optimizer = make_optimizer(self.model, optim)
+        self.mix = BatchMix(config.data.mixup, config.data.cutmix, config.data.mix_prob, len(data.classes), config.seed)
+        self.loader = make_train_loader(
+            data, config.data, config.seed, optim.accumulate, worker.rank, worker.world_size, worker.cpus, pin=gpu
+        )
+        self.steps_per_epoch = self.loader.sampler.steps
+        self.amp = resolve_amp(optim.amp, worker.device)
+        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=self.amp is torch.float16)
+
+        self.epoch = 0  # epochs completed
+        self.step = 0  # optimizer steps taken in the current epoch
+        self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # this epoch's loss sum and count
+        self.seconds = {"epoch": 0.0, "run": 0.0}  # spent training, validation left out
+        self.skipped = torch.zeros(2, device=worker.device)  # non-finite steps: in all, and in a row
+        self.stop = torch.zeros((), device=worker.device)  # above 0 once a stop was requested
+        self.off_on = torch.zeros((), device=worker.device), torch.ones((), device=worker.device)
+        self.looked_for_stop = 0.0
+        self.best: dict[str, Any] = {"accuracy": -math.inf, "epoch": 0, "weights": "raw"}
+        self.metrics: dict[str, float] = {}
+        torch.manual_seed(config.seed + 1000 * (worker.rank + 1))  # drop path differs between ranks
+        self._restore()
+
+        if optim.compile:
+            self.model.compile()  # in place: the state dict keeps its names
+        self.forward: nn.Module = self.model
+        if worker.world_size > 1:
+            device_ids = [worker.device.index] if gpu else None
+            self.forward = DistributedDataParallel(self.model, device_ids=device_ids, broadcast_buffers=False)
+        self.tracker = Tracker(folder, config, self.epoch, self.global_step) if worker.rank == 0 else None
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken in the whole run."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        while self.epoch < config.optim.epochs:
+            self.model.train()
+            if self._train_epoch() == "stop":
+                self._save_state()
+                return {"status": "interrupted", "epoch": self.epoch, "step": self.step, "folder": str(self.folder)}
+            self.metrics = self._train_metrics()
+            self.epoch, self.step = self.epoch + 1, 0
+            last = self.epoch == config.optim.epochs
+            if self.data.val is not None and (last or self.epoch % config.eval.every == 0):
+                self._validate(self.data.val)
+            if self.tracker:
+                self.tracker.epoch(self.epoch, self.epoch * self.steps_per_epoch, self.metrics, self._rates())
+            saved = self._save_state() if last or self.epoch % config.checkpoint.every == 0 else None
+            self.worker.report(self.metrics, saved)
+        return self._finish()
+
+    def _train_epoch(self) -> str:
+        """Train what is left of the current epoch. Returns "stop" if the run was asked to stop, else "done"."""
+        began, seconds_before = time.perf_counter(), self.seconds["epoch"]
+        logged, logged_step = began, self.step
+        for micro_batches in self._steps():
+            loss, norm = self._train_step(micro_batches)
+            self.step += 1
+            last = self.step == self.steps_per_epoch
+            now = time.perf_counter()
+            if self.tracker and (now - logged >= LOG_EVERY_S or last):
+                self._log_step(loss, norm, (self.step - logged_step) * self.config.data.batch_size / (now - logged))
+                logged, logged_step = now, self.step
+            if self.worker.device.type == "cpu" or last or self.step % LOOK_EVERY_STEPS == 0:
+                self._check_skipped()
+                self.seconds["epoch"] = seconds_before + time.perf_counter() - began
+                if not last and self.stop.item():
+                    return "stop"
+        return "done"
+
+    def _steps(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The rest of the epoch's optimizer steps, each a list of micro-batches on the device, mixed."""
+        config, device = self.config, self.worker.device
+        batches = self.loader.epoch(self.epoch, self.step)
+        for step in range(self.step, self.steps_per_epoch):
+            micro = []
+            for _ in range(config.optim.accumulate):
+                images, labels = next(batches)
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                micro.append(self.mix(images, labels, self.epoch, step))
+            if self.tracker and self.epoch == 0 and step == 0:
+                self.tracker.samples(micro[0][0], self.data.mean, self.data.std)
+            yield micro
+
+    def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns the loss (mean over this rank's images) and the gradient norm, on the device.
+
+        A step whose loss or gradient is not finite on any rank changes nothing on any of them and is counted. No
+        value is read back by the host.
+        """
+        optim = self.config.optim
+        set_learning_rate(self.optimizer, learning_rate(optim, self.global_step, self.steps_per_epoch))
+        loss = torch.zeros((), device=self.worker.device)
+        for i, (images, targets) in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            hold = isinstance(self.forward, DistributedDataParallel) and not last
+            with self.forward.no_sync() if hold else nullcontext():  # type: ignore[operator]
+                with torch.autocast(self.worker.device.type, dtype=self.amp, enabled=self.amp is not None):
+                    logits = self.forward(images)
+                part = F.cross_entropy(logits.float(), targets, label_smoothing=optim.label_smoothing)
+                part = part / len(micro_batches)
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
+        # gradients are averaged over the ranks, so their norm is the same everywhere; losses are not
+        flags = self.worker.sum(torch.stack(((~loss.isfinite()).float(), self.off_on[self._stop_requested()])))
+        finite = (flags[0] == 0) & norm.isfinite()
+        self.stop += flags[1]
+        self._apply(finite)
+        bad = (~finite).float()
+        self.skipped[0] += bad
+        self.skipped[1] = (self.skipped[1] + 1) * bad
+        self.totals += torch.stack((torch.where(finite, loss, 0.0).double(), finite.double()))
+        return loss, norm
+
+    def _apply(self, finite: Tensor) -> None:
+        """Step the optimizer where `finite`, and the average with it."""
+        if self.scaler.is_enabled():  # the scaler reads its own verdict on the host anyway
+            if finite.item():
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.model)
+
+    # --- validation and the end --------------------------------------------------------------------------------------
+
+    def _validate(self, split: ImageSet) -> None:
+        """Validate raw and averaged weights, and keep the best of both so far."""
+        self.metrics["val/loss"], self.metrics["val/accuracy"] = self.evaluate(self.model, split)
+        accuracies = {"raw": self.metrics["val/accuracy"]}
+        if self.ema:
+            _, accuracies["ema"] = self.evaluate(self.ema.model, split)
+            self.metrics["val/ema_accuracy"] = accuracies["ema"]
+        weights = max(accuracies, key=lambda k: accuracies[k])
+        if accuracies[weights] > self.best["accuracy"]:
+            self.best = {"accuracy": accuracies[weights], "epoch": self.epoch, "weights": weights}
+            self._save(self.folder / "checkpoints" / f"best-{self.epoch:05d}", None)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: ImageSet, views: int = 1) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy in percent over a split, counted exactly over all ranks.
+
+        With several views, the class probabilities of each image's views are averaged.
+        """
+        worker = self.worker
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
+        batches = eval_batches(
+            self.data, split, self.config.eval.batch_size, worker.rank, worker.world_size, worker.device
+        )
+        for images, labels in batches:
+            with torch.autocast(worker.device.type, dtype=self.amp, enabled=self.amp is not None):
+                seen = [model(view).float().softmax(-1) for view in tta_views(images, views)]
+            log_probabilities = torch.stack(seen).mean(0).clamp_min(1e-12).log()
+            loss = F.nll_loss(log_probabilities, labels, reduction="sum")
+            correct = (log_probabilities.argmax(-1) == labels).sum()
+            totals += torch.stack(
+                (loss.double(), correct.double(), torch.tensor(float(len(labels)), device=loss.device))
+            )
+        loss_sum, correct_sum, count = worker.sum(totals).tolist()
+        return loss_sum / count, 100 * correct_sum / count
+
+    def _finish(self) -> dict[str, Any]:
+        """Test once, with the weights that validated best (the last ones where nothing was validated)."""
+        chosen = "raw"
+        model: MambaModel = self.model
+        best = ckpt.best_checkpoint(self.folder)
+        if best is not None:
+            chosen = str(self.best["weights"])
+            model, _ = ckpt.load_model(best, device=self.worker.device)
+        elif self.ema:
+            chosen, model = "ema", self.ema.model
+        views = self.config.eval.tta_views
+        test_loss, test_accuracy = self.evaluate(model, self.data.test, views)
+        metrics = {
+            **self.metrics,
+            "test/loss": test_loss,
+            "test/accuracy": test_accuracy,
+            "model/params": count_parameters(self.model),
+            "model/macs": self.model.architecture.macs(),
+        }
+        result = {
+            "status": "finished",
+            "metrics": metrics,
+            "tested": {"weights": chosen, "epoch": self.best["epoch"] if best else self.epoch, "tta_views": views},
+            "epochs": self.epoch,
+            "seconds": round(self.seconds["run"], 3),
+            "seed": self.config.seed,
+            "world_size": self.worker.world_size,
+            "amp": str(self.amp).removeprefix("torch.") if self.amp else "off",
+            "images": {"train": len(self.data.train), "val": len(self.data.val or ()), "test": len(self.data.test)},
+            "folder": str(self.folder),
+            **environment(self.worker.device),
+        }
+        if self.tracker:
+            self.tracker.finish(result, self.global_step)
+        return result
+
+    def close(self) -> None:
+        if self.tracker:
+            self.tracker.close()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that changes while training, weights excepted: plain containers and tensors only."""
+        cuda = torch.cuda.get_rng_state(self.worker.device) if self.worker.device.type == "cuda" else None
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "totals": self.worker.sum(self.totals.clone()) / self.worker.world_size,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "best": self.best,
+            "metrics": self.metrics,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "rng": self.worker.gather({"cpu": torch.get_rng_state(), "cuda": cuda}),
+            "world_size": self.worker.world_size,
+        }
+
+    def _restore(self) -> None:
+        """Continue from the newest checkpoint of the run's folder, if there is one."""
+        folder = ckpt.newest_checkpoint(self.folder)
+        if folder is None:
+            return
+        ckpt.load_weights(self.model, folder)
+        state = ckpt.load_training_state(folder)
+        if self.ema:
+            ckpt.load_weights(self.ema.model, folder, ckpt.EMA_WEIGHTS)
+            self.ema.updates = state["ema_updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.totals.copy_(state["totals"])
+        self.skipped.copy_(state["skipped"])
+        self.seconds, self.best, self.metrics = state["seconds"], state["best"], state["metrics"]
+        if self.worker.rank == 0:
+            ckpt.remove_best_after(self.folder, self.epoch)
+        if state["world_size"] == self.worker.world_size:  # else drop path goes on from a fresh seed
+            rng = state["rng"][self.worker.rank]
+            torch.set_rng_state(rng["cpu"])
+            if rng["cuda"] is not None and self.worker.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.worker.device)
+
+    def _save_state(self) -> Path:
+        folder = self.folder / "checkpoints" / f"step-{self.global_step:08d}"
+        self._save(folder, self.state())  # every rank: its random state is gathered
+        if self.worker.rank == 0:  # a best is dropped only once no training state can lead back to before the next
+            ckpt.remove_old(self.folder, "step-*", self.config.checkpoint.keep)
+            ckpt.remove_old(self.folder, "best-*", 1)
+        return folder
+
+    def _save(self, folder: Path, state: dict[str, Any] | None) -> None:
+        """Rank 0 writes; all ranks learn whether it worked, so that they end together."""
+        failure: str | None = None
+        if self.worker.rank == 0:
+            description = {
+                "epoch": self.epoch,
+                "metrics": self.metrics,
+                "weights": self.best["weights"],
+                "classes": list(self.data.classes),
+                "mean": list(self.data.mean),
+                "std": list(self.data.std),
+                "config": self.config.model_dump(mode="json"),
+            }
+            try:
+                ckpt.save_checkpoint(folder, self.model, self.ema.model if self.ema else None, description, state)
+            except ForgeError as error:
+                failure = str(error)
+        failure = self.worker.broadcast(failure)
+        if failure:
+            raise ckpt.CheckpointError(failure, every_rank=True)
+
+    # --- looking at the device ---------------------------------------------------------------------------------------
+
+    def _train_metrics(self) -> dict[str, float]:
+        loss_sum, count = (self.worker.sum(self.totals.clone()) / self.worker.world_size).tolist()
+        self.totals.zero_()
+        seconds, self.seconds["epoch"] = self.seconds["epoch"], 0.0
+        self.seconds["run"] += seconds
+        return {
+            "train/loss": loss_sum / max(1.0, count),
+            "train/lr": self.optimizer.param_groups[-1]["lr"],
+            "train/images_per_s": self.steps_per_epoch * self.config.data.batch_size / max(seconds, 1e-9),
+            "train/skipped_steps": float(self.skipped[0].item()),
+        }
+
+    def _rates(self) -> dict[str, float]:
+        return {str(g["name"]): float(g["lr"]) for g in self.optimizer.param_groups}
+
+    def _log_step(self, loss: Tensor, norm: Tensor, images_per_s: float) -> None:
+        assert self.tracker
+        values = {"loss": float(loss), "grad_norm": float(norm), "images_per_s": images_per_s}
+        self.tracker.step(self.global_step, values)
+        self.tracker.progress(
+            epoch=self.epoch,
+            epochs=self.config.optim.epochs,
+            step=self.step,
+            steps_per_epoch=self.steps_per_epoch,
+            **values,
+        )
+
+    def _check_skipped(self) -> None:
+        in_a_row = int(self.skipped[1].item())
+        if in_a_row >= self.config.optim.max_skipped:
+            newest = ckpt.newest_checkpoint(self.folder)
+            raise TrainingError(
+                f"loss or gradient was not finite in {in_a_row} steps in a row (optim.max_skipped "
+                f"{self.config.optim.max_skipped}), last in epoch {self.epoch + 1}; lower optim.lr, set "
+                f"optim.grad_clip or try --preset unstable; last good checkpoint: {newest or 'none yet'}",
+                every_rank=True,
+            )
+
+    def _stop_requested(self) -> bool:
+        """Rank 0 looks for the file; the answer travels with the step's other flags, so all ranks stop together."""
+        now = time.perf_counter()
+        if self.worker.rank != 0 or now - self.looked_for_stop < LOG_EVERY_S:
+            return False
+        self.looked_for_stop = now
+        return (self.folder / "STOP").exists()
+
+
+def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of `optim.amp`: on GPUs auto is bf16 where it is native, else fp16; on CPU auto is off."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]

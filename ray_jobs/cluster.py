@@ -1,0 +1,64 @@
+"""Connecting to Ray: the running cluster where there is one, else a local one that ends with this process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+
+from mamba.errors import ConfigError
+
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # by default a report costs 2 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would come twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it warns about otherwise
+}
+"""Environment variables that Ray reads when a cluster or a run starts; a user's own setting wins."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the cluster has in all, and where it runs ("local" or its address)."""
+
+    cpus: int
+    gpus: int
+    where: str
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[Cluster]:
+    """Connect for the length of a block. A cluster started here ends with it; a running one is left as it is.
+
+    A running cluster is one that `RAY_ADDRESS` names (as inside a Ray job) or that `ray start` started on this machine.
+
+    Raises:
+        ConfigError: the cluster that RAY_ADDRESS names cannot be reached.
+    """
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    where = "the running cluster"
+    if not ray.is_initialized():
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError as error:
+            if os.environ.get("RAY_ADDRESS"):
+                raise ConfigError(
+                    f"RAY_ADDRESS {os.environ['RAY_ADDRESS']} cannot be reached ({error}); start that cluster, or "
+                    "unset RAY_ADDRESS to start a local one"
+                ) from None
+            ray.init(address="local", include_dashboard=False, **quiet)
+            where = "a local cluster"
+    for name in ("ray", "ray.train", "ray.tune", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        total = ray.cluster_resources()
+        yield Cluster(int(total.get("CPU", 1)), int(total.get("GPU", 0)), where)
+    finally:
+        ray.shutdown()

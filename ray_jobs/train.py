@@ -1,0 +1,82 @@
+"""Train a vision Mamba classifier with Ray Train. Without arguments: the quickstart preset, on digits, on CPU.
+
+python ray_jobs/train.py
+python ray_jobs/train.py --preset v2 --data.dataset cifar10 --scaling.num-workers 2
+python ray_jobs/train.py --resume runs/v2/20260101-120000-seed0
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from mamba.cli import TrainArgs, parse_train_args
+from mamba.errors import ForgeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 finished, 2 an error of the user's, 130 interrupted (resumable)."""
+    try:
+        args = parse_train_args(argv, description=(__doc__ or "").split("\n")[0])
+        return _dry_run(args) if args.dry_run else _train(args)
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped at once; continue from the last checkpoint with --resume", file=sys.stderr)
+        return 130
+
+
+def _dry_run(args: TrainArgs) -> int:
+    from mamba.data import describe
+    from mamba.model import parameters_of
+
+    config = args.config.resolve()
+    classes, train_images = describe(config.data, config.seed)
+    assert config.data.img_size is not None  # resolved
+    steps = train_images // config.data.batch_size
+    print(config.to_yaml(), end="")
+    print(f"# parameters: {parameters_of(config.model, classes, config.data.img_size):,}")
+    print(f"# training images: {train_images:,} in {classes} classes")
+    print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
+    return 0
+
+
+def _train(args: TrainArgs) -> int:
+    from mamba.tracking import create_run, discard_if_unused, finished_result
+    from ray_jobs.console import Display, result_table, stop_on_signal
+    from ray_jobs.launch import preflight, run
+
+    config = args.config.resolve()
+    preflight(config)
+    if args.resume is None:
+        folder = create_run(config)
+    else:
+        folder = args.resume.absolute()
+        (folder / "STOP").unlink(missing_ok=True)
+
+    with Display(folder) as display, stop_on_signal(folder, display):
+        display.say(f"run folder: {folder}")
+        result = finished_result(folder)
+        if result is not None:
+            display.say("finished already:")
+        else:
+            try:
+                result = run(config, folder, display.say)
+            except ForgeError:
+                discard_if_unused(folder)
+                raise
+    command = os.path.relpath(__file__)
+    if result["status"] == "interrupted":
+        display.say(f"interrupted in epoch {result['epoch'] + 1} after {result['step']} of its steps; continue with")
+        display.say(f"  python {command} --resume {folder}")
+        return 130
+    display.console.print(result_table(result))
+    display.say(f"run folder: {folder}")
+    display.say(f"compare runs: tensorboard --logdir {config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Small things that train in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mamba.config import RunConfig
+from mamba.data import ImageData, ImageSet, split_validation
+from mamba.trainer import fit
+from mamba.worker import local_worker
+
+SMALL = {
+    "data.dataset": "digits",
+    "data.batch_size": 16,
+    "data.augment": "none",
+    "model.d_model": 12,
+    "model.depth": 2,
+    "model.d_state": 4,
+    "model.drop_path": 0.2,
+    "optim.epochs": 3,
+    "optim.lr": 5e-3,
+    "optim.warmup_epochs": 1,
+    "ema.decay": 0.9,
+}
+
+
+@pytest.fixture
+def small_config(tmp_path: Path):
+    """A factory of resolved configs of a two-block model; overrides as dotted keys."""
+
+    def make(**values: Any) -> RunConfig:
+        overrides = {k.replace("__", "."): v for k, v in values.items()}
+        return RunConfig(out=tmp_path / "runs").with_values({**SMALL, **overrides}).resolve()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_data() -> ImageData:
+    """Three classes of 8x8 images that differ in brightness: 72 to train, 24 to validate, 30 to test on."""
+    rng = np.random.default_rng(0)
+
+    def images(n: int) -> ImageSet:
+        labels = np.arange(n) % 3
+        pixels = rng.integers(0, 90, (n, 8, 8, 3)) + 80 * labels[:, None, None, None]
+        return ImageSet.whole(pixels.astype(np.uint8), labels.astype(np.int64))
+
+    train, val = split_validation(images(96), 0.25, seed=0)
+    return ImageData(train, val, images(30), ("dark", "grey", "bright"), (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture
+def small_fit(small_config, small_data, tmp_path):
+    """Train in this process: (folder name, overrides) -> the result; the same name again continues the run."""
+
+    def run(name: str = "run", data: ImageData = small_data, **values: Any) -> dict[str, Any]:
+        return fit(small_config(**values), local_worker(), tmp_path / name, data)
+
+    (tmp_path / "run").mkdir()
+    return run

@@ -1,0 +1,155 @@
+"""The entry script, for real: in this process, under Ray Train, interrupted, killed, and given bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mamba import checkpoint as ckpt
+from ray_jobs.train import main
+
+ROOT = Path(__file__).parent.parent.parent
+FAST = [
+    *("--model.d-model", "12", "--model.depth", "2", "--model.d-state", "4", "--data.batch-size", "128"),
+    *("--optim.warmup-epochs", "1"),
+]
+LOCAL = ["--scaling.num-workers", "0"]
+
+
+def command(tmp_path, *words):
+    return [sys.executable, "ray_jobs/train.py", *FAST, "--out", str(tmp_path), "--trial", "one", *words]
+
+
+def start(tmp_path, *words):
+    log = (tmp_path / "output.txt").open("w")
+    return subprocess.Popen(command(tmp_path, *words), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def epochs(run):
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["epoch"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def own_ray_processes():
+    """Processes of Ray clusters, which must all be gone once a local run has ended."""
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listing.splitlines() if "raylet" in line.split(" ")[0] or "gcs_server" in line]
+
+
+def test_local_run_and_its_output(tmp_path, capsys):
+    assert main([*FAST, *LOCAL, "--out", str(tmp_path), "--trial", "one", "--optim.epochs", "2"]) == 0
+    run = tmp_path / "quickstart" / "one"
+    out = capsys.readouterr().out
+    result = json.loads((run / "result.json").read_text())
+    assert f"{result['metrics']['test/accuracy']:.2f} %" in out
+    assert f"tensorboard --logdir {tmp_path}" in out and str(run) in out
+    assert "epoch 2/2" in out
+    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["epochs"] == 2
+
+
+def test_dry_run_starts_nothing(tmp_path, capsys):
+    assert main(["--preset", "v2", "--data.dataset", "cifar10", "--out", str(tmp_path / "runs"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "# parameters: 16,488,394" in out and "# steps: 351 an epoch, 105,300 in all" in out
+    assert yaml.safe_load(out)["optim"]["lr"] == 0.001
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--data.batch-size", "100", "--scaling.num-workers", "3"], "data.batch_size 100 is not divisible by workers"),
+        (["--optim.amp", "fp16", *LOCAL], "optim.amp 'fp16' needs a GPU"),
+        (["--data.img-size", "30", "--model.patch-size", "4"], "data.img_size 30 is not divisible by"),
+        (["--preset", "v3"], "unknown preset 'v3'; valid: quickstart"),
+        (["--optim.lrr", "1"], "unknown key 'optim.lrr'"),
+        (["--data.dataset", "folder", "--data.root", "/nonexistent"], "data.root /nonexistent is not an image folder"),
+        (["--data.batch-size", "2048"], "data.batch_size 2048 is larger than the training set of 1295"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_before_anything_starts(tmp_path, capsys, words, message, monkeypatch):
+    monkeypatch.setattr("ray_jobs.launch._ray_train", lambda *_: pytest.fail("started workers"))
+    assert main(["--out", str(tmp_path), *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
+    words = [*FAST, *LOCAL, "--out", str(tmp_path), "--trial", "one", "--optim.epochs", "1"]
+    assert main(words) == 0
+    before = (tmp_path / "quickstart" / "one" / "result.json").read_text()
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path / "quickstart" / "one")]) == 0
+    out = capsys.readouterr().out
+    assert "finished already" in out and "test accuracy" in out
+    assert (tmp_path / "quickstart" / "one" / "result.json").read_text() == before
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
+    process = start(tmp_path, *LOCAL, "--optim.epochs", "500")
+    run = tmp_path / "quickstart" / "one"
+    wait_for(lambda: len(epochs(run)) >= 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    out = (tmp_path / "output.txt").read_text()
+    assert "saving a checkpoint" in out and f"--resume {run}" in out and "Traceback" not in out
+    position = ckpt.load_training_state(ckpt.newest_checkpoint(run))
+    assert position["epoch"] >= 2 and not (run / "result.json").exists()
+
+
+@pytest.mark.cluster
+def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
+    """Two workers; SIGKILL for rank 1 in mid-run; then Ctrl-C; then resume. No process is left behind."""
+    ray_before = own_ray_processes()
+    process = start(tmp_path, "--scaling.num-workers", "2", "--scaling.cpus-per-worker", "1", "--optim.epochs", "60")
+    run = tmp_path / "quickstart" / "one"
+    try:
+        wait_for(lambda: len(epochs(run)) >= 3)
+        worker = run / ".ray" / "worker-1.json"
+        first = json.loads(worker.read_text())["pid"]
+        os.kill(first, signal.SIGKILL)
+        wait_for(lambda: json.loads(worker.read_text())["pid"] != first)
+        wait_for(lambda: len(epochs(run)) >= 6)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, (tmp_path / "output.txt").read_text()
+        out = (tmp_path / "output.txt").read_text()
+        assert f"--resume {run}" in out and "Traceback" not in out
+        assert epochs(run) == list(range(1, len(epochs(run)) + 1)) and len(epochs(run)) < 60
+    finally:
+        process.kill()
+    resume = [sys.executable, "ray_jobs/train.py", "--resume", str(run)]
+    done = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert epochs(run) == list(range(1, 61))
+    result = json.loads((run / "result.json").read_text())
+    assert result["world_size"] == 2 and result["epochs"] == 60 and result["metrics"]["test/accuracy"] > 80
+    wait_for(lambda: own_ray_processes() == ray_before, 30)
+
+
+@pytest.mark.cluster
+def test_an_error_inside_a_worker_ends_with_one_sentence(tmp_path):
+    """A loss that is never finite: found by the workers, said by the driver, not retried by Ray."""
+    words = ["--optim.lr", "1e30", "--optim.grad-clip", "none", "--optim.max-skipped", "5", "--optim.epochs", "30"]
+    done = subprocess.run(command(tmp_path, *words), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error: loss or gradient was not finite in" in done.stderr and "Traceback" not in done.stderr
+    assert len(list((tmp_path / "quickstart" / "one" / ".ray").glob("attempt-*"))) == 1

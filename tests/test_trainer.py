@@ -1,0 +1,301 @@
+"""The training loop: it learns, it resumes bit for bit, it survives what is not finite, it counts exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mamba import checkpoint as ckpt
+from mamba.errors import ForgeError, TrainingError
+from mamba.trainer import Trainer, fit, request_stop
+from mamba.worker import local_worker
+
+
+def weights(folder):
+    return load_file(ckpt.newest_checkpoint(folder) / "model.safetensors")
+
+
+def ema_weights(folder):
+    return load_file(ckpt.newest_checkpoint(folder) / "ema.safetensors")
+
+
+def assert_same_run(a, b):
+    for load in (weights, ema_weights):
+        one, two = load(a), load(b)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (a, b)]
+    timed = {"train/images_per_s"}
+    assert [{k: v for k, v in m.items() if k not in timed} for m in lines[0]] == [
+        {k: v for k, v in m.items() if k not in timed} for m in lines[1]
+    ]
+
+
+def interrupt_after(monkeypatch, steps):
+    """Make a run behave as if it was killed after so many optimizer steps."""
+    original, taken = Trainer._train_step, [0]
+
+    def step(self, micro_batches):
+        if taken[0] == steps:
+            raise KeyboardInterrupt
+        taken[0] += 1
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    return lambda: monkeypatch.setattr(Trainer, "_train_step", original)
+
+
+def test_it_learns_and_leaves_everything_in_its_folder(small_fit, tmp_path):
+    result = small_fit(optim__epochs=12)
+    run = tmp_path / "run"
+    assert result["metrics"]["test/accuracy"] > 90
+    assert result == json.loads((run / "result.json").read_text())
+    for key in ("train/loss", "train/lr", "train/images_per_s", "val/loss", "val/accuracy", "val/ema_accuracy"):
+        assert key in result["metrics"]
+    assert result["images"] == {"train": 72, "val": 24, "test": 30}
+    assert {"seed", "seconds", "versions", "hardware", "code_revision"} <= result.keys()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 12
+    assert [f.name for f in (run / "checkpoints").glob("step-*")] == ["step-00000048"]
+    assert len(list((run / "checkpoints").glob("best-*"))) == 1
+
+
+def test_same_seed_same_run_other_seed_another(small_fit, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        small_fit(name, seed=seed)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert not torch.equal(weights(tmp_path / "a")["head.weight"], weights(tmp_path / "c")["head.weight"])
+
+
+@pytest.mark.parametrize("killed_after", [4, 6, 8, 9])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_killed_run_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, killed_after, every):
+    """Killed at an epoch's end or inside one; mixing, drop path, erasing and EMA are all on."""
+    settings = {"data__augment": "basic", "data__random_erasing": 0.3, "data__mixup": 0.8, "checkpoint__every": every}
+    (tmp_path / "whole").mkdir()
+    whole = small_fit("whole", **settings)
+    restore = interrupt_after(monkeypatch, killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        small_fit("run", **settings)
+    restore()
+    resumed = small_fit("run", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert resumed["metrics"]["test/accuracy"] == whole["metrics"]["test/accuracy"]
+    assert resumed["tested"] == whole["tested"]
+    bests = [[b.name for b in (tmp_path / n / "checkpoints").glob("best-*")] for n in ("whole", "run")]
+    assert bests[0] == bests[1]
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 8])
+def test_a_stop_request_saves_at_that_step_and_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr("mamba.trainer.LOG_EVERY_S", 0.0)
+    (tmp_path / "whole").mkdir()
+    small_fit("whole")
+    original = Trainer._train_step
+
+    def step(self, micro_batches):
+        if self.global_step == stop_at - 1:
+            request_stop(self.folder)
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    stopped = small_fit("run")
+    monkeypatch.setattr(Trainer, "_train_step", original)
+    if stop_at % 4:  # at an epoch's last step the epoch is finished first
+        assert stopped["status"] == "interrupted"
+        assert ckpt.newest_checkpoint(tmp_path / "run").name == f"step-{stop_at:08d}"
+    (tmp_path / "run" / "STOP").unlink()
+    small_fit("run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_accumulation_gives_the_same_result_as_the_whole_batch(small_fit, tmp_path):
+    settings = {"model__drop_path": 0, "data__cutmix": 1.0, "data__augment": "basic"}
+    for name, parts in (("whole", 1), ("parts", 4)):
+        (tmp_path / name).mkdir()
+        small_fit(name, optim__accumulate=parts, **settings)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-4, atol=2e-5)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
+    trainer.model.train()
+    trainer._train_step([(images, targets)])
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
+    for poison in (float("nan"), float("inf")):
+        trainer._train_step([(images * poison, targets)])
+        assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+        after = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+        assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    assert trainer.skipped.tolist() == [2, 2]
+    trainer._train_step([(images, targets)])
+    assert trainer.skipped.tolist() == [2, 0]
+    assert not torch.equal(trainer.model.head.weight, before["head.weight"])
+    assert math.isfinite(trainer._train_metrics()["train/loss"])
+
+
+def test_a_run_that_stays_non_finite_ends_with_its_last_good_checkpoint(small_fit, tmp_path, monkeypatch):
+    original = Trainer._train_step
+
+    def step(self, micro_batches):
+        if self.epoch >= 1:
+            micro_batches = [(images * float("nan"), targets) for images, targets in micro_batches]
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row .*last good checkpoint: .*step-00000004"):
+        small_fit(optim__max_skipped=3)
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
+
+
+def test_evaluation_counts_exactly(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(eval__batch_size=7), local_worker(), tmp_path, small_data)
+    loss, accuracy = trainer.evaluate(trainer.model, small_data.test)
+    images = small_data.normalise(torch.from_numpy(small_data.test.images))
+    labels = torch.from_numpy(small_data.test.labels)
+    with torch.no_grad():
+        logits = trainer.model.eval()(images)
+    assert accuracy == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    views_loss, _ = trainer.evaluate(trainer.model, small_data.test, views=5)
+    assert views_loss != loss
+
+
+def test_without_a_validation_split_nothing_is_selected(small_fit, small_data, tmp_path):
+    data = small_data.__class__(**{**vars(small_data), "val": None})
+    result = small_fit(data=data)
+    assert result["tested"] == {"weights": "ema", "epoch": 3, "tta_views": 1}
+    assert not list((tmp_path / "run" / "checkpoints").glob("best-*")) and "val/accuracy" not in result["metrics"]
+
+
+def test_the_test_set_is_read_once_and_never_selects(small_config, small_data, tmp_path, monkeypatch):
+    seen = []
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        seen.append("test" if split is small_data.test else "val")
+        return original(self, model, split, views)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    fit(small_config(), local_worker(), tmp_path, small_data)
+    assert seen.count("test") == 1 and seen[-1] == "test" and seen.count("val") == 6
+
+
+def test_the_best_by_validation_is_what_is_tested(small_fit, tmp_path, monkeypatch):
+    scores = iter([50.0, 40.0, 70.0, 80.0, 60.0, 20.0])  # raw and averaged, three epochs
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        loss, accuracy = original(self, model, split, views)
+        return loss, accuracy if split is self.data.test else next(scores)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    result = small_fit()
+    assert result["tested"] == {"weights": "ema", "epoch": 2, "tta_views": 1}
+    model, description = ckpt.load_model(tmp_path / "run")
+    assert description["epoch"] == 2
+    average = load_file(ckpt.best_checkpoint(tmp_path / "run") / "ema.safetensors")
+    assert torch.equal(model.state_dict()["head.weight"], average["head.weight"])
+
+
+def test_average_can_be_turned_off(small_fit, tmp_path):
+    result = small_fit(ema__enabled=False)
+    assert "val/ema_accuracy" not in result["metrics"] and result["tested"]["weights"] == "raw"
+    assert not list((tmp_path / "run").rglob("ema.safetensors"))
+
+
+def test_bf16_and_compile_run(small_fit, tmp_path):
+    result = small_fit(optim__amp="bf16", optim__epochs=8)
+    assert result["amp"] == "bfloat16" and result["metrics"]["test/accuracy"] > 80
+
+
+def test_compiled_run_keeps_names_and_follows_the_plain_one(small_fit, tmp_path, monkeypatch):
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_in_place(self, backend="eager"))
+    for name, on in (("plain", False), ("compiled", True)):
+        (tmp_path / name).mkdir()
+        small_fit(name, optim__compile=on, model__drop_path=0)
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert a.keys() == b.keys()
+    torch.testing.assert_close(a["head.weight"], b["head.weight"], rtol=1e-4, atol=1e-5)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_another_architecture_is_refused(small_fit, tmp_path):
+    small_fit(optim__epochs=1)
+    with pytest.raises(ForgeError, match=r"of another architecture: .* is \(1, 16, 12\) there and \(1, 16, 14\)"):
+        small_fit(model__d_model=14)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "training_state.pt"])
+def test_a_truncated_checkpoint_is_named(small_fit, tmp_path, file):
+    small_fit(optim__epochs=1)
+    path = ckpt.newest_checkpoint(tmp_path / "run") / file
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ForgeError, match=f"{file} is truncated or damaged"):
+        small_fit(optim__epochs=3)
+    path.unlink()
+    with pytest.raises(ForgeError, match=f"{file} is missing"):
+        small_fit(optim__epochs=3)
+
+
+def test_no_space_left_ends_with_one_sentence(small_fit, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    small_fit(optim__epochs=1)
+    monkeypatch.setattr("mamba.checkpoint.save_file", full)
+    with pytest.raises(ForgeError, match=r"checkpoints/.* could not be written: .*No space left on device"):
+        small_fit(optim__epochs=3)
+    assert ckpt.newest_checkpoint(tmp_path / "run").name == "step-00000004"  # what was written is still there
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*partial"))
+
+
+def test_a_broken_checkpoint_write_leaves_no_name(small_config, small_data, tmp_path, monkeypatch):
+    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    monkeypatch.setattr("mamba.checkpoint.json.dumps", lambda *_a, **_k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # killed just before the rename
+        trainer._save_state()
+    assert ckpt.newest_checkpoint(tmp_path) is None
+    monkeypatch.undo()
+    trainer._save_state()
+    assert ckpt.newest_checkpoint(tmp_path) is not None
+
+
+def test_a_model_is_rebuilt_from_its_folder_alone(small_fit, tmp_path):
+    small_fit()
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(ckpt.best_checkpoint(tmp_path / "run"), moved)
+    shutil.rmtree(tmp_path / "run")
+    model, description = ckpt.load_model(moved, weights="raw")
+    assert description["classes"] == ["dark", "grey", "bright"]
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    with pytest.raises(ForgeError, match="neither a checkpoint .* nor a run"):
+        ckpt.load_model(tmp_path / "nowhere")
+    with pytest.raises(ForgeError, match=r"training_state.pt is missing: this checkpoint can be loaded, but"):
+        ckpt.load_training_state(moved)
+
+
+def test_a_set_with_one_image_left_over_in_a_batch(small_config, small_data, tmp_path):
+    """An odd batch: cutmix leaves its last image unmixed."""
+    result = fit(
+        small_config(data__batch_size=9, data__cutmix=1.0, data__mix_prob=1.0), local_worker(), tmp_path, small_data
+    )
+    assert result["status"] == "finished"
+
+
+def test_validation_each_second_epoch_and_after_the_last(small_fit, tmp_path):
+    small_fit(eval__every=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["val/accuracy" in m for m in lines] == [False, True, True]
