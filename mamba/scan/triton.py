@@ -74,26 +74,32 @@ def _scan(a, x, h):
     """h_t = a_t h_(t-1) + x_t down the rows, from h (1, c). Returns h_t, a_t h_(t-1) and the last row of h."""
     if a.shape[0] == 1:
         carried = a * h
-        h = x + carried
-        return h, carried, h
-    a0, a1 = _halves(a)
-    x0, x1 = _halves(x)
-    h0, carried0, h = _scan(a0, x0, h)
-    h1, carried1, h = _scan(a1, x1, h)
-    return _stack(h0, h1), _stack(carried0, carried1), h
+        h_all = x + carried
+        end = h_all
+    else:
+        a0, a1 = _halves(a)
+        x0, x1 = _halves(x)
+        h0, carried0, middle = _scan(a0, x0, h)
+        h1, carried1, end = _scan(a1, x1, middle)
+        h_all = _stack(h0, h1)
+        carried = _stack(carried0, carried1)
+    return h_all, carried, end
 
 
 @triton.jit
 def _scan_back(a, v, a_next, g):
     """g_t = v_t + a_(t+1) g_(t+1) up the rows, from a_next, g (1, c). Returns g_t and the first rows of a and g."""
     if a.shape[0] == 1:
-        g = v + a_next * g
-        return g, a, g
-    a0, a1 = _halves(a)
-    v0, v1 = _halves(v)
-    g1, a_next, g = _scan_back(a1, v1, a_next, g)
-    g0, a_next, g = _scan_back(a0, v0, a_next, g)
-    return _stack(g0, g1), a_next, g
+        g_all = v + a_next * g
+        a_first = a
+        g_first = g_all
+    else:
+        a0, a1 = _halves(a)
+        v0, v1 = _halves(v)
+        g1, a_middle, g_middle = _scan_back(a1, v1, a_next, g)
+        g0, a_first, g_first = _scan_back(a0, v0, a_middle, g_middle)
+        g_all = _stack(g0, g1)
+    return g_all, a_first, g_first
 
 
 @triton.jit
@@ -111,12 +117,14 @@ def _lane_sums(v):
     """
     distance: tl.constexpr = v.shape[0] // 2
     if distance == 0:
-        return v.reshape(_LANES)
-    first, last = _halves(v)
-    upper = ((tl.arange(0, _LANES) & distance) != 0)[None, :]
-    kept = tl.where(upper, last, first)
-    given = tl.where(upper, first, last)
-    return _lane_sums(kept + _swap_lanes(given, distance))
+        sums = v.reshape(_LANES)
+    else:
+        first, last = _halves(v)
+        upper = ((tl.arange(0, _LANES) & distance) != 0)[None, :]
+        kept = tl.where(upper, last, first)
+        given = tl.where(upper, first, last)
+        sums = _lane_sums(kept + _swap_lanes(given, distance))
+    return sums
 
 
 # ---------------------------------------------------------------- element functions
@@ -131,8 +139,10 @@ def _exp(x):
 def _reciprocal(x):
     """1 / x for x >= 1, in one instruction where there is one (1 ulp)."""
     if _PTX:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return 1.0 / x
+        inverse = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        inverse = 1.0 / x
+    return inverse
 
 
 @triton.jit
@@ -265,7 +275,7 @@ def _unpack_kernel(
     partial, dB, dC, d_state, length, chunks, blocks,
     T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (batch, chunk, d_state, blocks, 2, T) over the channel blocks, to dB, dC (batch, length, d_state)."""
+    """Add partial (batch, chunk, d_state, blocks, 2, T) over the channel blocks: dB, dC (batch, length, d_state)."""
     b = (tl.program_id(0) // chunks).to(tl.int64)
     c = tl.program_id(0) % chunks
     t = tl.arange(0, T)
@@ -354,7 +364,7 @@ def _forward_kernel(
             B_n = tl.load(row + n * _LANES + t)[:, None]
             C_n = tl.load(row + n * _LANES + _CHUNK + t)[:, None]
             a = tl.exp2(step * (A_n * _LOG2E))
-            h, carried, end = _scan(a, drive * B_n, h)
+            h, _carried, end = _scan(a, drive * B_n, h)
             y += h * C_n
             end = end.reshape(_LANES)
             tl.store(after + n * d_inner + d, end, mask=later)
@@ -461,7 +471,7 @@ def _backward_kernel(
             B_n = tl.load(row + n * _LANES + t)[:, None]
             C_n = tl.load(row + n * _LANES + _CHUNK + t)[:, None]
             a = tl.exp2(step * (A_n * _LOG2E))
-            h, carried, end = _scan(a, drive * B_n, h)
+            h, carried, _end = _scan(a, drive * B_n, h)
             g, a_first, g_first = _scan_back(a, dy * C_n, one, ag)
             tl.store(carry + n * d_inner + d, (a_first * g_first).reshape(_LANES), mask=inside)
             if z is not None:

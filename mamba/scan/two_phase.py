@@ -37,7 +37,7 @@ class _TwoPhaseScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
         u, delta, A, B, C, decay, states = ctx.saved_tensors
-        grad_y = grad_y.permute(2, 0, 1)
+        grad_y = grad_y.permute(2, 0, 1).contiguous()
         grad_C = (grad_y[:, :, None, :] @ states).squeeze(2)
         # g_t = dLoss/dh_t, from the last step to the first
         g = grad_y[..., None] * C[:, :, None, :]
