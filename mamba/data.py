@@ -151,9 +151,11 @@ def _cifar(name: str, root: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = root / source.base_folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):
-            parts = [source(str(root), train=train, download=not folder.exists()) for train in (True, False)]
+        if not folder.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / f".{name}.lock"):
+                source(str(root), download=True)
+        parts = [source(str(root), train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
         raise DataError(
             f"{name} is not complete at {folder} and could not be downloaded ({error}); on a machine without network, "

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -41,7 +42,12 @@ HPARAM_METRICS = (
     "model/params",
     "model/macs",
 )
-NOT_COMPARED = {"trial", "out", "data.root", "data.loader_workers", "eval.batch_size", "scaling.cpus_per_worker"}
+FIRST_HPARAMS = {"model.name", "model.drop_path", "optim.lr", "optim.weight_decay", "optim.layer_decay", "data.augment"}
+"""Columns that TensorBoard shows before the others; the rest is one click away."""
+NOT_COMPARED = {
+    *("trial", "out", "data.root", "data.loader_workers", "eval.batch_size", "checkpoint.every", "checkpoint.keep"),
+    *("scaling.cpus_per_worker", "scaling.max_failures"),
+}
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -59,11 +65,12 @@ def create_run(config: RunConfig) -> Path:
     folder = run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "config.yaml").exists():
-            raise ConfigError(
-                f"{folder} holds a run already; choose another --trial or --name, or continue it with --resume {folder}"
-            )
-        (folder / "config.yaml").write_text(config.model_copy(update={"trial": folder.name}).to_yaml())
+        with (folder / "config.yaml").open("x") as file:  # also decides between two that start at the same moment
+            file.write(config.model_copy(update={"trial": folder.name}).to_yaml())
+    except FileExistsError:
+        raise ConfigError(
+            f"{folder} holds a run already; choose another --trial or --name, or continue it with --resume {folder}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"out: the run's folder {folder} cannot be written: {error}") from None
     return folder
@@ -147,6 +154,7 @@ class Tracker:
             if key not in NOT_COMPARED
         }
         experiment, start, self.session_end = hparams(shown, dict.fromkeys(HPARAM_METRICS, 0.0))
+        _put_first(experiment, FIRST_HPARAMS)
         writer = self.writer._get_file_writer()
         writer.add_summary(experiment)
         writer.add_summary(start)
@@ -197,6 +205,15 @@ def _epoch_of(line: str) -> int:
         return int(json.loads(line)["epoch"])
     except (ValueError, KeyError):  # a line that a crash cut short
         return 10**9
+
+
+def _put_first(experiment: Any, names: set[str]) -> None:
+    """Mark hyperparameters of an experiment summary as differing between runs: TensorBoard sorts those first."""
+    data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(data.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in names
+    data.content = content.SerializeToString()
 
 
 def _may_be_none(key: str) -> bool:

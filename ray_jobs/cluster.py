@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ def connected() -> Iterator[Cluster]:
         os.environ.setdefault(name, value)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     where = "the running cluster"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if not ray.is_initialized():
         try:
             ray.init(address="auto", **quiet)
@@ -55,6 +57,9 @@ def connected() -> Iterator[Cluster]:
                 ) from None
             ray.init(address="local", include_dashboard=False, **quiet)
             where = "a local cluster"
+    for number, handler in handlers.items():  # ray.init takes SIGTERM over; give it back to who had it
+        if callable(handler):
+            signal.signal(number, handler)
     for name in ("ray", "ray.train", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

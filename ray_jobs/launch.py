@@ -123,6 +123,8 @@ def train_loop(spec: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     device = get_device()
     assert not isinstance(device, list)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current device
     folder = Path(spec["folder"])
     worker = RayWorker(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
     write_json(folder / ".ray" / f"worker-{worker.rank}.json", {"pid": os.getpid(), "device": str(device)})

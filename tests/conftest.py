@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mamba.config import RunConfig
 from mamba.data import ImageData, ImageSet, split_validation
@@ -62,3 +63,8 @@ def small_fit(small_config, small_data, tmp_path):
 
     (tmp_path / "run").mkdir()
     return run
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")

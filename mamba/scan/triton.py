@@ -110,20 +110,26 @@ def _swap_lanes(v, distance: tl.constexpr):
 
 
 @triton.jit
-def _lane_sums(v):
-    """(32, 32) -> (32,): row i's sum over the lanes ends in lane i.
+def _exchange(first, last, distance: tl.constexpr):
+    """Add lanes in pairs: the lower lane of a pair gets the sum of `first`, the upper lane that of `last`."""
+    upper = ((tl.arange(0, _LANES) & distance) != 0)[None, :]
+    kept = tl.where(upper, last, first)
+    given = tl.where(upper, first, last)
+    return kept + _swap_lanes(given, distance)
 
-    Each step hands half of the rows to a partner lane and keeps the other half, so 31 shuffles do for 32 rows.
+
+@triton.jit
+def _lane_sums(v):
+    """(r, 32) -> (1, 32): the sum of row i over the lanes, short of one addition over the other bits of the lane.
+
+    Lane i modulo r holds row i. Each step hands half of the rows to a partner lane and keeps the other half, so
+    r - 1 shuffles do for r rows; a butterfly for each row would take 5 r.
     """
-    distance: tl.constexpr = v.shape[0] // 2
-    if distance == 0:
-        sums = v.reshape(_LANES)
+    if v.shape[0] == 1:
+        sums = v
     else:
         first, last = _halves(v)
-        upper = ((tl.arange(0, _LANES) & distance) != 0)[None, :]
-        kept = tl.where(upper, last, first)
-        given = tl.where(upper, first, last)
-        sums = _lane_sums(kept + _swap_lanes(given, distance))
+        sums = _lane_sums(_exchange(first, last, v.shape[0] // 2))
     return sums
 
 
@@ -208,31 +214,34 @@ def _prefetch_rows(row, states, d0, d_inner, d_state):
 
 
 @triton.jit
-def _warm(row, states, carry, parameters, c, d0, d_inner, d_state):
+def _warm(row, A, states, carry, parameters, c, d0, d_inner, d_state):
     """Load one number of each sector that the loop over the states will read, to have it in the L1 cache.
 
     Loads there are broadcasts of one row at a time, each too late to wait for L2. Returns a sum that must not be
     dropped, or the compiler drops the loads: see `_keep`.
     """
     parts: tl.constexpr = _LANES // _SECTOR
-    total = tl.zeros([_LANES], tl.float32)
-    for first in range(0, d_state * parts, _LANES):
-        i = tl.minimum(first + tl.arange(0, _LANES), d_state * parts - 1)
+    width: tl.constexpr = 2 * _LANES  # d_state 16 at once
+    total = tl.zeros([width], tl.float32)
+    for first in range(0, d_state * parts, width):
+        i = tl.minimum(first + tl.arange(0, width), d_state * parts - 1)
         channel = d0 + (i % parts) * _SECTOR
         offset = (i // parts) * d_inner + channel
+        inside = channel < d_inner
         total += tl.load(row + i * _SECTOR)
+        total += tl.load(A + offset, mask=inside, other=0.0)
         total += tl.load(states + offset, mask=channel < tl.where(c > 0, d_inner, 0), other=0.0)
         if carry is not None:
-            total += tl.load(carry + offset, mask=channel < d_inner, other=0.0)
-            total += tl.load(parameters + offset, mask=channel < d_inner, other=0.0)
+            total += tl.load(carry + offset, mask=inside, other=0.0)
+            total += tl.load(parameters + offset, mask=inside, other=0.0)
     return total
 
 
 @triton.jit
 def _keep(pointer, total, length):
     """A store that never happens: length is positive, which the compiler cannot know."""
-    lane = tl.arange(0, _LANES)
-    tl.store(pointer + lane, total, mask=lane < -length)
+    i = tl.arange(0, 2 * _LANES)
+    tl.store(pointer + i, total, mask=i < -length)
 
 
 @triton.jit
@@ -330,7 +339,7 @@ def _forward_kernel(
     states += b * slot * ((chunks - 1) if KEEP else 1)
     if last is not None:
         last += b * slot
-    touched = tl.zeros([_LANES], tl.float32)
+    touched = tl.zeros([2 * _LANES], tl.float32)
 
     for i in range(chunks):
         c = i + tl.zeros([], tl.int32)  # a tensor also in the interpreter
@@ -344,9 +353,9 @@ def _forward_kernel(
         earlier = d < tl.where(c > 0, d_inner, 0)
         later = d < tl.where(c < chunks - 1, d_inner, 0)
         final = d < tl.where(c == chunks - 1, d_inner, 0)
-        touched += _warm(row, before, None, None, c, d0, d_inner, d_state)
         u_tile = _tile(u + start * u_t + wide * u_d, near, u_t, inside)
         delta_tile = _tile(delta + start * delta_t + wide * delta_d, near, delta_t, inside)
+        touched += _warm(row, A, before, None, None, c, d0, d_inner, d_state)
         if z is not None:
             _prefetch_tile(z + start * z_t, near, z_t, z_d, d0, d_inner)
         if c < chunks - 1:
@@ -423,10 +432,11 @@ def _backward_kernel(
     states += b * (chunks - 1) * slot
     carry += b * slot
     parameters += b * (slot + 2 * d_inner)
-    touched = tl.zeros([_LANES], tl.float32)
+    touched = tl.zeros([2 * _LANES], tl.float32)
     sum_D = tl.zeros([_LANES], tl.float32)
     sum_bias = tl.zeros([_LANES], tl.float32)
     one = tl.full([1, _LANES], 1.0, tl.float32)
+    zero = tl.program_id(1)
 
     for i in range(chunks):
         c = chunks - 1 - i
@@ -440,13 +450,13 @@ def _backward_kernel(
         earlier = d < tl.where(c > 0, d_inner, 0)
         later = d < tl.where(c < chunks - 1, d_inner, 0)
         resumed = inside if LAST else later
-        touched += _warm(row, before, carry, parameters, c, d0, d_inner, d_state)
         u_tile = _tile(u + start * u_t + wide * u_d, near, u_t, inside)
         delta_tile = _tile(delta + start * delta_t + wide * delta_d, near, delta_t, inside)
         dy = _tile(dout + start * dout_t + wide * dout_d, near, dout_t, inside)
         if z is not None:
             gate = _tile(z + start * z_t + wide * z_d, near, z_t, inside)
             dy *= gate * _sigmoid(gate)
+        touched += _warm(row, A, before, carry, parameters, c, d0, d_inner, d_state)
         if c > 0:
             begin = start - _CHUNK
             _prefetch_tile(u + begin * u_t, t, u_t, u_d, d0, d_inner)
@@ -472,29 +482,34 @@ def _backward_kernel(
             C_n = tl.load(row + n * _LANES + _CHUNK + t)[:, None]
             a = tl.exp2(step * (A_n * _LOG2E))
             h, carried, _end = _scan(a, drive * B_n, h)
-            g, a_first, g_first = _scan_back(a, dy * C_n, one, ag)
-            tl.store(carry + n * d_inner + d, (a_first * g_first).reshape(_LANES), mask=inside)
             if z is not None:
                 y += h * C_n
+            share_C = _lane_sums(dy * h)
+            g, a_first, g_first = _scan_back(a, dy * C_n, one, ag)
+            tl.store(carry + n * d_inner + d, (a_first * g_first).reshape(_LANES), mask=inside)
             d_drive += g * B_n
             d_exponent = g * carried
             d_step += d_exponent * A_n
             dA += tl.sum(d_exponent * step, 0)
             tl.store(parameters + n * d_inner + d, dA, mask=inside)
-            tl.store(sums + n * blocks * _LANES + lane, _lane_sums(_stack(g * drive, dy * h)))
+            shares = _exchange(_lane_sums(g * drive), share_C, _CHUNK)
+            tl.store(sums + n * blocks * _LANES + lane, shares.reshape(_LANES))
 
-        # The registers were needed for other things: read the inputs again, from the cache.
-        u_tile = _tile(u + start * u_t + wide * u_d, near, u_t, inside)
-        to = (near * d_inner)[:, None] + (start * d_inner + d)[None, :]
+        # The registers were needed for other things: read the inputs again, from the cache. Their addresses too are
+        # computed again, which the compiler would not do (it would spill them) if it knew that `zero` is zero.
+        again = tl.minimum(t, rest - 1 + zero)
+        u_tile = _tile(u + start * u_t + wide * u_d, again, u_t, inside)
+        d_delta = d_step + d_drive * u_tile
+        if SOFTPLUS:
+            delta_tile = _tile(delta + start * delta_t + wide * delta_d, again, delta_t, inside)
+        to = (again * d_inner)[:, None] + (start * d_inner + d)[None, :]
         if z is not None:
-            gate = _tile(z + start * z_t + wide * z_d, near, z_t, inside)
-            grad = _tile(dout + start * dout_t + wide * dout_d, near, dout_t, inside)
+            gate = _tile(z + start * z_t + wide * z_d, again, z_t, inside)
+            grad = _tile(dout + start * dout_t + wide * dout_d, again, dout_t, inside)
             sigmoid = _sigmoid(gate)
             d_gate = grad * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))
             tl.store(dz + to, d_gate.to(dz.dtype.element_ty), mask=mask)
-        d_delta = d_step + d_drive * u_tile
         if SOFTPLUS:
-            delta_tile = _tile(delta + start * delta_t + wide * delta_d, near, delta_t, inside)
             d_delta *= _sigmoid(delta_tile + shift[None, :])
         tl.store(ddelta + to, d_delta.to(ddelta.dtype.element_ty), mask=mask)
         tl.store(du + to, (d_drive * step + skip[None, :] * dy).to(du.dtype.element_ty), mask=mask)

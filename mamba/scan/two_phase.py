@@ -20,9 +20,7 @@ class _TwoPhaseScan(torch.autograd.Function):
     """(u, delta, A, B, C) -> (y, last state), all in one floating type; time is the last axis, as in the interface."""
 
     @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         # time first, so that one step's slice is contiguous
         u, delta = u.permute(2, 0, 1).contiguous(), delta.permute(2, 0, 1).contiguous()  # (L, batch, d_inner)
         B, C = B.permute(2, 0, 1).contiguous(), C.permute(2, 0, 1).contiguous()  # (L, batch, d_state)

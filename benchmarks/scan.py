@@ -1,0 +1,191 @@
+"""Time the scan's backends side by side, on any device.
+
+    python benchmarks/scan.py                                   # the shapes of the design, every backend of the device
+    python benchmarks/scan.py --shapes 8x384x196x16 --backends two_phase reference --threads 2 --dtype float32
+    python benchmarks/scan.py --graph --json scan.json          # CUDA graph replays: without launch overhead
+
+Shapes are batch x d_inner x length x d_state. D, z, delta_bias and softplus are on; A, D and delta_bias are float32,
+the rest is `--dtype`, as under autocast; sequences are (batch, length, channel) tensors transposed, as in the model.
+Each number is the median of `--repeats` timed calls after a warm-up, with the 10th and 90th percentile. Backends take
+turns within a shape, so that drift hits all of them. `mamba_ssm` joins when it is importable, `reference_compiled`
+(torch.compile of the reference; slow to compile for long sequences) when it is asked for by name.
+
+A CUDA time comes from events around one call. The default shapes are larger than any L2 cache; small ones are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mamba.scan import BACKENDS, selective_scan
+from mamba.scan.reference import selective_scan_reference
+
+DEFAULT_SHAPES = {
+    "cuda": ["1024x384x64x16", "256x384x196x16", "64x384x1024x16"],
+    "cpu": ["1x384x196x16", "8x384x196x16", "32x384x64x16"],
+}
+REFERENCE_LIMIT = 2**24  # largest batch x d_inner x length x d_state that `reference` is timed on unasked
+
+
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    batch, d_inner, length, d_state = shape
+    g = torch.Generator(device).manual_seed(0)
+
+    def sequence(channels: int) -> Tensor:
+        x = torch.randn(batch, length, channels, generator=g, device=device)
+        return x.to(dtype).transpose(1, 2)
+
+    return {
+        "u": sequence(d_inner),
+        "delta": sequence(d_inner) * 0.5,
+        "A": -torch.arange(1.0, d_state + 1, device=device).expand(d_inner, -1).contiguous(),
+        "B": sequence(d_state),
+        "C": sequence(d_state),
+        "D": torch.ones(d_inner, device=device),
+        "z": sequence(d_inner),
+        "delta_bias": torch.rand(d_inner, generator=g, device=device) * 4.6 - 6.9,  # steps of 0.001 to 0.1
+    }
+
+
+def backends(names: list[str] | None, shape: tuple[int, ...], device: str) -> dict[str, Callable[..., Tensor]]:
+    """The functions to time; unasked: what the device can run in reasonable time."""
+    table: dict[str, Callable[..., Tensor]] = {
+        name: lambda *a, _name=name: selective_scan(*a, delta_softplus=True, backend=_name) for name in BACKENDS
+    }
+    if device == "cpu":
+        table.pop("triton", None)
+    if importlib.util.find_spec("mamba_ssm") and device == "cuda":
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        table["mamba_ssm"] = lambda *a: selective_scan_fn(*a, delta_softplus=True)
+    if names is None:
+        size = shape[0] * shape[1] * shape[2] * shape[3]
+        return {k: f for k, f in table.items() if device == "cpu" or k != "reference" or size <= REFERENCE_LIMIT}
+    if "reference_compiled" in names:
+        compiled = torch.compile(selective_scan_reference)
+        table["reference_compiled"] = lambda *a: compiled(*a, delta_softplus=True)
+    unknown = set(names) - set(table)
+    if unknown:
+        raise SystemExit(f"unknown or missing here: {', '.join(sorted(unknown))}; valid: {', '.join(table)}")
+    return {name: table[name] for name in names}
+
+
+def calls(scan: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+    """What is timed: inference, the forward of training, and forward and backward."""
+    plain = list(tensors.values())
+    leaves = [t.detach().requires_grad_() for t in plain]
+    grad = torch.randn_like(tensors["u"])
+
+    def inference() -> Tensor:
+        with torch.no_grad():
+            return scan(*plain)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(scan(*leaves), leaves, grad)
+
+    return {"inference": inference, "forward": lambda: scan(*leaves), "forward_backward": both}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def once(call: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def measure(
+    table: dict[str, Callable[[], object]], device: str, repeats: int, seconds: float
+) -> dict[str, dict[str, float | int]]:
+    """Take turns until each has `repeats` timings or its share of `seconds` is used (at least three)."""
+    for call in table.values():
+        for _ in range(3 if device == "cuda" else 1):
+            once(call, device)
+    times: dict[str, list[float]] = {name: [] for name in table}
+    for i in range(repeats):
+        for name, call in table.items():
+            if i < 3 or sum(times[name]) < seconds * 1e3:
+                times[name].append(once(call, device))
+    result: dict[str, dict[str, float | int]] = {}
+    for name, values in times.items():
+        p10, median, p90 = torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        result[name] = {"median_ms": median, "p10_ms": p10, "p90_ms": p90, "repeats": len(values)}
+    return result
+
+
+def hardware(device: str) -> dict[str, str | int]:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if importlib.util.find_spec("triton"):
+        import triton
+
+        found["triton"] = triton.__version__
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", help="batch x d_inner x length x d_state, as 1024x384x64x16")
+    parser.add_argument("--backends", nargs="+")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--modes", nargs="+", default=["inference", "forward", "forward_backward"])
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=5.0, help="at most this long for one number")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--graph", action="store_true", help="replay a CUDA graph of the call")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+
+    report = {"hardware": hardware(args.device), "dtype": str(dtype), "graph": args.graph, "rows": []}
+    print(" ".join(f"{k}={v}" for k, v in report["hardware"].items()), str(dtype), "graph" if args.graph else "eager")
+    print(f"{'shape':>16} {'mode':>17} {'backend':>19} {'median ms':>10} {'p10':>9} {'p90':>9}")
+    for text in args.shapes or DEFAULT_SHAPES[args.device]:
+        shape = tuple(int(n) for n in text.split("x"))
+        tensors = make_inputs(shape, dtype, args.device)
+        ways = {name: calls(scan, tensors) for name, scan in backends(args.backends, shape, args.device).items()}
+        for mode in args.modes:
+            table = {name: way[mode] for name, way in ways.items()}
+            if args.graph:
+                table = {name: captured(call) for name, call in table.items()}
+            for name, row in measure(table, args.device, args.repeats, args.seconds).items():
+                report["rows"].append({"shape": text, "mode": mode, "backend": name, **row})
+                numbers = f"{row['median_ms']:10.3f} {row['p10_ms']:9.3f} {row['p90_ms']:9.3f}"
+                print(f"{text:>16} {mode:>17} {name:>19} {numbers}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What only a GPU can show: precision, the skipped step without a look from the host, compilation, resuming."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mamba import checkpoint as ckpt
+from mamba.model import mamba_tiny
+from mamba.scan import selective_scan
+from mamba.trainer import Trainer
+from mamba.worker import local_worker
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "off"])
+def test_learns_in_every_precision(small_fit, amp):
+    result = small_fit(optim__amp=amp, optim__epochs=12)
+    expected = {"auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "off": "off"}[amp]
+    assert result["amp"] == expected
+    assert result["metrics"]["test/accuracy"] > 90
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_path, amp):
+    trainer = Trainer(small_config(optim__amp=amp), local_worker(), tmp_path, small_data)
+    images, targets = torch.randn(16, 3, 8, 8, device="cuda"), torch.full((16, 3), 1 / 3, device="cuda")
+    trainer.model.train()
+    for _ in range(8):  # fp16's loss scale settles
+        trainer._train_step([(images, targets)])
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.skipped.zero_()
+    trainer._train_step([(images * float("nan"), targets)])
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    assert trainer.skipped.tolist() == [1, 1]
+    trainer._train_step([(images, targets)])
+    assert trainer.skipped[1].item() == 0
+    assert not torch.equal(trainer.model.head.weight, before["head.weight"])
+
+
+def test_resumes(small_fit, tmp_path):
+    """Close, not bit-equal: some of CUDA's sums are not in a fixed order."""
+    (tmp_path / "whole").mkdir()
+    small_fit("whole")
+    small_fit("run", checkpoint__keep=3)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    checkpoints[-1].rename(tmp_path / "removed")
+    small_fit("run", checkpoint__keep=3)
+    a, b = (load_file(ckpt.newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("whole", "run"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
+
+
+def test_compiled_run_follows_the_plain_one(small_fit, tmp_path):
+    curves = {}
+    for name, on in (("plain", False), ("compiled", True)):
+        (tmp_path / name).mkdir()
+        small_fit(name, optim__compile=on, optim__amp="off", model__drop_path=0)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        curves[name] = [json.loads(line)["train/loss"] for line in lines]
+    assert curves["plain"] == pytest.approx(curves["compiled"], rel=1e-3)
+
+
+def test_model_on_the_gpu_equals_the_model_on_the_cpu():
+    torch.manual_seed(0)
+    model = mamba_tiny(img_size=16, d_model=32, depth=3)
+    images = torch.randn(4, 3, 16, 16)
+    expected = model(images)
+    torch.testing.assert_close(model.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_auto_backend_runs_without_a_copy_of_the_inputs():
+    """Peak memory of a forward pass over channels-last inputs: the output, not another set of inputs."""
+    x = torch.randn(64, 64, 256, device="cuda", dtype=torch.bfloat16)
+    B = torch.randn(64, 64, 16, device="cuda", dtype=torch.bfloat16)
+    A = -torch.rand(256, 16, device="cuda")
+    with torch.no_grad():
+        selective_scan(x.transpose(1, 2), x.transpose(1, 2), A, B.transpose(1, 2), B.transpose(1, 2))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = selective_scan(x.transpose(1, 2), x.transpose(1, 2), A, B.transpose(1, 2), B.transpose(1, 2))
+        assert isinstance(out, torch.Tensor)
+        extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 2.5 * x.numel() * x.element_size()
