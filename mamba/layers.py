@@ -32,16 +32,23 @@ class DropPath(nn.Module):
     expectation is unchanged; in evaluation it is the identity. Input and output: (batch, ...).
     """
 
+    keep: Tensor
+
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate = rate
+        self.active = rate > 0
+        # a tensor, so that blocks that differ in their rate share one compiled graph
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    @property
+    def rate(self) -> float:
+        return 1.0 - float(self.keep)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
+        if not self.training or not self.active:
             return x
-        keep = 1.0 - self.rate
-        mask = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) < keep
-        return x * (mask / keep).to(x.dtype)
+        mask = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) < self.keep
+        return x * (mask / self.keep).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

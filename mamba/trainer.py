@@ -87,7 +87,7 @@ class Trainer:
         self.epoch = 0  # epochs completed
         self.step = 0  # optimizer steps taken in the current epoch
         self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # this epoch's loss sum and count
-        self.seconds = {"epoch": 0.0, "run": 0.0}  # spent training, validation left out
+        self.seconds = {"epoch": 0.0, "run": 0.0, "waiting": 0.0}  # training, validation left out; for data
         self.skipped = torch.zeros(2, device=worker.device)  # non-finite steps: in all, and in a row
         self.stop = torch.zeros((), device=worker.device)  # above 0 once a stop was requested
         self.off_on = torch.zeros((), device=worker.device), torch.ones((), device=worker.device)
@@ -97,8 +97,9 @@ class Trainer:
         torch.manual_seed(config.seed + 1000 * (worker.rank + 1))  # drop path differs between ranks
         self._restore()
 
-        if optim.compile:
-            self.model.compile()  # in place: the state dict keeps its names
+        if optim.compile:  # block by block: one graph serves all of one shape; in place: names stay as they are
+            for block in self.model.blocks:
+                block.compile()
         self.forward: nn.Module = self.model
         if worker.world_size > 1:
             device_ids = [worker.device.index] if gpu else None
@@ -156,7 +157,9 @@ class Trainer:
         for step in range(self.step, self.steps_per_epoch):
             micro = []
             for _ in range(config.optim.accumulate):
+                asked = time.perf_counter()
                 images, labels = next(batches)
+                self.seconds["waiting"] += time.perf_counter() - asked
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 micro.append(self.mix(images, labels, self.epoch, step))
             if self.tracker and self.epoch == 0 and step == 0:
@@ -183,8 +186,7 @@ class Trainer:
                 self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
         # gradients are averaged over the ranks, so their norm is the same everywhere; losses are not
         flags = self.worker.sum(torch.stack(((~loss.isfinite()).float(), self.off_on[self._stop_requested()])))
         finite = (flags[0] == 0) & norm.isfinite()
@@ -207,7 +209,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.update(self.model)
+            self.ema.update()
 
     # --- validation and the end --------------------------------------------------------------------------------------
 
@@ -365,12 +367,13 @@ class Trainer:
     def _train_metrics(self) -> dict[str, float]:
         loss_sum, count = (self.worker.sum(self.totals.clone()) / self.worker.world_size).tolist()
         self.totals.zero_()
-        seconds, self.seconds["epoch"] = self.seconds["epoch"], 0.0
-        self.seconds["run"] += seconds
+        seconds, waiting = self.seconds["epoch"], self.seconds["waiting"]
+        self.seconds = {"epoch": 0.0, "run": self.seconds["run"] + seconds, "waiting": 0.0}
         return {
             "train/loss": loss_sum / max(1.0, count),
             "train/lr": self.optimizer.param_groups[-1]["lr"],
             "train/images_per_s": self.steps_per_epoch * self.config.data.batch_size / max(seconds, 1e-9),
+            "train/data_wait_percent": 100 * waiting / max(seconds, 1e-9),
             "train/skipped_steps": float(self.skipped[0].item()),
         }
 

@@ -6,6 +6,7 @@ It reads the run's folder, so it shows the same whether training happens here or
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import threading
@@ -107,14 +108,23 @@ class Display:
 EPOCH_COLUMNS = {"val/accuracy": "val", "val/ema_accuracy": "val (ema)"}
 
 
+SAME_SIGNAL_S = 2.0
+"""Signals this close together count as one: `timeout` and `make` pass theirs on, besides the terminal's own."""
+
+
 @contextmanager
 def stop_on_signal(folder: Path, display: Display) -> Iterator[None]:
     """Turn the first Ctrl-C or SIGTERM into an orderly stop with a checkpoint; a second one ends at once."""
     began = time.monotonic()
 
+    first = [math.inf]
+
     def handle(number: int, frame: FrameType | None) -> None:
-        if (folder / "STOP").exists():
+        if time.monotonic() - first[0] > SAME_SIGNAL_S:
             raise KeyboardInterrupt
+        if first[0] < math.inf:
+            return
+        first[0] = time.monotonic()
         request_stop(folder)
         display.say(
             f"{signal.Signals(number).name} after {time.monotonic() - began:.0f} s: saving a checkpoint and stopping "

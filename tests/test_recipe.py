@@ -95,7 +95,7 @@ def test_average_warms_up_and_covers_buffers():
         net.weight += 1
         net.running_mean += 2
         net.num_batches_tracked += 5
-    ema.update(net)  # decay (1 + 0) / (10 + 0)
+    ema.update()  # decay (1 + 0) / (10 + 0)
     torch.testing.assert_close(ema.model.weight, start + 0.9)
     torch.testing.assert_close(ema.model.running_mean, torch.full((3,), 1.8))
     assert ema.model.num_batches_tracked == 5

@@ -1,37 +1,41 @@
 """The selective scan as Triton kernels: forward and backward, for sequences of 1 to some thousands of tokens.
 
 The recurrence is that of Mamba (Gu & Dao 2023, https://arxiv.org/abs/2312.00752, Algorithm 2); `reference.py` says
-what is computed, this file only how.
+what is computed, this file only how. How fast, and what was tried: docs/scan-notes.md.
 
 The plan
 --------
-One program is one warp. It owns one batch entry and `lanes x k` channels, walks over time in chunks of `CHUNK` tokens
-and, inside a chunk, over the states:
+One program is one warp. It owns one batch entry and 32 channels, one a lane, walks over time in chunks of `CHUNK`
+tokens and, inside a chunk, over the states:
 
-    for chunk:  load u, delta, z, dout                      # tiles (CHUNK, channels), lanes along the channels
+    for chunk:  load u, delta, z, dout                      # tiles (CHUNK, 32)
         for n in range(d_state):
             a = exp2(delta A_n log2 e);  x = delta u B_n    # tiles again
             h = scan(a, x), y += C_n h                      # CHUNK fused multiply-adds, all inside one thread
 
 A tile's time axis lies in the registers of one thread, so the recurrence needs no other thread, the decay `a` is
-computed once for the forward and the backward recurrence of a chunk, any d_state is a plain loop count, and d_inner
-and length only need masks. Between chunks the state (channels x 1 state at a time) goes through memory: those are the
-checkpoints from which backward recomputes everything else; without gradients one slot is reused.
+computed once for both recurrences of backward, any d_state is a plain loop count, and d_inner and length only need
+masks. Between chunks the state goes through memory, one state of 32 channels at a time: those are the checkpoints from
+which backward recomputes everything else. Without gradients one slot is reused and nothing is kept.
 
-Gradients with respect to B and C sum over channels, that is over lanes: `_lane_sums` adds 2 x CHUNK tiles' rows over
-32 lanes in 31 shuffles (each step halves the number of rows, not the 5 x 32 of a butterfly per row). Programs write
-partial sums which a second kernel adds in a fixed order: no atomics, the result is the same bits every time.
+Gradients with respect to B and C sum over channels, that is over lanes: see `_lane_sums`. Programs write partial sums,
+which a second kernel adds in a fixed order; the parameters' gradients are summed over the batch by torch. There are no
+atomics: **the same inputs give the same bits every time.**
 
-B and C (d_state rows shared by all channels) are first copied to float32 as (batch, chunk, d_state, 2, CHUNK), zero
+B and C (d_state rows that all channels share) are first copied to float32 as (batch, chunk, d_state, 2, CHUNK), zero
 past the end, so that the inner loop reads them as aligned vectors without masks. u, delta, z and dout, the large
-tensors, are read in place whatever their strides. Outputs are laid out (batch, length, channel).
+tensors, are read in place whatever their strides; lanes run along the channels, so the (batch, length, channel) memory
+order is the fast one. Outputs have it.
 
-Sizes: `states`, kept from forward to backward, is batch x d_inner x d_state x (ceil(length / CHUNK) - 1) float32.
-Deviations: exp2 is the hardware's approximation (2 ulp, denormals flushed); float64 is not supported.
+Kept from forward to backward besides the inputs: batch x d_inner x d_state x (ceil(length / CHUNK) - 1) float32.
+
+Deviations: exp2 and 1 / x are the hardware's approximations (2 ulp, denormals flushed); float64 is not supported. On
+AMD, and in Triton's interpreter, the few lines of PTX are replaced; only NVIDIA has been measured.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,9 +45,9 @@ from torch import Tensor
 
 CHUNK = 16  # tokens a program keeps in registers; also the distance of the checkpoints. Half of LANES: see _lane_sums
 LANES = 32
-_NVIDIA = not triton.knobs.runtime.interpret and torch.version.hip is None
-FORWARD_OPTIONS: dict[str, int] = {"maxnreg": 128} if _NVIDIA else {}
-BACKWARD_OPTIONS: dict[str, int] = {}
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+_NVIDIA = not _INTERPRETED and torch.version.hip is None
+FORWARD_OPTIONS = {"maxnreg": 128} if _NVIDIA else {}  # twice the warps: measured faster than the 150 it would take
 
 _CHUNK = tl.constexpr(CHUNK)
 _LANES = tl.constexpr(LANES)
@@ -201,46 +205,41 @@ def _prefetch_tile(pointer, near, stride_t, stride_d, d0, d_inner):
 
 
 @triton.jit
-def _prefetch_rows(row, states, d0, d_inner, d_state):
-    """What the loop over the states of another chunk will read: its rows of B and C and the states before it."""
+def _prefetch_rows(row, d_state):
+    """What the loop over the states of another chunk will read: its rows of B and C."""
     if _PTX:
         parts: tl.constexpr = _LANES // _SECTOR
         for first in range(0, d_state * parts, _LANES):
-            i = tl.minimum(first + tl.arange(0, _LANES), d_state * parts - 1)
-            _prefetch(row + i * _SECTOR)
-            if states is not None:
-                channel = tl.minimum(d0 + (i % parts) * _SECTOR, d_inner - 1)
-                _prefetch(states + (i // parts) * d_inner + channel)
+            _prefetch(row + tl.minimum(first + tl.arange(0, _LANES), d_state * parts - 1) * _SECTOR)
 
 
 @triton.jit
-def _warm(row, A, states, carry, parameters, c, d0, d_inner, d_state):
+def _warm(row, A, states, carry, parameters, c, d0, d_inner, d_state, WIDTH: tl.constexpr):
     """Load one number of each sector that the loop over the states will read, to have it in the L1 cache.
 
     Loads there are broadcasts of one row at a time, each too late to wait for L2. Returns a sum that must not be
-    dropped, or the compiler drops the loads: see `_keep`.
+    dropped, or the compiler drops the loads: see `_keep`. What is None is left out.
     """
     parts: tl.constexpr = _LANES // _SECTOR
-    width: tl.constexpr = 2 * _LANES  # d_state 16 at once
-    total = tl.zeros([width], tl.float32)
-    for first in range(0, d_state * parts, width):
-        i = tl.minimum(first + tl.arange(0, width), d_state * parts - 1)
+    total = tl.zeros([WIDTH], tl.float32)
+    for first in range(0, d_state * parts, WIDTH):
+        i = tl.minimum(first + tl.arange(0, WIDTH), d_state * parts - 1)
         channel = d0 + (i % parts) * _SECTOR
         offset = (i // parts) * d_inner + channel
-        inside = channel < d_inner
         total += tl.load(row + i * _SECTOR)
-        total += tl.load(A + offset, mask=inside, other=0.0)
+        if A is not None:
+            total += tl.load(A + offset, mask=channel < d_inner, other=0.0)
         total += tl.load(states + offset, mask=channel < tl.where(c > 0, d_inner, 0), other=0.0)
         if carry is not None:
-            total += tl.load(carry + offset, mask=inside, other=0.0)
-            total += tl.load(parameters + offset, mask=inside, other=0.0)
+            total += tl.load(carry + offset, mask=channel < d_inner, other=0.0)
+            total += tl.load(parameters + offset, mask=channel < d_inner, other=0.0)
     return total
 
 
 @triton.jit
-def _keep(pointer, total, length):
+def _keep(pointer, total, length, WIDTH: tl.constexpr):
     """A store that never happens: length is positive, which the compiler cannot know."""
-    i = tl.arange(0, 2 * _LANES)
+    i = tl.arange(0, WIDTH)
     tl.store(pointer + i, total, mask=i < -length)
 
 
@@ -339,7 +338,7 @@ def _forward_kernel(
     states += b * slot * ((chunks - 1) if KEEP else 1)
     if last is not None:
         last += b * slot
-    touched = tl.zeros([2 * _LANES], tl.float32)
+    touched = tl.zeros([_LANES], tl.float32)
 
     for i in range(chunks):
         c = i + tl.zeros([], tl.int32)  # a tensor also in the interpreter
@@ -353,9 +352,9 @@ def _forward_kernel(
         earlier = d < tl.where(c > 0, d_inner, 0)
         later = d < tl.where(c < chunks - 1, d_inner, 0)
         final = d < tl.where(c == chunks - 1, d_inner, 0)
+        touched += _warm(row, None, before, None, None, c, d0, d_inner, d_state, _LANES)
         u_tile = _tile(u + start * u_t + wide * u_d, near, u_t, inside)
         delta_tile = _tile(delta + start * delta_t + wide * delta_d, near, delta_t, inside)
-        touched += _warm(row, A, before, None, None, c, d0, d_inner, d_state)
         if z is not None:
             _prefetch_tile(z + start * z_t, near, z_t, z_d, d0, d_inner)
         if c < chunks - 1:
@@ -363,7 +362,7 @@ def _forward_kernel(
             ahead = tl.minimum(t, rest - _CHUNK - 1)
             _prefetch_tile(u + begin * u_t, ahead, u_t, u_d, d0, d_inner)
             _prefetch_tile(delta + begin * delta_t, ahead, delta_t, delta_d, d0, d_inner)
-            _prefetch_rows(row + d_state * _LANES, None, d0, d_inner, d_state)
+            _prefetch_rows(row + d_state * _LANES, d_state)
         step = _time_step(delta_tile, shift, mask, SOFTPLUS)
         y = skip[None, :] * u_tile
         drive = step * u_tile
@@ -385,7 +384,7 @@ def _forward_kernel(
         to = (out + start * d_inner + d)[None, :] + (near * d_inner)[:, None]
         tl.store(to, y.to(out.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the next chunk reads the states written here
-    _keep(packed, touched, length)
+    _keep(packed, touched, length, _LANES)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t", "dout_b", "dout_t"])
@@ -436,7 +435,7 @@ def _backward_kernel(
     sum_D = tl.zeros([_LANES], tl.float32)
     sum_bias = tl.zeros([_LANES], tl.float32)
     one = tl.full([1, _LANES], 1.0, tl.float32)
-    zero = tl.program_id(1)
+    zero = tl.program_id(1)  # the grid has one axis
 
     for i in range(chunks):
         c = chunks - 1 - i
@@ -456,17 +455,7 @@ def _backward_kernel(
         if z is not None:
             gate = _tile(z + start * z_t + wide * z_d, near, z_t, inside)
             dy *= gate * _sigmoid(gate)
-        touched += _warm(row, A, before, carry, parameters, c, d0, d_inner, d_state)
-        if c > 0:
-            begin = start - _CHUNK
-            _prefetch_tile(u + begin * u_t, t, u_t, u_d, d0, d_inner)
-            _prefetch_tile(delta + begin * delta_t, t, delta_t, delta_d, d0, d_inner)
-            _prefetch_tile(dout + begin * dout_t, t, dout_t, dout_d, d0, d_inner)
-            if z is not None:
-                _prefetch_tile(z + begin * z_t, t, z_t, z_d, d0, d_inner)
-            _prefetch_rows(
-                row - d_state * _LANES, states + tl.maximum(c - 2, 0).to(tl.int64) * slot, d0, d_inner, d_state
-            )
+        touched += _warm(row, A, before, carry, parameters, c, d0, d_inner, d_state, 2 * _LANES)
         step = _time_step(delta_tile, shift, mask, SOFTPLUS)
         dy = tl.where(mask, dy, 0.0)
         drive = step * u_tile
@@ -519,10 +508,15 @@ def _backward_kernel(
 
     tl.store(parameters + slot + d, sum_D, mask=inside)
     tl.store(parameters + slot + d_inner + d, sum_bias, mask=inside)
-    _keep(packed, touched, length)
+    _keep(packed, touched, length, 2 * _LANES)
 
 
 # ---------------------------------------------------------------- operators
+
+
+def _device_of(u: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(u.device) if u.is_cuda else nullcontext()
 
 
 def _rows(d_state: int) -> int:
@@ -581,7 +575,7 @@ def _selective_scan(
     out = _channels_last(u)
     states = u.new_empty(_states_shape(u, A, keep), dtype=torch.float32)
     last = u.new_empty((batch if last_state else 0, d_state, d_inner), dtype=torch.float32)
-    if out.numel():
+    with _device_of(u):
         A_rows, packed, chunks = _prepare(u, A, B, C)
         slots = states if keep else u.new_empty((batch if chunks > 1 else 0, d_state, d_inner), dtype=torch.float32)
         _forward_kernel[(batch * triton.cdiv(d_inner, LANES),)](
@@ -635,22 +629,23 @@ def _selective_scan_backward(
     dz = u.new_empty(0) if z is None else _channels_last(u, z.dtype)
     dB = B.new_empty((batch, length, d_state))
     dC = C.new_empty((batch, length, d_state))
-    A_rows, packed, chunks = _prepare(u, A, B, C)
-    carry = u.new_empty((batch, d_state, d_inner), dtype=torch.float32)
-    if d_last is not None:
-        carry.copy_(d_last.transpose(1, 2))
-    parameters = u.new_empty((batch, d_state + 2, d_inner), dtype=torch.float32)
-    partial = u.new_empty((batch, chunks, d_state, blocks, 2, CHUNK), dtype=torch.float32)
-    _backward_kernel[(batch * blocks,)](
-        u, delta, A_rows, packed, _vector(D), z, _vector(delta_bias), states, dout, carry,
-        du, ddelta, None if z is None else dz, parameters, partial,
-        d_inner, d_state, length, chunks,
-        *u.stride(), *delta.stride(), *_strides(z), *dout.stride(),
-        SOFTPLUS=delta_softplus, LAST=d_last is not None, num_warps=1, enable_fp_fusion=True, **BACKWARD_OPTIONS,
-    )  # fmt: skip
-    _unpack_kernel[(batch * chunks,)](
-        partial, dB, dC, d_state, length, chunks, blocks, T=CHUNK, ROWS=_rows(d_state), num_warps=4
-    )
+    with _device_of(u):
+        A_rows, packed, chunks = _prepare(u, A, B, C)
+        carry = u.new_empty((batch, d_state, d_inner), dtype=torch.float32)
+        if d_last is not None:
+            carry.copy_(d_last.transpose(1, 2))
+        parameters = u.new_empty((batch, d_state + 2, d_inner), dtype=torch.float32)
+        partial = u.new_empty((batch, chunks, d_state, blocks, 2, CHUNK), dtype=torch.float32)
+        _backward_kernel[(batch * blocks,)](
+            u, delta, A_rows, packed, _vector(D), z, _vector(delta_bias), states, dout, carry,
+            du, ddelta, None if z is None else dz, parameters, partial,
+            d_inner, d_state, length, chunks,
+            *u.stride(), *delta.stride(), *_strides(z), *dout.stride(),
+            SOFTPLUS=delta_softplus, LAST=d_last is not None, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        _unpack_kernel[(batch * chunks,)](
+            partial, dB, dC, d_state, length, chunks, blocks, T=CHUNK, ROWS=_rows(d_state), num_warps=4
+        )
     shares = parameters.sum(0)
     dA = shares[:d_state].t().to(A.dtype, copy=True)
     dD = u.new_empty(0) if D is None else shares[d_state].to(D.dtype, copy=True)
@@ -724,11 +719,14 @@ def selective_scan_triton(
 
     Raises:
         TypeError: an input is not float32, bfloat16 or float16.
+        ValueError: the tensors are not on a GPU.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     for t in tensors:
         if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"the triton scan takes float32, bfloat16 and float16, got {t.dtype}: use backend='auto'")
+    if not (u.is_cuda or _INTERPRETED):
+        raise ValueError(f"the triton scan needs tensors on a GPU, got {u.device}: use backend='auto'")
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out, _, last = _selective_scan(*tensors, delta_softplus, keep, return_last_state)
     return (out, last) if return_last_state else out

@@ -85,6 +85,15 @@ def test_float64_is_refused():
 
 
 @needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+def test_cpu_tensors_are_refused_and_auto_avoids_them():
+    tensors = make_inputs(1, 2, 3, 2, device="cpu")
+    with pytest.raises(ValueError, match="on a GPU"):
+        selective_scan(**tensors, backend="triton")
+    assert torch.equal(selective_scan(**tensors), selective_scan(**tensors, backend="two_phase"))
+
+
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run here")
 def test_kernels_in_the_interpreter():
     """Two chunks, a channel block that is not full, every option: the arithmetic, not the compiler."""
@@ -100,76 +109,6 @@ assert_equal_to_reference({k: v for k, v in tensors.items() if k not in ("D", "z
 
 
 # ---------------------------------------------------------------- on a GPU
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 1, 1), (2, 3, 1, 4), (1, 4, 5, 1), (3, 6, 64, 16), (4, 100, 33, 13), (2, 40, 17, 256), (2, 64, 196, 16)],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda t: str(t)[6:])
-def test_shapes_and_types(shape, dtype):
-    assert_equal_to_reference(make_inputs(*shape, dtype), ALL, TOLERANCE[dtype])
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_long_sequence():
-    assert_equal_to_reference(make_inputs(1, 33, 4096, 8), ALL, 1e-5)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("missing", [(), ("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")], ids=str)
-@pytest.mark.parametrize("flags", [{}, {"delta_softplus": True}, {"return_last_state": True}], ids=str)
-def test_options(missing, flags):
-    tensors = {k: v for k, v in make_inputs(2, 40, 37, 7).items() if k not in missing}
-    if "delta_softplus" not in flags:
-        tensors["delta"] = tensors["delta"].abs() + 1.0  # the recurrence is stable for positive steps only
-    assert_equal_to_reference(tensors, flags, 1e-5)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_types(dtype):
-    assert_equal_to_reference(make_inputs(3, 70, 50, 16, dtype, mixed=True), ALL, TOLERANCE[dtype])
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_any_strides():
-    wide = make_inputs(2, 20, 40, 6)
-    every_second = {k: v[:, ::2] if k in ("u", "delta", "z") else v for k, v in wide.items()}
-    every_second |= {k: wide[k][::2] for k in ("A", "D", "delta_bias")}
-    assert_equal_to_reference(every_second, ALL, 1e-5)
-    time_last = {k: v.contiguous() for k, v in wide.items()}
-    assert_equal_to_reference(time_last, ALL, 1e-5)
-    expanded = {**wide, "B": wide["B"][:, :1].expand(-1, 6, -1), "u": wide["u"][:1].expand(2, -1, -1)}
-    assert_equal_to_reference(expanded, ALL, 1e-5)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_inference_equals_training_and_auto_picks_triton():
-    tensors = make_inputs(2, 40, 37, 7, torch.bfloat16)
-    with torch.no_grad():
-        out = selective_scan(**tensors, delta_softplus=True)
-    trained = selective_scan(**{k: v.requires_grad_() for k, v in tensors.items()}, delta_softplus=True)
-    assert torch.equal(out, trained)
-    assert "selective_scan" in type(trained.grad_fn).__name__.lower()
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_deterministic():
-    tensors = make_inputs(8, 200, 100, 16, torch.bfloat16)
-    first = outputs_and_gradients(tensors, ALL, "triton")
-    for _ in range(3):
-        again = outputs_and_gradients(tensors, ALL, "triton")
-        assert all(torch.equal(again[k], first[k]) for k in first)
 
 
 @pytest.mark.gpu
@@ -207,6 +146,86 @@ def test_compiles_in_one_graph_with_autocast():
     torch.testing.assert_close(compiled, plain, rtol=1e-2, atol=1e-3)
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 2e-2 * b.norm()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_deterministic():
+    tensors = make_inputs(8, 200, 100, 16, torch.bfloat16)
+    first = outputs_and_gradients(tensors, ALL, "triton")
+    for _ in range(3):
+        again = outputs_and_gradients(tensors, ALL, "triton")
+        assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (2, 3, 1, 4), (1, 4, 5, 1), (3, 6, 64, 16), (4, 100, 33, 13), (2, 40, 17, 256), (2, 64, 196, 16)],
+    ids=str,
+)
+def test_shapes(shape):
+    assert_equal_to_reference(make_inputs(*shape), ALL, 1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_half_precision(dtype, mixed):
+    for shape in [(3, 6, 64, 16), (4, 100, 33, 13), (2, 64, 196, 16)]:
+        assert_equal_to_reference(make_inputs(*shape, dtype, mixed=mixed), ALL, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_long_sequence():
+    assert_equal_to_reference(make_inputs(1, 33, 4096, 8), ALL, 1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "missing, flags",
+    [
+        ((), {}),
+        (("D",), {"delta_softplus": True}),
+        (("z",), {"return_last_state": True}),
+        (("delta_bias",), {"delta_softplus": True}),
+        (("D", "z", "delta_bias"), {}),
+    ],
+    ids=str,
+)
+def test_options(missing, flags):
+    tensors = {k: v for k, v in make_inputs(2, 40, 37, 7).items() if k not in missing}
+    if "delta_softplus" not in flags:
+        tensors["delta"] = tensors["delta"].abs() + 1.0  # the recurrence is stable for positive steps only
+    assert_equal_to_reference(tensors, flags, 1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_any_strides():
+    wide = make_inputs(2, 20, 40, 6)
+    every_second = {k: v[:, ::2] if k in ("u", "delta", "z") else v for k, v in wide.items()}
+    every_second |= {k: wide[k][::2] for k in ("A", "D", "delta_bias")}
+    assert_equal_to_reference(every_second, ALL, 1e-5)
+    time_last = {k: v.contiguous() for k, v in wide.items()}
+    assert_equal_to_reference(time_last, ALL, 1e-5)
+    expanded = {**wide, "B": wide["B"][:, :1].expand(-1, 6, -1), "u": wide["u"][:1].expand(2, -1, -1)}
+    assert_equal_to_reference(expanded, ALL, 1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_inference_equals_training_and_auto_picks_triton():
+    tensors = make_inputs(2, 40, 37, 7, torch.bfloat16)
+    with torch.no_grad():
+        out = selective_scan(**tensors, delta_softplus=True)
+    trained = selective_scan(**{k: v.requires_grad_() for k, v in tensors.items()}, delta_softplus=True)
+    assert torch.equal(out, trained)
+    assert "selective_scan" in type(trained.grad_fn).__name__.lower()
 
 
 @pytest.mark.gpu
