@@ -15,7 +15,8 @@ from mamba.errors import ConfigError
 def quickstart() -> RunConfig:
     """A small Mamba on scikit-learn's 8x8 digits: nothing to download, no GPU.
 
-    Cost: about a minute on 2 CPU cores, Ray's start included. Expect 97 to 99 % test accuracy (docs/LOG.md).
+    Cost: about a minute on 2 CPU cores, Ray's start included. Measured: 97.5 to 98.3 % test accuracy over three seeds
+    (docs/LOG.md).
     """
     return RunConfig(name="quickstart").with_values(
         {
@@ -73,7 +74,8 @@ def v2() -> RunConfig:
     """The full recipe (stage 2): stage1 with mixed precision, layer-wise learning rates, AutoAugment in place of
     RandAugment, exponential warm-up. 300 epochs, batch 128, lr 1e-3, weight decay 0.05, 20 warm-up epochs.
 
-    Cost and score at full length: not yet measured (its authors hoped for 97 to 98 %). Short runs: docs/LOG.md.
+    Cost and score at full length: not yet measured (its authors hoped for 97 to 98 %). Measured: 20 epochs at batch
+    512 take 3 minutes on one H200 and reach 72 % (docs/LOG.md).
     """
     return stage1().with_values(
         {

@@ -6,7 +6,6 @@ It reads the run's folder, so it shows the same whether training happens here or
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import threading
@@ -117,14 +116,15 @@ def stop_on_signal(folder: Path, display: Display) -> Iterator[None]:
     """Turn the first Ctrl-C or SIGTERM into an orderly stop with a checkpoint; a second one ends at once."""
     began = time.monotonic()
 
-    first = [math.inf]
+    received: dict[str, float] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - first[0] > SAME_SIGNAL_S:
-            raise KeyboardInterrupt
-        if first[0] < math.inf:
+        now = time.monotonic()
+        first = received.setdefault("first", now)  # one operation: this handler can interrupt itself
+        if first is not now:
+            if now - first > SAME_SIGNAL_S:
+                raise KeyboardInterrupt
             return
-        first[0] = time.monotonic()
         request_stop(folder)
         display.say(
             f"{signal.Signals(number).name} after {time.monotonic() - began:.0f} s: saving a checkpoint and stopping "
