@@ -17,13 +17,15 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -76,6 +78,26 @@ def create_run(config: RunConfig) -> Path:
     return folder
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for one trainer at a time; the system lets go of it when this process ends.
+
+    Raises:
+        ConfigError: another process is training in it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{folder} is being trained in by another process; wait for it, or stop it") from None
+    except OSError as error:
+        raise ConfigError(f"the run's folder {folder} cannot be written: {error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def finished_result(folder: Path) -> dict[str, Any] | None:
     """What a finished run left in result.json, None for one that is not finished."""
     path = folder / "result.json"
@@ -85,7 +107,7 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
 def discard_if_unused(folder: Path) -> None:
     """Remove the folder of a run that ended before it began, so that its name can be used again."""
     left = {f.name for f in folder.iterdir()}
-    if left <= {"config.yaml", ".ray"}:
+    if left <= {"config.yaml", ".ray", ".lock"}:
         shutil.rmtree(folder, ignore_errors=True)
 
 

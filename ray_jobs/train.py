@@ -44,24 +44,21 @@ def _dry_run(args: TrainArgs) -> int:
 
 
 def _train(args: TrainArgs) -> int:
-    from mamba.tracking import create_run, discard_if_unused, finished_result
+    from mamba.tracking import create_run, discard_if_unused, exclusive, finished_result
     from ray_jobs.console import Display, result_table, stop_on_signal
     from ray_jobs.launch import preflight, run
 
     config = args.config.resolve()
     preflight(config)
-    if args.resume is None:
-        folder = create_run(config)
-    else:
-        folder = args.resume.absolute()
-        (folder / "STOP").unlink(missing_ok=True)
+    folder = create_run(config) if args.resume is None else args.resume.absolute()
 
-    with Display(folder) as display, stop_on_signal(folder, display):
+    with exclusive(folder), Display(folder) as display, stop_on_signal(folder, display):
         display.say(f"run folder: {folder}")
         result = finished_result(folder)
         if result is not None:
             display.say("finished already:")
         else:
+            (folder / "STOP").unlink(missing_ok=True)
             try:
                 result = run(config, folder, display.say)
             except ForgeError:

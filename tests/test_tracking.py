@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams.api_pb2 import ListSessionGroupsRequest, Status
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
 from mamba.errors import ConfigError
-from mamba.tracking import FIRST_HPARAMS, HPARAM_METRICS, create_run
+from mamba.tracking import FIRST_HPARAMS, HPARAM_METRICS, create_run, exclusive
 
 
 def test_scalars_images_and_config(small_fit, tmp_path):
@@ -90,3 +90,11 @@ def test_an_unwritable_folder_is_refused(small_config, tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     with pytest.raises(ConfigError, match="out: the run's folder .* cannot be written"):
         create_run(small_config())
+
+
+def test_one_trainer_at_a_time_in_a_folder(tmp_path):
+    with exclusive(tmp_path), pytest.raises(ConfigError, match="is being trained in by another process"):
+        with exclusive(tmp_path):
+            pass
+    with exclusive(tmp_path):
+        pass
