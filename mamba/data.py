@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -366,9 +367,17 @@ def make_train_loader(
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
         pin_memory=pin,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator().manual_seed(seed),  # its own, so that making an iterator leaves the global one
     )
     return TrainLoader(loader, sampler)
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """Ctrl-C reaches a terminal's whole process group; a loader process that ended at once would take the trainer's
+    orderly stop with it. Loader processes end with their trainer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def eval_batches(

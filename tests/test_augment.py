@@ -52,6 +52,20 @@ def test_policies_change_images_and_follow_their_seeds(augment):
     assert (a != c).flatten(1).any(1).float().mean() > 0.9
 
 
+def test_policies_are_the_documented_ones():
+    randaugment = SampleTransform("randaugment", 0.0, 32).image.transforms[-1]
+    assert (randaugment.num_ops, randaugment.magnitude) == (2, 9)
+    autoaugment = SampleTransform("autoaugment", 0.0, 32).image.transforms[-1]
+    assert autoaugment.policy.value == "cifar10"
+
+
+def test_mixing_differs_by_seed_epoch_and_step():
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    targets = [BatchMix(0.8, 0.0, 1.0, 4, seed)(images, labels, epoch, step)[1] for seed, epoch, step in keys]
+    assert len({t.numpy().tobytes() for t in targets}) == 4
+
+
 def mixed(mixup, cutmix, prob=1.0, n=8, step=0):
     images = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 3, 16, 16).contiguous()
     labels = torch.arange(n)

@@ -64,7 +64,8 @@ def test_validation_split_that_would_be_empty():
 
 
 def test_resized_digits():
-    assert load_data(config(dataset="digits", img_size=16), 0).train.images.shape[1:] == (16, 16, 3)
+    data = load_data(config(dataset="digits", img_size=16), 0)
+    assert data.train.images.shape[1:] == data.test.images.shape[1:] == (16, 16, 3)
 
 
 # --- CIFAR -----------------------------------------------------------------------------------------------------------
@@ -132,8 +133,11 @@ def test_a_changed_file_is_decoded_again(tmp_path):
 
 
 def test_folder_with_val_and_test_uses_val_as_it_is(tmp_path):
-    data = load_data(config(dataset="folder", root=write_folder(tmp_path, ("train", "val", "test")), img_size=8), 0)
-    assert (len(data.train), len(data.val), len(data.test)) == (18, 18, 18)
+    root = write_folder(tmp_path, ("train", "val", "test"))
+    for name in ("ant", "bee", "cat"):
+        (root / "val" / name / "0.png").unlink()
+    data = load_data(config(dataset="folder", root=root, img_size=8), 0)
+    assert (len(data.train), len(data.val), len(data.test)) == (18, 15, 18)
 
 
 def test_folder_with_val_alone_tests_on_it(tmp_path):
@@ -183,9 +187,9 @@ def test_folder_errors_name_the_place(tmp_path, damage, message):
 # --- loaders ---------------------------------------------------------------------------------------------------------
 
 
-def loader(data, rank=0, world_size=1, accumulate=1, **values):
+def loader(data, rank=0, world_size=1, accumulate=1, seed=0, **values):
     spec = config(dataset="digits", batch_size=16, **values)
-    return make_train_loader(data, spec, 0, accumulate, rank, world_size, cpus=1, pin=False)
+    return make_train_loader(data, spec, seed, accumulate, rank, world_size, cpus=1, pin=False)
 
 
 def batches(data, epoch=0, start=0, **kwargs):
@@ -218,6 +222,20 @@ def test_sharing_the_work_changes_nothing(small_data, augment):
         assert torch.equal(images, torch.cat([micro[2 * step + i][0] for i in (0, 1)]))
         assert torch.equal(images, processes[step][0])
         assert torch.equal(labels, torch.cat([ranks[r][step][1] for r in (0, 1)]))
+
+
+def test_augmentation_differs_by_seed_epoch_and_step(small_data):
+    """The same 16 images over and over, so that only the random numbers can make a difference."""
+    few = small_data.__class__(
+        **{**vars(small_data), "train": ImageSet(small_data.train.images, small_data.train.labels, np.zeros(48, int))}
+    )
+    settings = {"augment": "basic", "random_erasing": 0.5}
+    first, second = (images for images, _ in batches(few, **settings)[:2])
+    other_epoch = batches(few, epoch=1, **settings)[0][0]
+    other_seed = batches(few, seed=1, **settings)[0][0]
+    for other in (second, other_epoch, other_seed):
+        assert not torch.equal(first, other)
+    assert len({i.numpy().tobytes() for i in first}) > 8  # nor is it one draw for the whole batch
 
 
 def test_an_epoch_can_begin_in_the_middle(small_data):

@@ -117,6 +117,17 @@ def test_initial_time_step_and_A():
     assert (ssm.D == 1).all()
 
 
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = mamba_tiny(d_model=64, depth=8)
+    assert 0.015 < float(model.pos_embed.std()) < 0.025
+    assert 0.015 < float(model.head.weight.std()) < 0.025 and (model.head.bias == 0).all()
+    for layer in (model.blocks[3].ssm.out_proj, model.blocks[3].mlp.fc2):  # uniform, scaled for 16 residual branches
+        bound = layer.in_features**-0.5 / 4
+        assert 0.9 * bound < float(layer.weight.abs().max()) <= bound
+    assert (model.blocks[3].mlp.fc1.bias == 0).all()
+
+
 def test_causal_convolution_equals_conv1d():
     torch.manual_seed(0)
     conv = torch.nn.Conv1d(6, 6, 4, groups=6, padding=3).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
@@ -78,6 +79,17 @@ def test_a_resumed_run_drops_what_it_repeats(small_fit, tmp_path):
     assert epochs == [1, 2, 3]
 
 
+def test_tensorboard_drops_what_a_resumed_run_repeats(small_fit, tmp_path):
+    small_fit(checkpoint__keep=3)
+    run = tmp_path / "run"
+    for folder in sorted((run / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(folder)
+    small_fit()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [e.step for e in events.Scalars("val/loss")] == [4, 8, 12]
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(small_config, tmp_path):
     folder = create_run(small_config(trial="one"))
     before = (folder / "config.yaml").read_text()
@@ -93,8 +105,8 @@ def test_an_unwritable_folder_is_refused(small_config, tmp_path):
 
 
 def test_one_trainer_at_a_time_in_a_folder(tmp_path):
-    with exclusive(tmp_path), pytest.raises(ConfigError, match="is being trained in by another process"):
-        with exclusive(tmp_path):
-            pass
+    busy = pytest.raises(ConfigError, match="is being trained in by another process")
+    with exclusive(tmp_path), busy, exclusive(tmp_path):
+        pass
     with exclusive(tmp_path):
         pass

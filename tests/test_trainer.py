@@ -207,6 +207,85 @@ def test_the_best_by_validation_is_what_is_tested(small_fit, tmp_path, monkeypat
     assert torch.equal(model.state_dict()["head.weight"], average["head.weight"])
 
 
+def test_only_the_best_is_kept_and_the_first_of_equals_wins(small_fit, tmp_path, monkeypatch):
+    scores = iter([50.0, 50.0, 60.0, 60.0, 60.0, 60.0])
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        loss, accuracy = original(self, model, split, views)
+        return loss, accuracy if split is self.data.test else next(scores)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    result = small_fit()
+    assert result["tested"] == {"weights": "raw", "epoch": 2, "tta_views": 1}
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").glob("best-*")] == ["best-00002"]
+
+
+def test_resuming_forgets_the_best_of_epochs_that_are_repeated(small_fit, small_config, small_data, tmp_path):
+    small_fit(checkpoint__keep=3)
+    run = tmp_path / "run"
+    steps = sorted((run / "checkpoints").glob("step-*"))
+    for folder in steps[1:]:
+        shutil.rmtree(folder)
+    ckpt.best_checkpoint(run).rename(run / "checkpoints" / "best-00003")
+    Trainer(small_config(), local_worker(), run, small_data)
+    assert ckpt.best_checkpoint(run) is None
+
+
+def test_the_last_epoch_is_always_saved(small_fit, tmp_path):
+    small_fit(checkpoint__every=5)
+    assert ckpt.newest_checkpoint(tmp_path / "run").name == "step-00000012"
+
+
+def test_state_comes_back_whole(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    trainer.skipped += torch.tensor([5.0, 2.0])
+    trainer.totals += 3
+    trainer.best, trainer.epoch, trainer.step = {"accuracy": 12.0, "epoch": 1, "weights": "ema"}, 1, 2
+    trainer._save_state()
+    again = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    assert again.skipped.tolist() == [5, 2] and again.totals.tolist() == [3, 3]
+    assert (again.best, again.epoch, again.step) == (trainer.best, 1, 2)
+
+
+@pytest.mark.parametrize("clip", [1e-3, None])
+def test_gradients_are_clipped_to_the_norm(small_config, small_data, tmp_path, monkeypatch, clip):
+    trainer = Trainer(small_config(optim__grad_clip=clip), local_worker(), tmp_path, small_data)
+    seen = []
+    monkeypatch.setattr(
+        trainer,
+        "_apply",
+        lambda _: seen.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()),
+    )
+    _, norm = trainer._train_step([(torch.randn(16, 3, 8, 8), torch.eye(3)[torch.arange(16) % 3])])
+    assert norm > 0.01  # what is reported is the norm before clipping
+    assert float(seen[0]) == pytest.approx(clip if clip else float(norm), rel=1e-3)
+
+
+def test_label_smoothing_is_in_the_training_loss_and_not_in_validation(small_config, small_data, tmp_path):
+    trainer = Trainer(
+        small_config(optim__label_smoothing=0.3, model__drop_path=0), local_worker(), tmp_path, small_data
+    )
+    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
+    logits = trainer.model(images)
+    loss, _ = trainer._train_step([(images, torch.eye(3)[labels])])
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_test_time_augmentation_is_used_for_the_test_alone(small_fit, monkeypatch):
+    views_of = {}
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        views_of.setdefault("test" if split is self.data.test else "val", set()).add(views)
+        return original(self, model, split, views)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    assert small_fit(eval__tta_views=4)["tested"]["tta_views"] == 4
+    assert views_of == {"val": {1}, "test": {4}}
+
+
 def test_average_can_be_turned_off(small_fit, tmp_path):
     result = small_fit(ema__enabled=False)
     assert "val/ema_accuracy" not in result["metrics"] and result["tested"]["weights"] == "raw"

@@ -30,7 +30,9 @@ def command(tmp_path, *words):
 
 def start(tmp_path, *words):
     log = (tmp_path / "output.txt").open("w")
-    return subprocess.Popen(command(tmp_path, *words), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command(tmp_path, *words), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait_for(condition, seconds=90):
@@ -105,10 +107,12 @@ def test_an_existing_run_is_not_overwritten(tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
-    process = start(tmp_path, *LOCAL, "--optim.epochs", "500")
+    """As a terminal sends it: to the whole process group, loader processes too."""
+    loaders = ["--data.augment", "basic", "--data.loader-workers", "2"]
+    process = start(tmp_path, *LOCAL, *loaders, "--optim.epochs", "500")
     run = tmp_path / "quickstart" / "one"
     wait_for(lambda: len(epochs(run)) >= 2)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     out = (tmp_path / "output.txt").read_text()
     assert "saving a checkpoint" in out and f"--resume {run}" in out and "Traceback" not in out
