@@ -25,6 +25,7 @@ from torch import nn
 from mamba.errors import CheckpointError
 from mamba.model import Architecture, MambaModel
 
+ADVICE = "remove that folder to go on from an earlier checkpoint, if there is one, or from the start"
 WEIGHTS, EMA_WEIGHTS, STATE, DESCRIPTION = "model.safetensors", "ema.safetensors", "training_state.pt", "config.json"
 
 
@@ -60,8 +61,10 @@ def save_checkpoint(
         _sync(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors wrap a full disk
         shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(next(p for p in folder.parents if p.exists())).free
         raise CheckpointError(
-            f"the checkpoint {folder} could not be written: {error}; earlier checkpoints are untouched"
+            f"the checkpoint {folder} could not be written: {error} ({free / 2**20:.0f} MiB are free there); earlier "
+            "checkpoints are untouched"
         ) from None
     return folder
 
@@ -73,7 +76,7 @@ def load_model(
 
     Args:
         path: the folder.
-        weights: raw, ema, or the one of both that validated best (raw where nothing was validated).
+        weights: raw, ema, or the one of both that validated best (ema, if kept, where nothing was validated).
         device: where the model is put.
 
     Returns:
@@ -105,7 +108,7 @@ def load_weights(model: nn.Module, folder: Path, file: str = WEIGHTS) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the folder holds {_listing(folder)}") from None
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); use another checkpoint") from None
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from None
     own = model.state_dict()
     for name in [*own, *tensors]:
         if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
@@ -123,9 +126,27 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} is missing: this checkpoint can be loaded, but a run cannot resume from it")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); use another checkpoint") from None
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from None
+    if not isinstance(state, dict) or "optimizer" not in state or "train_images" not in state:
+        raise CheckpointError(f"{path} does not hold a training state of ours; {ADVICE}")
+    return state
+
+
+def check_resumable(run: Path) -> None:
+    """Read a run's newest checkpoint as a trainer would, so that a damaged one is found before workers start.
+
+    Raises:
+        CheckpointError: the file, and what is wrong with it.
+    """
+    folder = newest_checkpoint(run)
+    if folder is None:
+        return
+    load_training_state(folder)
+    load_model(folder, weights="raw")
+    if (folder / EMA_WEIGHTS).exists():
+        load_model(folder, weights="ema")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -136,7 +157,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the folder holds {_listing(folder)}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
+        raise CheckpointError(f"{path} is damaged ({error}); {ADVICE}") from None
 
 
 def find_checkpoint(path: Path) -> Path:

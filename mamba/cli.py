@@ -1,4 +1,4 @@
-"""Command lines generated from the config's own types (by tyro), shared by every entry script."""
+"""Command lines made of the config's own types: its keys, its bounds, its conversions; tyro writes the help page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from mamba.config import RunConfig, dotted_keys, unknown_key
+from mamba.config import RunConfig, dotted_keys, may_be_none, unknown_key
 from mamba.errors import ConfigError
 from mamba.presets import PRESETS, get_preset
 
@@ -30,50 +30,57 @@ class TrainArgs:
 
 
 def parse_train_args(argv: Sequence[str] | None = None, description: str = "") -> TrainArgs:
-    """Parse a command line; `--help` and syntax errors exit as usual.
+    """Parse a command line; `--help` prints and exits.
 
     Raises:
         ConfigError: an unknown key or preset, a value out of bounds, keys that do not go with `--resume`.
     """
-    argv = _normalise(list(sys.argv[1:] if argv is None else argv))
-    preset = _value_of(argv, "--preset") or "quickstart"
+    launch, values = _split(list(sys.argv[1:] if argv is None else argv))
+    preset = launch.get("preset", "quickstart")
     base = get_preset(preset)
-    resume = _value_of(argv, "--resume")
-    if resume is not None:
-        base = RunConfig.from_yaml(Path(resume) / "config.yaml")
-        taken = [a[2:] for a in argv if a.startswith("--") and not a.startswith("--scaling.")]
-        extra = [a for a in taken if a not in ("resume", "dry-run")]
+    if "resume" in launch:
+        extra = [f"--{key}" for key in values if not key.startswith("scaling.")] + ["--preset"] * ("preset" in launch)
         if extra:
-            raise ConfigError(f"--resume continues a run as it was: leave out --{', --'.join(extra)}")
-    return tyro.cli(
-        TrainArgs,
-        args=argv,
-        default=TrainArgs(config=base, preset=preset),
-        prog="train.py",
-        description=description,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
+            raise ConfigError(f"--resume continues a run as it was: leave out {', '.join(extra)}")
+        base = RunConfig.from_yaml(Path(launch["resume"]) / "config.yaml")
+    args = TrainArgs(
+        config=base.with_values(values),
+        preset=preset,
+        resume=Path(launch["resume"]) if "resume" in launch else None,
+        dry_run="dry_run" in launch,
     )
+    if "help" in launch:
+        tyro.cli(TrainArgs, args=["--help"], default=args, prog="train.py", description=description)
+    return args
 
 
-def _normalise(argv: list[str]) -> list[str]:
-    """Split `--key=value`, spell keys and booleans the one way that tyro reads, and refuse unknown keys early."""
-    known = set(dotted_keys())
-    launch = {"preset", "resume", "dry_run", "no_dry_run", "help"}
-    words: list[str] = []
-    for word in argv:
-        if not word.startswith("--") or word == "--":
-            words.append({"true": "True", "false": "False", "none": "None"}.get(word, word))
+def _split(words: list[str]) -> tuple[dict[str, str], dict[str, str | None]]:
+    """A command line's launch options and its config keys with their values as text, which the config converts.
+
+    `--key value` and `--key=value`, with `-` or `_` inside of names.
+    """
+    known = dotted_keys()
+    launch: dict[str, str] = {}
+    values: dict[str, str | None] = {}
+    rest = iter(words)
+    for word in rest:
+        if word in ("-h", "--help", "--dry-run"):
+            launch["dry_run" if word == "--dry-run" else "help"] = ""
             continue
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected word '{word}'; options are given as --key value (see --help)")
         flag, equals, value = word[2:].partition("=")
         key = flag.replace("-", "_")
-        if key not in known | launch:
+        if key not in known and key not in ("preset", "resume"):
             raise unknown_key(key)
-        words.append("--" + key.replace("_", "-"))
-        if equals:
-            words.append({"true": "True", "false": "False", "none": "None"}.get(value, value))
-    return words
-
-
-def _value_of(argv: list[str], flag: str) -> str | None:
-    at = argv.index(flag) + 1 if flag in argv else len(argv)
-    return argv[at] if at < len(argv) else None
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"--{flag} needs a value (see --help)")
+        if key in launch or key in values:
+            raise ConfigError(f"--{flag} is given twice")
+        if key in known:
+            values[key] = None if value.lower() == "none" and may_be_none(key) else value
+        else:
+            launch[key] = value
+    return launch, values

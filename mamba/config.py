@@ -69,7 +69,7 @@ class DataConfig(_Group):
     mix_prob: float = Field(0.5, ge=0, le=1)
     """Part of the batches that mixup or cutmix is applied to."""
     loader_workers: int | None = Field(None, ge=0)
-    """Loader processes per training worker; None: as many as its CPUs less one (8 at most), 0 for digits."""
+    """Loader processes per training worker; None: its CPUs less one (16 at most), 0 where nothing is augmented."""
 
 
 class ModelConfig(_Group):
@@ -178,7 +178,7 @@ class RunConfig(_Group):
     """Experiment: the folder under `out` that its trials share."""
     trial: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of this run under the experiment; None: date, time and seed."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of weights, order, augmentation and the validation split."""
     out: Path = Path("runs")
     """Root of all results; on a cluster of several machines, a folder that they share."""
@@ -204,6 +204,10 @@ class RunConfig(_Group):
                 f"valid patch sizes: {', '.join(str(p) for p in range(1, side + 1) if side % p == 0)}"
             )
         width, depth = MODEL_SIZES[self.model.name]
+        d_model = self.model.d_model or width
+        for key, ratio in (("expand", self.model.expand), ("mlp_ratio", self.model.mlp_ratio)):
+            if int(ratio * d_model) < 1:
+                raise ConfigError(f"model.{key} {ratio:g} of model.d_model {d_model} gives no channel; choose more")
         if self.data.batch_size % self.optim.accumulate:
             raise ConfigError(
                 f"data.batch_size {self.data.batch_size} is not divisible by optim.accumulate {self.optim.accumulate}"
@@ -221,7 +225,7 @@ class RunConfig(_Group):
                 "data.root": self.data.root.expanduser().absolute(),
                 "out": self.out.expanduser().absolute(),
                 "model.patch_size": patch,
-                "model.d_model": self.model.d_model or width,
+                "model.d_model": d_model,
                 "model.depth": self.model.depth or depth,
             }
         )
@@ -237,6 +241,12 @@ class RunConfig(_Group):
             raise ConfigError(
                 f"data.batch_size {self.data.batch_size} is not divisible by workers x optim.accumulate = "
                 f"{max(1, num_workers)} x {self.optim.accumulate}; valid: a multiple of {shards}"
+            )
+        share = self.data.batch_size // shards
+        if shards > 1 and share % 2 and (self.data.mixup or self.data.cutmix):
+            raise ConfigError(
+                f"data.mixup and data.cutmix pair neighbours, and data.batch_size {self.data.batch_size} over "
+                f"{shards} shares (workers x optim.accumulate) leaves {share} each; valid: a multiple of {2 * shards}"
             )
         if self.optim.amp == "fp16" and not gpu:
             raise ConfigError("optim.amp 'fp16' needs a GPU and there is none; valid on CPU: auto, bf16, off")
@@ -279,9 +289,9 @@ class RunConfig(_Group):
         """
         try:
             tree = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read as a run config: {error}") from None
-        if not isinstance(tree, dict):
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read as a run config: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
             raise ConfigError(f"{path} does not hold a run config (a mapping of keys)")
         return cls(**tree)
 
@@ -296,6 +306,12 @@ def dotted_keys() -> dict[str, type[_Group]]:
         else:
             keys[name] = RunConfig
     return keys
+
+
+def may_be_none(key: str) -> bool:
+    """Whether a dotted key takes None."""
+    field = dotted_keys()[key].model_fields[key.rpartition(".")[2]]
+    return type(None) in getattr(field.annotation, "__args__", ())
 
 
 def unknown_key(key: str) -> ConfigError:

@@ -89,12 +89,12 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     return ImageData(train, val, test, classes, mean, std)
 
 
-def check_batch_size(data: ImageData, config: DataConfig) -> None:
+def check_batch_size(train_images: int, config: DataConfig) -> None:
     """Raises DataError where the training set does not fill one batch."""
-    if len(data.train) < config.batch_size:
+    if train_images < config.batch_size:
         raise DataError(
-            f"data.batch_size {config.batch_size} is larger than the training set of {len(data.train)} images; "
-            f"choose at most {len(data.train)}"
+            f"data.batch_size {config.batch_size} is larger than the training set of {train_images} images; "
+            f"choose at most {train_images}"
         )
 
 
@@ -152,11 +152,12 @@ def _cifar(name: str, root: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = root / source.base_folder
     try:
-        if not folder.exists():
+        try:
+            parts = [source(str(root), train=train) for train in (True, False)]
+        except RuntimeError:  # missing or incomplete
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f".{name}.lock"):
-                source(str(root), download=True)
-        parts = [source(str(root), train=train) for train in (True, False)]
+                parts = [source(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
         raise DataError(
             f"{name} is not complete at {folder} and could not be downloaded ({error}); on a machine without network, "
@@ -197,11 +198,14 @@ def _load_folder(root: Path, side: int, val_fraction: float, seed: int) -> Image
 
 def _list_images(folder: Path) -> dict[str, list[Path]]:
     """Class name -> its image files, both sorted."""
-    listing = {
-        d.name: sorted(f for f in d.iterdir() if f.suffix.lower() in IMG_EXTENSIONS)
-        for d in sorted(folder.iterdir())
-        if d.is_dir()
-    }
+    try:
+        listing = {
+            d.name: sorted(f for f in d.iterdir() if f.suffix.lower() in IMG_EXTENSIONS)
+            for d in sorted(folder.iterdir())
+            if d.is_dir()
+        }
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error}") from None
     if not listing:
         raise DataError(f"{folder} holds no class folders; it must hold {folder.name}/<class>/<image>")
     for name, files in listing.items():
@@ -216,12 +220,17 @@ def _decoded(root: Path, split: str, listing: dict[str, list[Path]], side: int) 
     labels = np.repeat(np.arange(len(listing)), [len(v) for v in listing.values()]).astype(np.int64)
     digest = hashlib.sha256(f"{root.resolve()} {side}".encode())
     for file in files:
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error}); mend or remove it") from None
         digest.update(f"{file.relative_to(root)} {status.st_size} {status.st_mtime_ns}\n".encode())
     cache = _cache_folder(root)
     path = cache / f"{split}-{side}-{digest.hexdigest()[:16]}.npy"
     with FileLock(cache / f"{split}-{side}.lock"):
         if not path.exists():
+            for stale in cache.glob(f"{split}-{side}-*.partial"):  # of a process that was killed
+                stale.unlink(missing_ok=True)
             _decode_into(path, files, side)
     return ImageSet.whole(np.load(path, mmap_mode="r"), labels)
 
@@ -244,12 +253,19 @@ def _decode_into(path: Path, files: list[Path], side: int) -> None:
         try:
             with Image.open(file) as image:
                 out[row] = np.asarray(ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC))
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files that are no images
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:  # what Pillow raises for files that are no images
             raise DataError(f"{file} is not a readable image ({error}); mend or remove it") from None
 
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(files), side, side, 3))
+        with partial.open("r+b") as file:  # a full disk is an error here, and a crash when written through the map
+            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 1)) as pool:
             for _ in pool.map(decode, enumerate(files), chunksize=64):
                 pass
@@ -353,7 +369,7 @@ def make_train_loader(
     Raises:
         DataError: the training set is smaller than one batch.
     """
-    check_batch_size(data, config)
+    check_batch_size(len(data.train), config)
     sampler = ShardSampler(len(data.train), config.batch_size, accumulate, rank, world_size, seed)
     batches = TrainBatches(data, config, seed)
     workers = config.loader_workers

@@ -6,7 +6,7 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,19 +21,25 @@ class ModelEma(Generic[Model]):
     def __init__(self, source: Model, decay: float) -> None:
         self.model: Model = copy.deepcopy(source).eval().requires_grad_(False)
         self.decay = decay
-        self.updates = 0
+        device = next(source.parameters()).device
+        self.updates = torch.zeros((), device=device)  # on the device, where a skipped step is known
         pairs = list(zip(self.model.state_dict().values(), source.state_dict().values(), strict=True))
         self.averaged = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
         self.copied = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
 
-    def decay_now(self) -> float:
-        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def decay_now(self) -> Tensor:
+        return ((1 + self.updates) / (10 + self.updates)).clamp_max(self.decay)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move towards the source's weights and floating-point buffers; other buffers (counters) are copied."""
+    def update(self, counts: Tensor | bool = True) -> None:
+        """Move towards the source's weights and floating-point buffers; other buffers (counters) are copied.
+
+        Where `counts` (a value on the device) is false, nothing moves and the update is not counted.
+        """
         mine, theirs = zip(*self.averaged, strict=True)
-        torch._foreach_lerp_(mine, theirs, 1 - self.decay_now())
+        way = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(way, (1 - self.decay_now()) * counts)
+        torch._foreach_add_(mine, way)
         for a, b in self.copied:
             a.copy_(b)
-        self.updates += 1
+        self.updates += counts

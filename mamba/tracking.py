@@ -32,7 +32,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 
-from mamba.config import RunConfig, dotted_keys
+from mamba.checkpoint import check_resumable
+from mamba.config import RunConfig, may_be_none
 from mamba.errors import CheckpointError, ConfigError
 
 HPARAM_METRICS = (
@@ -54,8 +55,11 @@ NOT_COMPARED = {
 
 def run_folder(config: RunConfig) -> Path:
     """`out`/`name`/`trial`; the trial defaults to date, time and seed."""
-    trial = config.trial or f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed}"
-    return config.out / config.name / trial
+    if config.trial:
+        return config.out / config.name / config.trial
+    trial = f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed}"
+    taken = (config.out / config.name / f"{trial}{f'-{n}' if n > 1 else ''}" for n in range(1, 1000))
+    return next(folder for folder in taken if not folder.exists())
 
 
 def create_run(config: RunConfig) -> Path:
@@ -68,7 +72,13 @@ def create_run(config: RunConfig) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "config.yaml").open("x") as file:  # also decides between two that start at the same moment
-            file.write(config.model_copy(update={"trial": folder.name}).to_yaml())
+            text = config.model_copy(update={"trial": folder.name}).to_yaml()
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                (folder / "config.yaml").unlink()
+                raise
     except FileExistsError:
         raise ConfigError(
             f"{folder} holds a run already; choose another --trial or --name, or continue it with --resume {folder}"
@@ -102,6 +112,20 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
     """What a finished run left in result.json, None for one that is not finished."""
     path = folder / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def prepare_resume(folder: Path) -> None:
+    """Forget an earlier request to stop, and see that the newest checkpoint can be read.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+        CheckpointError: the checkpoint is damaged.
+    """
+    try:
+        (folder / "STOP").unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run's folder {folder} cannot be written: {error}") from None
+    check_resumable(folder)
 
 
 def discard_if_unused(folder: Path) -> None:
@@ -151,7 +175,7 @@ class Tracker:
         self.folder, self.config = folder, config
         try:
             self._drop_after(epochs_done)
-            self.writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+            self.writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if any(folder.glob("events*")) else None)
             if steps_done == 0:
                 lines = [f"    {line}" for line in config.to_yaml().splitlines()]
                 self.writer.add_text("config", "\n".join(lines))
@@ -163,14 +187,16 @@ class Tracker:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _epoch_of(line) <= epochs_done]
-            path.write_text("".join(line + "\n" for line in lines))
+            partial = path.with_name(".metrics.partial")
+            partial.write_text("".join(line + "\n" for line in lines))
+            partial.replace(path)
 
     def _hparams_start(self) -> None:
         """Every run of ours has the same keys, so each can carry the same experiment summary, whichever TensorBoard
         reads: one table with every run under `--logdir`, whatever was or was not searched."""
         shown = {
             key: value
-            if isinstance(value, int | float) and not isinstance(value, bool) and not _may_be_none(key)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not may_be_none(key)
             else str(value)
             for key, value in self.config.flat().items()
             if key not in NOT_COMPARED
@@ -236,8 +262,3 @@ def _put_first(experiment: Any, names: set[str]) -> None:
     for info in content.experiment.hparam_infos:
         info.differs = info.name in names
     data.content = content.SerializeToString()
-
-
-def _may_be_none(key: str) -> bool:
-    group = dotted_keys()[key]
-    return type(None) in getattr(group.model_fields[key.rpartition(".")[2]].annotation, "__args__", ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Trainer:
         self.stop = torch.zeros((), device=worker.device)  # above 0 once a stop was requested
         self.off_on = torch.zeros((), device=worker.device), torch.ones((), device=worker.device)
         self.looked_for_stop = 0.0
-        self.best: dict[str, Any] = {"accuracy": -math.inf, "epoch": 0, "weights": "raw"}
+        self.best: dict[str, Any] = {"accuracy": -math.inf, "epoch": 0, "weights": "ema" if self.ema else "raw"}
         self.metrics: dict[str, float] = {}
         torch.manual_seed(config.seed + 1000 * (worker.rank + 1))  # drop path differs between ranks
         self._restore()
@@ -103,7 +103,7 @@ class Trainer:
         self.forward: nn.Module = self.model
         if worker.world_size > 1:
             device_ids = [worker.device.index] if gpu else None
-            self.forward = DistributedDataParallel(self.model, device_ids=device_ids, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.model, device_ids=device_ids)
         self.tracker = Tracker(folder, config, self.epoch, self.global_step) if worker.rank == 0 else None
 
     @property
@@ -127,7 +127,9 @@ class Trainer:
                 self._validate(self.data.val)
             if self.tracker:
                 self.tracker.epoch(self.epoch, self.epoch * self.steps_per_epoch, self.metrics, self._rates())
-            saved = self._save_state() if last or self.epoch % config.checkpoint.every == 0 else None
+            # weights that no longer give a finite loss must not replace the last good ones
+            due = self.epoch % config.checkpoint.every == 0 and self.skipped[1].item() == 0
+            saved = self._save_state() if last or due else None
             self.worker.report(self.metrics, saved)
         return self._finish()
 
@@ -209,7 +211,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.update()
+            self.ema.update(finite)
 
     # --- validation and the end --------------------------------------------------------------------------------------
 
@@ -251,14 +253,11 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Test once, with the weights that validated best (the last ones where nothing was validated)."""
-        chosen = "raw"
-        model: MambaModel = self.model
+        chosen = str(self.best["weights"])
+        model: MambaModel = self.ema.model if self.ema else self.model
         best = ckpt.best_checkpoint(self.folder)
         if best is not None:
-            chosen = str(self.best["weights"])
             model, _ = ckpt.load_model(best, device=self.worker.device)
-        elif self.ema:
-            chosen, model = "ema", self.ema.model
         views = self.config.eval.tta_views
         test_loss, test_accuracy = self.evaluate(model, self.data.test, views)
         metrics = {
@@ -287,7 +286,8 @@ class Trainer:
 
     def close(self) -> None:
         if self.tracker:
-            self.tracker.close()
+            with suppress(OSError):  # a full disk has been reported by then
+                self.tracker.close()
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -304,7 +304,8 @@ class Trainer:
             "metrics": self.metrics,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "ema_updates": self.ema.updates if self.ema else 0,
+            "ema_updates": int(self.ema.updates.item()) if self.ema else 0,
+            "train_images": len(self.data.train),
             "rng": self.worker.gather({"cpu": torch.get_rng_state(), "cuda": cuda}),
             "world_size": self.worker.world_size,
         }
@@ -316,9 +317,14 @@ class Trainer:
             return
         ckpt.load_weights(self.model, folder)
         state = ckpt.load_training_state(folder)
+        if state["train_images"] != len(self.data.train):
+            raise ckpt.CheckpointError(
+                f"{folder} was trained on {state['train_images']} images and the training set now has "
+                f"{len(self.data.train)}: a run resumes on its own data only"
+            )
         if self.ema:
             ckpt.load_weights(self.ema.model, folder, ckpt.EMA_WEIGHTS)
-            self.ema.updates = state["ema_updates"]
+            self.ema.updates.fill_(state["ema_updates"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ray
@@ -33,7 +33,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[Cluster]:
+def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
     """Connect for the length of a block. A cluster started here ends with it; a running one is left as it is.
 
     A running cluster is one that `RAY_ADDRESS` names (as inside a Ray job) or that `ray start` started on this machine.
@@ -47,12 +47,15 @@ def connected() -> Iterator[Cluster]:
     where = "the running cluster"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            announce(f"connecting to the Ray cluster at {address}")
         try:
             ray.init(address="auto", **quiet)
-        except ConnectionError as error:
-            if os.environ.get("RAY_ADDRESS"):
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if address:
                 raise ConfigError(
-                    f"RAY_ADDRESS {os.environ['RAY_ADDRESS']} cannot be reached ({error}); start that cluster, or "
+                    f"RAY_ADDRESS {address} cannot be reached ({error}); start that cluster, or "
                     "unset RAY_ADDRESS to start a local one"
                 ) from None
             ray.init(address="local", include_dashboard=False, **quiet)

@@ -43,7 +43,7 @@ class Display:
         self.thread.join()
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, markup=False)
 
     def _follow(self) -> None:
         if not self.console.is_terminal:
@@ -85,7 +85,7 @@ class Display:
             words += [f"{label} {m[key]:.2f} %" for key, label in EPOCH_COLUMNS.items() if key in m]
             words.append(f"{m['train/images_per_s']:,.0f} images/s")
             words += [f"{m['train/skipped_steps']:.0f} steps skipped"] if m["train/skipped_steps"] else []
-            self.console.print("  ".join(words))
+            self.say("  ".join(words))
 
     def _new_epochs(self) -> list[dict[str, Any]]:
         lines = self._metric_lines()

@@ -25,9 +25,14 @@ def preflight(config: RunConfig) -> None:
     Raises:
         ForgeError: with a sentence for the user.
     """
+    check_early(config)
+    check_batch_size(len(load_data(config.data, config.seed).train), config.data)
+
+
+def check_early(config: RunConfig) -> None:
+    """What can be said without the data and without the cluster; raises ConfigError."""
     workers = config.scaling.num_workers
     config.check_workers(workers or 1, gpu=workers != 0 or torch.cuda.is_available())
-    check_batch_size(load_data(config.data, config.seed), config.data)
 
 
 def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dict[str, Any]:
@@ -47,7 +52,7 @@ def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dic
 
     from ray_jobs.cluster import connected
 
-    with connected() as cluster:
+    with connected(announce) as cluster:
         gpu = cluster.gpus > 0
         workers = workers or max(1, cluster.gpus)
         config.check_workers(workers, gpu)

@@ -29,11 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dry_run(args: TrainArgs) -> int:
-    from mamba.data import describe
+    from mamba.data import check_batch_size, describe
     from mamba.model import parameters_of
+    from ray_jobs.launch import check_early
 
     config = args.config.resolve()
+    check_early(config)
     classes, train_images = describe(config.data, config.seed)
+    check_batch_size(train_images, config.data)
     assert config.data.img_size is not None  # resolved
     steps = train_images // config.data.batch_size
     print(config.to_yaml(), end="")
@@ -44,13 +47,16 @@ def _dry_run(args: TrainArgs) -> int:
 
 
 def _train(args: TrainArgs) -> int:
-    from mamba.tracking import create_run, discard_if_unused, exclusive, finished_result
+    from mamba.tracking import create_run, discard_if_unused, exclusive, finished_result, prepare_resume
     from ray_jobs.console import Display, result_table, stop_on_signal
     from ray_jobs.launch import preflight, run
 
     config = args.config.resolve()
-    preflight(config)
-    folder = create_run(config) if args.resume is None else args.resume.absolute()
+    if args.resume is None:
+        preflight(config)
+        folder = create_run(config)
+    else:
+        folder = args.resume.absolute()
 
     with exclusive(folder), Display(folder) as display, stop_on_signal(folder, display):
         display.say(f"run folder: {folder}")
@@ -58,11 +64,14 @@ def _train(args: TrainArgs) -> int:
         if result is not None:
             display.say("finished already:")
         else:
-            (folder / "STOP").unlink(missing_ok=True)
             try:
+                if args.resume is not None:
+                    preflight(config)
+                    prepare_resume(folder)
                 result = run(config, folder, display.say)
             except ForgeError:
-                discard_if_unused(folder)
+                if args.resume is None:
+                    discard_if_unused(folder)
                 raise
     command = os.path.relpath(__file__)
     if result["status"] == "interrupted":

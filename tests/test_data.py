@@ -158,6 +158,10 @@ def break_corrupt(root):
     (root / "train" / "bee" / "3.png").write_bytes(b"not an image")
 
 
+def break_link(root):
+    (root / "train" / "bee" / "9.png").symlink_to(root / "nowhere.png")
+
+
 def break_truncated(root):
     file = root / "test" / "cat" / "5.png"
     file.write_bytes(file.read_bytes()[:60])
@@ -173,6 +177,7 @@ def break_truncated(root):
         (lambda root: [f.unlink() for f in (root / "train" / "ant").iterdir()], "train/ant holds no images"),
         (lambda root: [shutil.rmtree(d) for d in (root / "train").iterdir()], "train holds no class folders"),
         (break_corrupt, r"train/bee/3.png is not a readable image"),
+        (break_link, r"train/bee/9.png cannot be read"),
         (break_truncated, r"test/cat/5.png is not a readable image"),
     ],
 )

@@ -99,9 +99,12 @@ def test_average_warms_up_and_covers_buffers():
     torch.testing.assert_close(ema.model.weight, start + 0.9)
     torch.testing.assert_close(ema.model.running_mean, torch.full((3,), 1.8))
     assert ema.model.num_batches_tracked == 5
-    assert ema.decay_now() == pytest.approx(2 / 11)
-    ema.updates = 10_000
-    assert ema.decay_now() == 0.9
+    assert float(ema.decay_now()) == pytest.approx(2 / 11)
+    before = ema.model.weight.clone()
+    ema.update(torch.tensor(False))
+    assert torch.equal(ema.model.weight, before) and ema.updates == 1
+    ema.updates.fill_(10_000)
+    assert float(ema.decay_now()) == pytest.approx(0.9)
 
 
 def test_average_does_not_share_memory_with_the_model():

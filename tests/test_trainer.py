@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mamba import checkpoint as ckpt
+from mamba.data import ImageSet
 from mamba.errors import ForgeError, TrainingError
 from mamba.trainer import Trainer, fit, request_stop
 from mamba.worker import local_worker
@@ -157,6 +158,40 @@ def test_a_run_that_stays_non_finite_ends_with_its_last_good_checkpoint(small_fi
     assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
 
 
+def test_weights_gone_bad_do_not_replace_the_last_good_checkpoint(small_fit, tmp_path, monkeypatch):
+    """Huge but finite weights, written just before an epoch ends: every later loss overflows."""
+    original = Trainer._train_step
+
+    def step(self, micro_batches):
+        result = original(self, micro_batches)
+        if self.global_step == 5:
+            with torch.no_grad():
+                self.model.head.weight.fill_(1e38)
+        return result
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    with pytest.raises(TrainingError, match=r"last good checkpoint: .*step-00000004"):
+        small_fit(optim__max_skipped=5)
+    assert weights(tmp_path / "run")["head.weight"].abs().max() < 10
+
+
+def test_a_skipped_step_leaves_the_average_alone(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
+    trainer._train_step([(images, targets)])
+    before = {k: v.clone() for k, v in trainer.ema.model.state_dict().items()}
+    trainer._train_step([(images * float("nan"), targets)])
+    assert all(torch.equal(v, before[k]) for k, v in trainer.ema.model.state_dict().items())
+    assert trainer.ema.updates == 1
+
+
+def test_a_changed_training_set_is_refused(small_fit, small_data, tmp_path):
+    small_fit(optim__epochs=1)
+    fewer = ImageSet(small_data.train.images, small_data.train.labels, small_data.train.index[:40])
+    with pytest.raises(ForgeError, match="trained on 72 images and the training set now has 40"):
+        small_fit(data=small_data.__class__(**{**vars(small_data), "train": fewer}))
+
+
 def test_evaluation_counts_exactly(small_config, small_data, tmp_path):
     trainer = Trainer(small_config(eval__batch_size=7), local_worker(), tmp_path, small_data)
     loss, accuracy = trainer.evaluate(trainer.model, small_data.test)
@@ -175,6 +210,8 @@ def test_without_a_validation_split_nothing_is_selected(small_fit, small_data, t
     result = small_fit(data=data)
     assert result["tested"] == {"weights": "ema", "epoch": 3, "tta_views": 1}
     assert not list((tmp_path / "run" / "checkpoints").glob("best-*")) and "val/accuracy" not in result["metrics"]
+    model, _ = ckpt.load_model(tmp_path / "run")  # the weights that were tested
+    assert torch.equal(model.head.weight, ema_weights(tmp_path / "run")["head.weight"])
 
 
 def test_the_test_set_is_read_once_and_never_selects(small_config, small_data, tmp_path, monkeypatch):
