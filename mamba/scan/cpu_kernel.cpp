@@ -146,6 +146,44 @@ inline Vec advance(Vec *h, const Vec *A, const float *B, const float *C, Vec ste
     return y;
 }
 
+// What the loops of backward over one chunk and LANES channels share.
+struct Token {
+    Vec u, raw, step, drive, dy, d_drive, d_step;
+};
+
+constexpr int TOGETHER = 2;  // tokens that backward takes back in time at once
+
+// TOKENS tokens back in time, `last` the latest of them, all states. g is the gradient of the state, carry the share of
+// it that comes from the next token. Several tokens at a time, because the loop is bound by its loads and stores.
+template <int TOKENS>
+inline void retreat(Token *last, const Vec *h, const Vec *decay, const Vec *A, Vec *dA, Vec *carry, Vec *to_B, Vec *to_C,
+                    const float *B, const float *C, int64_t B_t, int64_t C_t, int64_t N) {
+    Vec d_drive[TOKENS]{}, d_step[TOKENS]{};
+    for (int64_t n = 0; n < N; n++) {
+        Vec from_next = carry[n], dA_n = dA[n];
+        const Vec A_n = A[n];
+#pragma GCC unroll 4
+        for (int j = 0; j < TOKENS; j++) {
+            const Token &token = last[-j];
+            const int64_t row = n - j * N;
+            const Vec g = token.dy * C[n - j * C_t] + from_next;
+            from_next = g * decay[row];
+            const Vec d_exponent = from_next * h[row];
+            d_drive[j] += g * B[n - j * B_t];
+            d_step[j] += d_exponent * A_n;
+            dA_n += d_exponent * token.step;
+            to_B[row] += g * token.drive;
+            to_C[row] += token.dy * h[row + N];
+        }
+        carry[n] = from_next;
+        dA[n] = dA_n;
+    }
+    for (int j = 0; j < TOKENS; j++) {
+        last[-j].d_drive = d_drive[j];
+        last[-j].d_step = d_step[j];
+    }
+}
+
 void forward_task(const Scan &s, const Task &task, Vec *scratch) {
     const int64_t N = s.d_state, b = task.b;
     Vec *A = scratch, *h = scratch + N;
@@ -183,7 +221,7 @@ void forward_task(const Scan &s, const Task &task, Vec *scratch) {
 
 int64_t backward_scratch(const Scan &s) {
     const int64_t blocks = (s.group + LANES - 1) / LANES, N = s.d_state;
-    return blocks * (3 * N + 2) + (4 * s.chunk + 1) * N + 6 * s.chunk;
+    return blocks * (3 * N + 2) + (4 * s.chunk + 1) * N + s.chunk * int64_t(sizeof(Token) / sizeof(Vec));
 }
 
 void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch) {
@@ -194,7 +232,7 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
     Vec *all_A = take(blocks * N), *all_dA = take(blocks * N), *all_carry = take(blocks * N);
     Vec *all_dD = take(blocks), *all_dbias = take(blocks);
     Vec *h = take((T + 1) * N), *decay = take(T * N), *shares_B = take(T * N), *shares_C = take(T * N);
-    Vec *us = take(T), *raws = take(T), *steps = take(T), *drives = take(T), *dys = take(T);
+    Token *all = (Token *)take(T * int64_t(sizeof(Token) / sizeof(Vec)));
 
     for (int64_t d = task.first, k = 0; d < task.end; d += LANES, k++) {
         const int64_t count = lanes_at(task, d);
@@ -240,32 +278,24 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
                     store(s.dz + at, dy * y * gate * (1.0f + z * (1.0f - gate)), count);
                     dy *= z * gate;
                 }
-                us[i] = u, raws[i] = raw, steps[i] = step, drives[i] = drive, dys[i] = dy;
+                all[i] = {u, raw, step, drive, dy, Vec{}, Vec{}};
             }
 
-            // back in time: g is the gradient of the state, carry the share of it that comes from the next step
-            for (int64_t i = tokens - 1; i >= 0; i--) {
-                const int64_t t = start + i, at = (b * s.length + t) * s.d_inner + d;
-                const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
-                const Vec *before = h + i * N, *after = h + (i + 1) * N, *a = decay + i * N;
-                Vec *to_B = shares_B + i * N, *to_C = shares_C + i * N;
-                const Vec u = us[i], step = steps[i], drive = drives[i], dy = dys[i];
-                Vec d_drive{}, d_step{};
-                for (int64_t n = 0; n < N; n++) {
-                    const Vec g = dy * C[n] + carry[n];
-                    const Vec back = g * a[n], d_exponent = back * before[n];
-                    carry[n] = back;
-                    d_drive += g * B[n];
-                    d_step += d_exponent * A[n];
-                    dA[n] += d_exponent * step;
-                    to_B[n] += g * drive;
-                    to_C[n] += dy * after[n];
-                }
-                d_step += d_drive * u;
-                if (s.softplus) d_step *= sigmoid(raws[i]);
+            for (int64_t i = tokens - 1; i >= 0;) {
+                const float *B = s.B + b * s.B_b + (start + i) * s.B_t, *C = s.C + b * s.C_b + (start + i) * s.C_t;
+                const auto back = i >= TOGETHER - 1 ? retreat<TOGETHER> : retreat<1>;
+                back(all + i, h + i * N, decay + i * N, A, dA, carry, shares_B + i * N, shares_C + i * N, B, C, s.B_t,
+                     s.C_t, N);
+                i -= i >= TOGETHER - 1 ? TOGETHER : 1;
+            }
+            for (int64_t i = 0; i < tokens; i++) {
+                const Token &token = all[i];
+                const int64_t at = (b * s.length + start + i) * s.d_inner + d;
+                Vec d_step = token.d_step + token.d_drive * token.u;
+                if (s.softplus) d_step *= sigmoid(token.raw);
                 store(s.ddelta + at, d_step, count);
-                store(s.du + at, d_drive * step + skip * dy, count);
-                all_dD[k] += dy * u;
+                store(s.du + at, token.d_drive * token.step + skip * token.dy, count);
+                all_dD[k] += token.dy * token.u;
                 all_dbias[k] += d_step;
             }
         }
