@@ -53,7 +53,7 @@ def selective_scan(
         delta_bias: (d_inner,), added to delta before the softplus.
         delta_softplus: pass delta through softplus.
         return_last_state: also return h at the last step.
-        backend: "auto" or one of `BACKENDS`.
+        backend: one of `BACKENDS`, or "auto": triton on a GPU, cpu (C++) on a CPU, two_phase for float64 and elsewhere.
 
     Returns:
         out, (batch, d_inner, length) in the type of u; with `return_last_state` also the last state,
