@@ -4,8 +4,8 @@
 docs/cpu-scan-notes.md.
 
 The kernel is plain C++ with a C interface, called through ctypes with pointers and strides. It includes nothing of
-torch, so it compiles in a second or two instead of tens of them, needs no ninja, and cannot break on torch's ABI. Its
-OpenMP runtime is the one that torch has loaded, where that is visible, and it uses `torch.get_num_threads()` threads.
+torch, so it compiles in one to three seconds, needs no ninja, and cannot break on torch's ABI. Its OpenMP runtime is
+the one that torch has loaded, where that is visible, and it uses `torch.get_num_threads()` threads.
 
 The library lies in `$MAMBA_FORGE_CACHE`, else `~/.cache/mamba-forge`, else in the folder for temporary files, under a
 name that is a hash of everything it depends on. Where it cannot be built there is one warning, and `two_phase` takes
