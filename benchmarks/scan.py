@@ -7,8 +7,10 @@
 Shapes are batch x d_inner x length x d_state. D, z, delta_bias and softplus are on; A, D and delta_bias are float32,
 the rest is `--dtype`, as under autocast; sequences are (batch, length, channel) tensors transposed, as in the model.
 Each number is the median of `--repeats` timed calls after a warm-up, with the 10th and 90th percentile. Backends take
-turns within a shape, so that drift hits all of them. `mamba_ssm` joins when it is importable, `reference_compiled`
-(torch.compile of the reference; slow to compile for long sequences) when it is asked for by name.
+turns within a shape, so that drift hits all of them; `speedup` is the ratio of medians to `reference`, when it is among
+them. On a CPU the levels are the plain loop (`reference`), `two_phase` and the C++ scan (`cpu`). `mamba_ssm` joins when
+it is importable, `reference_compiled` (torch.compile of the reference; slow to compile for long sequences) when it is
+asked for by name. `--clock cpu` counts processor time instead: with `--threads 1`, for a machine that others use too.
 
 A CUDA time comes from events around one call. The default shapes are larger than any L2 cache; small ones are not.
 """
@@ -108,8 +110,8 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def once(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
+def once(call: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
+    """Milliseconds of one call; `clock` is for a CPU."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -117,23 +119,23 @@ def once(call: Callable[[], object], device: str) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
-    begin = time.perf_counter()
+    begin = clock()
     call()
-    return (time.perf_counter() - begin) * 1e3
+    return (clock() - begin) * 1e3
 
 
 def measure(
-    table: dict[str, Callable[[], object]], device: str, repeats: int, seconds: float
+    table: dict[str, Callable[[], object]], device: str, repeats: int, seconds: float, clock: Callable[[], float]
 ) -> dict[str, dict[str, float | int]]:
     """Take turns until each has `repeats` timings or its share of `seconds` is used (at least three)."""
     for call in table.values():
         for _ in range(3 if device == "cuda" else 1):
-            once(call, device)
+            once(call, device, clock)
     times: dict[str, list[float]] = {name: [] for name in table}
     for i in range(repeats):
         for name, call in table.items():
             if i < 3 or sum(times[name]) < seconds * 1e3:
-                times[name].append(once(call, device))
+                times[name].append(once(call, device, clock))
     result: dict[str, dict[str, float | int]] = {}
     for name, values in times.items():
         p10, median, p90 = torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
@@ -161,6 +163,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=5.0, help="at most this long for one number")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU: elapsed or processor time")
     parser.add_argument("--graph", action="store_true", help="replay a CUDA graph of the call")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -168,9 +171,16 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
 
-    report = {"hardware": hardware(args.device), "dtype": str(dtype), "graph": args.graph, "rows": []}
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    report = {
+        "hardware": hardware(args.device),
+        "dtype": str(dtype),
+        "graph": args.graph,
+        "clock": args.clock,
+        "rows": [],
+    }
     print(" ".join(f"{k}={v}" for k, v in report["hardware"].items()), str(dtype), "graph" if args.graph else "eager")
-    print(f"{'shape':>16} {'mode':>17} {'backend':>19} {'median ms':>10} {'p10':>9} {'p90':>9}")
+    print(f"{'shape':>16} {'mode':>17} {'backend':>19} {'median ms':>10} {'p10':>9} {'p90':>9} {'speedup':>8}")
     for text in args.shapes or DEFAULT_SHAPES[args.device]:
         shape = tuple(int(n) for n in text.split("x"))
         tensors = make_inputs(shape, dtype, args.device)
@@ -179,9 +189,13 @@ def main() -> None:
             table = {name: way[mode] for name, way in ways.items()}
             if args.graph:
                 table = {name: captured(call) for name, call in table.items()}
-            for name, row in measure(table, args.device, args.repeats, args.seconds).items():
-                report["rows"].append({"shape": text, "mode": mode, "backend": name, **row})
+            rows = measure(table, args.device, args.repeats, args.seconds, clock)
+            for name, row in rows.items():
                 numbers = f"{row['median_ms']:10.3f} {row['p10_ms']:9.3f} {row['p90_ms']:9.3f}"
+                if "reference" in rows:
+                    row["speedup"] = rows["reference"]["median_ms"] / row["median_ms"]
+                    numbers += f" {row['speedup']:8.1f}"
+                report["rows"].append({"shape": text, "mode": mode, "backend": name, **row})
                 print(f"{text:>16} {mode:>17} {name:>19} {numbers}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -173,15 +173,15 @@ def test_uneven_blocks_are_rebuilt_from_their_description():
     assert model.architecture == uneven
 
 
-def test_macs_count_the_matrix_products():
-    """Against torch's own counter; the scan and the convolution, which it does not see, are added by hand."""
+def test_macs_count_the_matrix_products(monkeypatch):
+    """Against torch's own counter; the scan is left out and added by hand, like the convolution, which it misses."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    monkeypatch.setattr("mamba.layers.selective_scan", lambda u, *args, **options: u)
     model = MambaModel(TINY).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(1, 3, 8, 8))
-    scan_reads = 2 * 16 * 24 * 4  # the two-phase scan reads states through C by a matrix product
-    products = counter.get_total_flops() // 2 - scan_reads
+    products = counter.get_total_flops() // 2
     by_hand = 2 * 16 * (24 * (3 * 4 + 2) + 24 * 4)
     assert model.architecture.macs() == products + by_hand
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba.scan.cpu import selective_scan_cpu
 from mamba.scan.reference import selective_scan_reference
 from mamba.scan.two_phase import selective_scan_two_phase
 
@@ -52,7 +53,7 @@ def selective_scan(
         delta_bias: (d_inner,), added to delta before the softplus.
         delta_softplus: pass delta through softplus.
         return_last_state: also return h at the last step.
-        backend: "auto" or one of `BACKENDS`.
+        backend: one of `BACKENDS`, or "auto": triton on a GPU, cpu (C++) on a CPU, two_phase for float64 and elsewhere.
 
     Returns:
         out, (batch, d_inner, length) in the type of u; with `return_last_state` also the last state,
@@ -64,7 +65,7 @@ def selective_scan(
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
     if backend == "auto":
         use_triton = "triton" in BACKENDS and u.is_cuda and u.dtype != torch.float64
-        backend = "triton" if use_triton else "two_phase"
+        backend = "triton" if use_triton else "cpu" if u.device.type == "cpu" else "two_phase"
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend '{backend}'; valid: auto, {', '.join(BACKENDS)}")
     with torch.autocast(u.device.type, enabled=False):  # the backends choose their own precision
@@ -112,6 +113,7 @@ def _selective_scan_triton(*args: Any) -> Tensor | tuple[Tensor, Tensor]:
 BACKENDS: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "reference": selective_scan_reference,
     "two_phase": selective_scan_two_phase,
+    "cpu": selective_scan_cpu,  # takes two_phase itself for float64, and where there is no compiler
 }
 if importlib.util.find_spec("triton") is not None:
     BACKENDS["triton"] = _selective_scan_triton

@@ -2,7 +2,8 @@
 
 The loop over time only carries `h_t = a_t h_(t-1) + b_t`, one fused multiply-add on a contiguous slice a step;
 exponentials, the reads through C and every gradient are single batched operations. The gradient is written out
-rather than left to autograd, which would keep three tensors a step. Runs on any device; on a CPU it is the fast path.
+rather than left to autograd, which would keep three tensors a step. Runs on any device and in float64; the fast path
+of a CPU without a compiler.
 
 Memory: two tensors of (length, batch, d_inner, d_state) in the working precision are kept for backward.
 """

@@ -90,7 +90,7 @@ def test_cpu_tensors_are_refused_and_auto_avoids_them():
     tensors = make_inputs(1, 2, 3, 2, device="cpu")
     with pytest.raises(ValueError, match="on a GPU"):
         selective_scan(**tensors, backend="triton")
-    assert torch.equal(selective_scan(**tensors), selective_scan(**tensors, backend="two_phase"))
+    assert torch.equal(selective_scan(**tensors), selective_scan(**tensors, backend="cpu"))
 
 
 @needs_triton

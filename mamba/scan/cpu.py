@@ -1,0 +1,403 @@
+"""The selective scan on a CPU: a C++ kernel, built on first use, behind a torch operator.
+
+`cpu_kernel.cpp` says how it computes; this file builds it, keeps it, and makes it known to torch. What is measured:
+docs/cpu-scan-notes.md.
+
+The kernel is plain C++ with a C interface, called through ctypes with pointers and strides. It includes nothing of
+torch, so it compiles in one to three seconds, needs no ninja, and cannot break on torch's ABI. Its OpenMP runtime is
+the one that torch has loaded, where that is visible, and it uses `torch.get_num_threads()` threads.
+
+The library lies in `$MAMBA_FORGE_CACHE`, else `~/.cache/mamba-forge`, else in the folder for temporary files, under a
+name that is a hash of everything it depends on. Where it cannot be built there is one warning, and `two_phase` takes
+over; float64 always goes there.
+
+Deterministic: the same inputs give the same bits, whatever the number of threads. Differentiable once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba.scan.two_phase import selective_scan_two_phase
+
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+CHUNK = 16  # tokens between two checkpoints
+LANES = 16  # channels of the widest vector
+COMPILE = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-w", "-c"]
+BUILD_SECONDS = 120  # a compiler that takes longer has failed
+
+# ---------------------------------------------------------------- build and load
+
+
+class _Scan(ctypes.Structure):
+    """`struct Scan` of the kernel, in its order."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("batch", "d_inner", "length", "d_state", "chunk", "group")),
+        *((n, ctypes.c_int64) for n in ("threads", "softplus")),
+        *((n, ctypes.c_void_p) for n in ("u", "delta", "A", "B", "C", "D", "z", "bias", "dout", "d_last")),
+        *((f"{n}_{axis}", ctypes.c_int64) for n in ("u", "delta", "B", "C", "z", "dout") for axis in "bt"),
+        *((n, ctypes.c_void_p) for n in ("out", "states", "last", "du", "ddelta", "dz", "parameters", "dB", "dC")),
+    ]
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise FileNotFoundError("no C++ compiler found (c++, g++, clang++ or $CXX)")
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))}))
+    return platform.processor()
+
+
+def _link_flags() -> list[str]:
+    """Link an OpenMP runtime only if torch's own is not visible to all libraries: two would each have their threads."""
+    return ["-shared"] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-shared", "-fopenmp"]
+
+
+def _cache_folder() -> Path:
+    """The first candidate that can be written to; in a shared place it is named after the user, and only theirs."""
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    candidates = [Path(tempfile.gettempdir()) / f"mamba-forge-{user}"]
+    with contextlib.suppress(RuntimeError):  # no home folder
+        candidates.insert(0, Path.home() / ".cache" / "mamba-forge")
+    if folder := os.environ.get("MAMBA_FORGE_CACHE"):
+        candidates.insert(0, Path(folder).expanduser())
+    for candidate in candidates:
+        with contextlib.suppress(OSError):
+            candidate.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mine = not hasattr(os, "getuid") or candidate.stat().st_uid == os.getuid()
+            if os.access(candidate, os.W_OK) and (mine or candidate != candidates[-1]):
+                return candidate
+    return Path(tempfile.mkdtemp(prefix="mamba-forge-"))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, where the file system can lock; elsewhere two may build, and the last rename counts."""
+    with path.open("w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+        yield
+
+
+def _build(compiler: str, link: list[str], target: Path) -> None:
+    """Compile in a folder of its own, then rename: a reader sees the whole library or none."""
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
+        compiled, library = f"{folder}/scan.o", f"{folder}/scan.so"
+        for command in ([*COMPILE, str(SOURCE), "-o", compiled], [*link, compiled, "-o", library]):
+            subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        os.replace(library, target)
+
+
+def _load() -> ctypes.CDLL:
+    """The kernel from the cache, built if it is not there or does not load."""
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS).stdout
+    link = _link_flags()
+    parts = [
+        SOURCE.read_text(),
+        torch.__version__,
+        _processor(),
+        platform.machine(),
+        compiler,
+        version,
+        *COMPILE,
+        *link,
+    ]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    folder = _cache_folder()
+    target = folder / f"cpu_scan_{key}.so"
+    with _locked(folder / f"cpu_scan_{key}.lock"):
+        if target.exists():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(target))
+            target.unlink()
+        _build(compiler, link, target)
+    return ctypes.CDLL(str(target))
+
+
+_library: ctypes.CDLL | None = None
+_tried = False
+_lock = threading.Lock()
+
+
+def _kernel() -> ctypes.CDLL | None:
+    """The loaded library; None, after one warning, where it cannot be had."""
+    global _library, _tried
+    with _lock:
+        if not _tried:
+            try:
+                _library = _load()
+            except Exception as error:  # whatever is wrong with this machine's compiler, the scan still works
+                detail = (error.stderr or "") if isinstance(error, subprocess.CalledProcessError) else ""
+                reason = detail.strip().splitlines()[0] if detail.strip() else str(error)
+                warnings.warn(
+                    f"the C++ scan could not be built, the slower two_phase scan is used on CPU: {reason}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            _tried = True
+    return _library
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernel can be used here; builds it on the first call. A constant to torch.compile."""
+    return _kernel() is not None
+
+
+# ---------------------------------------------------------------- operators
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """(batch, channels, length) -> float32 (batch, length, channels) with contiguous channels; a view if it can be."""
+    if t is None:
+        return None
+    t = t.transpose(1, 2).float()
+    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _like(t: Tensor) -> Tensor:
+    """An empty (batch, channels, length) tensor like t whose channels are contiguous."""
+    return t.new_empty((t.shape[0], t.shape[2], t.shape[1])).transpose(1, 2)
+
+
+def _group(batch: int, d_inner: int) -> int:
+    """Channels of one task: few enough tasks to share work, enough to keep threads busy; a function of shape alone."""
+    blocks = -(-d_inner // LANES)
+    return LANES * max(2, min(8, batch * blocks // 32))
+
+
+def _states_shape(u: Tensor, A: Tensor, keep: bool) -> tuple[int, int, int, int]:
+    slots = (u.shape[2] + CHUNK - 1) // CHUNK - 1
+    return (u.shape[0], slots if keep else 0, A.shape[1], A.shape[0])
+
+
+def _call(name: str, u: Tensor, A: Tensor, softplus: bool, tensors: dict[str, Tensor | None]) -> None:
+    """Run one function of the library. `tensors` are float32 and named as in `struct Scan`."""
+    library = _kernel()
+    if library is None:
+        raise RuntimeError("the C++ scan is not available in this process")
+    batch, d_inner, length = u.shape
+    scan = _Scan(batch, d_inner, length, A.shape[1], CHUNK, _group(batch, d_inner), torch.get_num_threads(), softplus)
+    for key, t in tensors.items():
+        if t is not None:
+            setattr(scan, key, t.data_ptr())
+            if hasattr(scan, f"{key}_b"):
+                setattr(scan, f"{key}_b", t.stride(0))
+                setattr(scan, f"{key}_t", t.stride(1))
+    getattr(library, name)(ctypes.byref(scan))
+
+
+@torch.library.custom_op("mamba_forge::selective_scan_cpu", mutates_args=(), device_types="cpu")
+def _selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    keep: bool,
+    last_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out, the checkpoints (no slots unless `keep`) and the last state (empty unless `last_state`)."""
+    batch, d_inner, length = u.shape
+    out = u.new_empty((batch, length, d_inner), dtype=torch.float32)
+    states = u.new_empty(_states_shape(u, A, keep), dtype=torch.float32)
+    last = u.new_empty((batch if last_state else 0, A.shape[1], d_inner), dtype=torch.float32)
+    tensors = _inputs(u, delta, A, B, C, D, z, delta_bias)
+    tensors |= {"out": out, "states": states if keep else None, "last": last if last_state else None}
+    _call("mamba_forge_scan_forward", u, A, delta_softplus, tensors)
+    return out.transpose(1, 2).to(u.dtype), states, last.transpose(1, 2)
+
+
+def _inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """What the kernel reads, by its names; the caller must keep it alive until the kernel is done."""
+    sequences = {name: _rows(t) for name, t in (("u", u), ("delta", delta), ("B", B), ("C", C), ("z", z))}
+    return {**sequences, "A": _vector(A.t()), "D": _vector(D), "bias": _vector(delta_bias)}
+
+
+@_selective_scan.register_fake
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    keep: bool,
+    last_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    states = u.new_empty(_states_shape(u, A, keep), dtype=torch.float32)
+    last = u.new_empty((u.shape[0] if last_state else 0, A.shape[1], A.shape[0]), dtype=torch.float32)
+    return _like(u), states, last.transpose(1, 2)
+
+
+@torch.library.custom_op("mamba_forge::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
+def _selective_scan_backward(
+    dout: Tensor,
+    d_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    states: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D, z and delta_bias, each in its tensor's type; empty where there is none."""
+    batch, d_inner, length = u.shape
+    d_state = A.shape[1]
+    groups = -(-d_inner // _group(batch, d_inner))
+
+    def empty(*shape: int) -> Tensor:
+        return u.new_empty(shape, dtype=torch.float32)
+
+    du, ddelta = empty(batch, length, d_inner), empty(batch, length, d_inner)
+    dz = None if z is None else empty(batch, length, d_inner)
+    parameters = empty(batch, d_state + 2, d_inner)
+    dB, dC = empty(batch, groups, length, d_state), empty(batch, groups, length, d_state)
+    tensors = _inputs(u, delta, A, B, C, D, z, delta_bias)
+    tensors |= {"dout": _rows(dout), "d_last": None if d_last is None else _vector(d_last.transpose(1, 2))}
+    tensors |= {"states": states, "du": du, "ddelta": ddelta, "dz": dz, "parameters": parameters, "dB": dB, "dC": dC}
+    _call("mamba_forge_scan_backward", u, A, delta_softplus, tensors)
+    shares = parameters.sum(0)
+
+    def share(t: Tensor | None, row: int) -> Tensor:
+        return u.new_empty(0) if t is None else shares[row].to(t.dtype, copy=True)
+
+    return (
+        du.transpose(1, 2).to(u.dtype),
+        ddelta.transpose(1, 2).to(delta.dtype),
+        shares[:d_state].t().to(A.dtype, copy=True),
+        dB.sum(1).transpose(1, 2).to(B.dtype),
+        dC.sum(1).transpose(1, 2).to(C.dtype),
+        share(D, d_state),
+        u.new_empty(0) if z is None or dz is None else dz.transpose(1, 2).to(z.dtype),
+        share(delta_bias, d_state + 1),
+    )
+
+
+@_selective_scan_backward.register_fake
+def _(
+    dout: Tensor,
+    d_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    states: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_inner, d_state = A.shape
+    return (
+        _like(u),
+        _like(delta),
+        A.new_empty((d_state, d_inner)).t(),
+        _like(B),
+        _like(C),
+        u.new_empty(0) if D is None else D.new_empty(d_inner),
+        u.new_empty(0) if z is None else _like(z),
+        u.new_empty(0) if delta_bias is None else delta_bias.new_empty(d_inner),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.delta_softplus, ctx.keep, ctx.last_state = inputs
+    _, states, _ = output
+    ctx.mark_non_differentiable(states)
+    ctx.save_for_backward(*tensors, states)
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    if not ctx.keep:  # no checkpoints were asked for: run forward again for them
+        states = _selective_scan(*tensors, ctx.delta_softplus, True, False)[1]
+    grads = _selective_scan_backward(dout, d_last if ctx.last_state else None, *tensors, states, ctx.delta_softplus)
+    given = [grad if t is not None else None for grad, t in zip(grads, tensors, strict=True)]
+    return (*given, None, None, None)
+
+
+_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def selective_scan_cpu(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Arguments as in `mamba.scan.selective_scan`; tensors may differ in type, as under autocast.
+
+    float32 inputs are read in place when channels (states, for B and C) are contiguous, that is for (batch, length,
+    channel) tensors transposed; others are copied. bfloat16 and float16 are converted to float32 and back. float64
+    inputs, and machines without a compiler, take the `two_phase` scan. Without gradients nothing is kept.
+
+    Raises:
+        ValueError: the tensors are not on a CPU.
+    """
+    if u.device.type != "cpu":
+        raise ValueError(f"the C++ scan needs tensors on a CPU, got {u.device}: use backend='auto'")
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    if double or not available():
+        return selective_scan_two_phase(*tensors, delta_softplus, return_last_state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out, _, last = _selective_scan(*tensors, delta_softplus, keep, return_last_state)
+    return (out, last) if return_last_state else out
