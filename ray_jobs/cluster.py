@@ -36,7 +36,8 @@ class Cluster:
 def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
     """Connect for the length of a block. A cluster started here ends with it; a running one is left as it is.
 
-    A running cluster is one that `RAY_ADDRESS` names (as inside a Ray job) or that `ray start` started on this machine.
+    A running cluster is one that `RAY_ADDRESS` names (as inside a Ray job) or that `ray start` started on this machine;
+    RAY_ADDRESS=local always starts a local one.
 
     Raises:
         ConfigError: the cluster that RAY_ADDRESS names cannot be reached.
@@ -47,18 +48,20 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
     where = "the running cluster"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        if address:
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        if address not in ("auto", "local"):
             announce(f"connecting to the Ray cluster at {address}")
         try:
-            ray.init(address="auto", **quiet)
+            ray.init(address=address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
         except (ConnectionError, ValueError, RuntimeError) as error:
-            if address:
+            if address != "auto":
                 raise ConfigError(
-                    f"RAY_ADDRESS {address} cannot be reached ({error}); start that cluster, or "
-                    "unset RAY_ADDRESS to start a local one"
+                    f"RAY_ADDRESS {address} cannot be reached ({error}); start that cluster, or unset RAY_ADDRESS to "
+                    "use the one on this machine or to start one"
                 ) from None
-            ray.init(address="local", include_dashboard=False, **quiet)
+            address = "local"
+            ray.init(address=address, include_dashboard=False, **quiet)
+        if address == "local":
             where = "a local cluster"
     for number, handler in handlers.items():  # ray.init takes SIGTERM over; give it back to who had it
         if callable(handler):

@@ -24,6 +24,12 @@ FAST = [
 LOCAL = ["--scaling.num-workers", "0"]
 
 
+@pytest.fixture(autouse=True)
+def _a_cluster_of_its_own(monkeypatch):
+    """Not whatever happens to run on this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
 def command(tmp_path, *words):
     return [sys.executable, "ray_jobs/train.py", *FAST, "--out", str(tmp_path), "--trial", "one", *words]
 
@@ -35,7 +41,7 @@ def start(tmp_path, *words):
     )
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=150):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
@@ -49,10 +55,10 @@ def epochs(run):
     return [json.loads(line)["epoch"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def own_ray_processes():
-    """Processes of Ray clusters, which must all be gone once a local run has ended."""
+def ray_processes_of(driver):
+    """What is left of the local cluster that a driver started: its session's name ends in the driver's pid."""
     listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listing.splitlines() if "raylet" in line.split(" ")[0] or "gcs_server" in line]
+    return [line for line in listing.splitlines() if "session_" in line and f"_{driver}/" in line]
 
 
 def test_local_run_and_its_output(tmp_path, capsys):
@@ -124,7 +130,6 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
 def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
     """Two workers; SIGKILL for rank 1 in mid-run; then SIGTERM, as `ray job stop` sends it; then resume. No process
     is left behind."""
-    ray_before = own_ray_processes()
     process = start(tmp_path, "--scaling.num-workers", "2", "--scaling.cpus-per-worker", "1", "--optim.epochs", "40")
     run = tmp_path / "quickstart" / "one"
     try:
@@ -142,12 +147,14 @@ def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
     finally:
         process.kill()
     resume = [sys.executable, "ray_jobs/train.py", "--resume", str(run)]
-    done = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = subprocess.Popen(resume, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: ray_processes_of(resumed.pid))
+    out, _ = resumed.communicate(timeout=180)
+    assert resumed.returncode == 0, out
     assert epochs(run) == list(range(1, 41))
     result = json.loads((run / "result.json").read_text())
     assert result["world_size"] == 2 and result["epochs"] == 40 and result["metrics"]["test/accuracy"] > 80
-    wait_for(lambda: own_ray_processes() == ray_before, 30)
+    wait_for(lambda: not ray_processes_of(process.pid) and not ray_processes_of(resumed.pid), 30)
 
 
 @pytest.mark.cluster
