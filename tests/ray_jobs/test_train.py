@@ -56,9 +56,9 @@ def epochs(run):
 
 
 def ray_processes_of(driver):
-    """What is left of the local cluster that a driver started: its session's name ends in the driver's pid."""
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listing.splitlines() if "session_" in line and f"_{driver}/" in line]
+    """Processes of the local cluster that a driver started, by the terminal session that they share with it."""
+    listing = subprocess.run(["ps", "-s", str(driver), "-o", "args="], capture_output=True, text=True).stdout
+    return [line for line in listing.splitlines() if "raylet" in line or "gcs_server" in line]
 
 
 def test_local_run_and_its_output(tmp_path, capsys):
@@ -147,7 +147,9 @@ def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
     finally:
         process.kill()
     resume = [sys.executable, "ray_jobs/train.py", "--resume", str(run)]
-    resumed = subprocess.Popen(resume, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    resumed = subprocess.Popen(
+        resume, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     wait_for(lambda: ray_processes_of(resumed.pid))
     out, _ = resumed.communicate(timeout=180)
     assert resumed.returncode == 0, out
