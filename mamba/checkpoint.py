@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +36,10 @@ def save_checkpoint(
     ema: MambaModel | None,
     description: dict[str, Any],
     training_state: dict[str, Any] | None,
+    extra: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> Path:
-    """Write a checkpoint folder atomically. `description` is JSON; the architecture is added to it.
+    """Write a checkpoint folder atomically. `description` is JSON; the architecture is added to it. `extra` holds more
+    safetensors files by name (masks).
 
     Raises:
         CheckpointError: the folder cannot be written (no space left, no permission).
@@ -48,6 +51,8 @@ def save_checkpoint(
         save_file(_tensors(model), partial / WEIGHTS)
         if ema is not None:
             save_file(_tensors(ema), partial / EMA_WEIGHTS)
+        for name, tensors in (extra or {}).items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / name)
         if training_state is not None:
             torch.save(training_state, partial / STATE)
         text = json.dumps({**description, "architecture": model.architecture.to_dict()}, indent=1)
@@ -70,7 +75,10 @@ def save_checkpoint(
 
 
 def load_model(
-    path: Path, weights: Literal["best", "raw", "ema"] = "best", device: str | torch.device = "cpu"
+    path: Path,
+    weights: Literal["best", "raw", "ema"] = "best",
+    device: str | torch.device = "cpu",
+    drop_path: float | None = None,
 ) -> tuple[MambaModel, dict[str, Any]]:
     """Rebuild a model from a checkpoint folder, or from a run's folder (its best checkpoint, else its newest).
 
@@ -78,6 +86,7 @@ def load_model(
         path: the folder.
         weights: raw, ema, or the one of both that validated best (ema, if kept, where nothing was validated).
         device: where the model is put.
+        drop_path: another rate of stochastic depth than the one it was trained with.
 
     Returns:
         the model in eval mode, and the checkpoint's description (classes, mean, std, metrics).
@@ -88,7 +97,10 @@ def load_model(
     folder = find_checkpoint(path)
     description = read_description(folder)
     try:
-        model = MambaModel(Architecture.from_dict(description["architecture"]))
+        architecture = Architecture.from_dict(description["architecture"])
+        if drop_path is not None:
+            architecture = replace(architecture, drop_path=drop_path)
+        model = MambaModel(architecture)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION} does not describe a model of ours: {error}") from None
     use_ema = weights == "ema" or (weights == "best" and description.get("weights") == "ema")

@@ -77,6 +77,9 @@ class ModelConfig(_Group):
 
     name: SizeName = "mamba_small"
     """Named size: tiny (d 128, 16 blocks), small (d 192, 24 blocks), base (d 384, 32 blocks)."""
+    checkpoint: Path | None = None
+    """Checkpoint or run folder to start from (fine-tuning): its weights, its widths, pruned or not, and its masks. Of
+    the other keys only `model.drop_path` counts then."""
     d_model: int | None = Field(None, ge=1)
     """Width of the residual stream."""
     depth: int | None = Field(None, ge=1)
@@ -219,8 +222,10 @@ class RunConfig(_Group):
                 f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than optim.epochs {self.optim.epochs}; "
                 "it must not be"
             )
+        checkpoint = self.model.checkpoint
         return self.with_values(
             {
+                "model.checkpoint": checkpoint.expanduser().absolute() if checkpoint else None,
                 "data.img_size": side,
                 "data.root": self.data.root.expanduser().absolute(),
                 "out": self.out.expanduser().absolute(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mamba.config import RunConfig
 from mamba.data import ImageData, ImageSet, eval_batches, load_data, make_train_loader
 from mamba.ema import ModelEma
 from mamba.errors import ForgeError, TrainingError
+from mamba.hooks import TrainHook
 from mamba.model import Architecture, MambaModel, count_parameters
 from mamba.optim import make_optimizer
 from mamba.schedule import learning_rate, set_learning_rate
@@ -36,7 +37,9 @@ LOOK_EVERY_STEPS = 10
 """Steps between two looks at the flags that live on a GPU (skipped steps, stop): each look waits for the device."""
 
 
-def fit(config: RunConfig, worker: Worker, folder: Path, data: ImageData | None = None) -> dict[str, Any]:
+def fit(
+    config: RunConfig, worker: Worker, folder: Path, data: ImageData | None = None, hooks: Sequence[TrainHook] = ()
+) -> dict[str, Any]:
     """Train a resolved config in `folder`, from its newest checkpoint if there is one; every rank calls it.
 
     Returns:
@@ -45,7 +48,8 @@ def fit(config: RunConfig, worker: Worker, folder: Path, data: ImageData | None 
     Raises:
         ForgeError: data, checkpoint or training errors, each a sentence for the user.
     """
-    trainer = Trainer(config, worker, folder, data if data is not None else load_data(config.data, config.seed))
+    data = data if data is not None else load_data(config.data, config.seed)
+    trainer = Trainer(config, worker, folder, data, hooks)
     try:
         return trainer.run()
     except torch.OutOfMemoryError as error:
@@ -66,14 +70,15 @@ def request_stop(folder: Path) -> None:
 class Trainer:
     """A rank's model, optimizer and position, and the loop over them."""
 
-    def __init__(self, config: RunConfig, worker: Worker, folder: Path, data: ImageData) -> None:
+    def __init__(
+        self, config: RunConfig, worker: Worker, folder: Path, data: ImageData, hooks: Sequence[TrainHook] = ()
+    ) -> None:
         gpu = worker.device.type == "cuda"
         config.check_workers(worker.world_size, gpu)
-        self.config, self.worker, self.folder, self.data = config, worker, folder, data
+        self.config, self.worker, self.folder, self.data, self.hooks = config, worker, folder, data, hooks
         optim = config.optim
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        architecture = Architecture.from_config(config.model, len(data.classes), data.train.images.shape[1])
-        self.model = MambaModel(architecture).to(worker.device)
+        self.model = self._initial_model().to(worker.device)
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
         self.optimizer = make_optimizer(self.model, optim)
         self.mix = BatchMix(config.data.mixup, config.data.cutmix, config.data.mix_prob, len(data.classes), config.seed)
@@ -96,6 +101,8 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         torch.manual_seed(config.seed + 1000 * (worker.rank + 1))  # drop path differs between ranks
         self._restore()
+        for hook in hooks:
+            hook.attach(self.model, self.ema, self.optimizer, config.seed)
 
         if optim.compile:  # block by block: one graph serves all of one shape; in place: names stay as they are
             for block in self.model.blocks:
@@ -105,6 +112,21 @@ class Trainer:
             device_ids = [worker.device.index] if gpu else None
             self.forward = DistributedDataParallel(self.model, device_ids=device_ids)
         self.tracker = Tracker(folder, config, self.epoch, self.global_step) if worker.rank == 0 else None
+
+    def _initial_model(self) -> MambaModel:
+        """New weights, or those of the checkpoint that the run starts from, with its widths."""
+        config, classes, side = self.config.model, len(self.data.classes), self.data.train.images.shape[1]
+        if config.checkpoint is None:
+            return MambaModel(Architecture.from_config(config, classes, side))
+        model, _ = ckpt.load_model(config.checkpoint, drop_path=config.drop_path)
+        found = model.architecture
+        if (found.num_classes, found.img_size) != (classes, side):
+            raise ckpt.CheckpointError(
+                f"model.checkpoint {config.checkpoint} is for {found.num_classes} classes at {found.img_size} pixels, "
+                f"and the data has {classes} classes at {side} pixels",
+                every_rank=True,
+            )
+        return model
 
     @property
     def global_step(self) -> int:
@@ -117,10 +139,14 @@ class Trainer:
         config = self.config
         while self.epoch < config.optim.epochs:
             self.model.train()
+            for hook in self.hooks:
+                hook.begin_epoch(self.epoch, config.optim.epochs)
             if self._train_epoch() == "stop":
                 self._save_state()
                 return {"status": "interrupted", "epoch": self.epoch, "step": self.step, "folder": str(self.folder)}
             self.metrics = self._train_metrics()
+            for hook in self.hooks:
+                self.metrics |= hook.end_epoch(self.epoch)
             self.epoch, self.step = self.epoch + 1, 0
             last = self.epoch == config.optim.epochs
             if self.data.val is not None and (last or self.epoch % config.eval.every == 0):
@@ -188,6 +214,8 @@ class Trainer:
                 self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)
+        for hook in self.hooks:
+            hook.gradients()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
         # gradients are averaged over the ranks, so their norm is the same everywhere; losses are not
         flags = self.worker.sum(torch.stack(((~loss.isfinite()).float(), self.off_on[self._stop_requested()])))
@@ -361,7 +389,9 @@ class Trainer:
                 "config": self.config.model_dump(mode="json"),
             }
             try:
-                ckpt.save_checkpoint(folder, self.model, self.ema.model if self.ema else None, description, state)
+                extra = {name: tensors for hook in self.hooks for name, tensors in hook.files().items()}
+                ema = self.ema.model if self.ema else None
+                ckpt.save_checkpoint(folder, self.model, ema, description, state, extra)
             except ForgeError as error:
                 failure = str(error)
         failure = self.worker.broadcast(failure)
