@@ -108,6 +108,22 @@ def load_model(
     return model.to(device).eval(), description
 
 
+def check_start(path: Path, num_classes: int, img_size: int) -> None:
+    """See that a run on data of so many classes and pixels can start from a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or its model is for other data.
+    """
+    folder = find_checkpoint(path)
+    own = read_description(folder).get("architecture", {})
+    if (own.get("num_classes"), own.get("img_size")) != (num_classes, img_size):
+        raise CheckpointError(
+            f"model.checkpoint {path} is for {own.get('num_classes')} classes at {own.get('img_size')} pixels, and the "
+            f"data has {num_classes} classes at {img_size} pixels",
+            every_rank=True,
+        )
+
+
 def load_weights(model: nn.Module, folder: Path, file: str = WEIGHTS) -> None:
     """Load one weights file of a checkpoint into a model of the same shape.
 

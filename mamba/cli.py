@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -29,32 +29,91 @@ class TrainArgs:
     """Print the resolved config, the parameter count and the number of steps, and exit."""
 
 
+@dataclass(frozen=True)
+class PruneArgs(TrainArgs):
+    """What `ray_jobs/prune.py` was asked to do."""
+
+    plan: Annotated[str | None, tyro.conf.arg(metavar="{stage1,stage2,stage3}")] = None
+    """Instead of rounds: apply this plan once to --checkpoint, and print what it cost and bought."""
+
+
+PRUNE_SHORT = {name: f"prune.{name}" for name in ("method", "target", "rate", "rounds")} | {
+    "checkpoint": "model.checkpoint"
+}
+"""Short names of keys that `ray_jobs/prune.py` also takes."""
+
+
+PRUNE_DEFAULTS = {"prune.method": "refill", "name": "prune", "trial": None}
+
+
 def parse_train_args(argv: Sequence[str] | None = None, description: str = "") -> TrainArgs:
     """Parse a command line; `--help` prints and exits.
 
     Raises:
         ConfigError: an unknown key or preset, a value out of bounds, keys that do not go with `--resume`.
     """
-    launch, values = _split(list(sys.argv[1:] if argv is None else argv))
+    return _parse(TrainArgs, argv, "train.py", description, {}, {})
+
+
+def parse_prune_args(argv: Sequence[str] | None = None, description: str = "") -> PruneArgs:
+    """As `parse_train_args`, with `--plan` and the short names of PRUNE_SHORT; the method defaults to refill."""
+    args = _parse(PruneArgs, argv, "prune.py", description, PRUNE_SHORT, PRUNE_DEFAULTS, True)
+    assert isinstance(args, PruneArgs)
+    return args
+
+
+def _parse(
+    kind: type[TrainArgs],
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str,
+    short: dict[str, str],
+    defaults: dict[str, str | None],
+    own_recipe: bool = False,
+) -> TrainArgs:
+    """`own_recipe`: without --preset, a run that starts from a checkpoint takes over the config that trained it."""
+    options = {field.name for field in fields(kind)} - {"config", "dry_run"}
+    launch, values = _split(list(sys.argv[1:] if argv is None else argv), options, short)
     preset = launch.get("preset", "quickstart")
     base = get_preset(preset)
+    checkpoint = values.get("model.checkpoint")
+    if own_recipe and checkpoint and "preset" not in launch:
+        base = _recipe_of(Path(checkpoint))
+    base = base.with_values(defaults)
     if "resume" in launch:
-        extra = [f"--{key}" for key in values if not key.startswith("scaling.")] + ["--preset"] * ("preset" in launch)
+        extra = [f"--{key}" for key in values if not key.startswith("scaling.")]
+        extra += [f"--{key}" for key in launch if key not in ("resume", "dry_run", "help")]
         if extra:
             raise ConfigError(f"--resume continues a run as it was: leave out {', '.join(extra)}")
         base = RunConfig.from_yaml(Path(launch["resume"]) / "config.yaml")
-    args = TrainArgs(
+    given = {key: launch[key] for key in options - {"preset", "resume"} if key in launch}
+    args = kind(
         config=base.with_values(values),
         preset=preset,
         resume=Path(launch["resume"]) if "resume" in launch else None,
         dry_run="dry_run" in launch,
+        **given,
     )
     if "help" in launch:
-        tyro.cli(TrainArgs, args=["--help"], default=args, prog="train.py", description=description)
+        if short:
+            words = ", ".join(f"--{name} for --{key}" for name, key in short.items())
+            description += f" Short names: {words}."
+        tyro.cli(kind, args=["--help"], default=args, prog=prog, description=description)
     return args
 
 
-def _split(words: list[str]) -> tuple[dict[str, str], dict[str, str | None]]:
+def _recipe_of(path: Path) -> RunConfig:
+    """The config of the run that a checkpoint is from."""
+    from mamba.checkpoint import find_checkpoint, read_description
+
+    folder = find_checkpoint(path)
+    tree = read_description(folder).get("config")
+    if tree is None:
+        raise ConfigError(f"{folder} does not say how it was trained: give --preset, or the data.* keys with one")
+    return RunConfig(**tree)
+
+
+def _split(words: list[str], options: set[str], short: dict[str, str]) -> tuple[dict[str, str], dict[str, str | None]]:
     """A command line's launch options and its config keys with their values as text, which the config converts.
 
     `--key value` and `--key=value`, with `-` or `_` inside of names.
@@ -71,7 +130,8 @@ def _split(words: list[str]) -> tuple[dict[str, str], dict[str, str | None]]:
             raise ConfigError(f"unexpected word '{word}'; options are given as --key value (see --help)")
         flag, equals, value = word[2:].partition("=")
         key = flag.replace("-", "_")
-        if key not in known and key not in ("preset", "resume"):
+        key = short.get(key, key)
+        if key not in known and key not in options:
             raise unknown_key(key)
         if not equals:
             value = next(rest, "--")

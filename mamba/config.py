@@ -153,6 +153,41 @@ class EvalConfig(_Group):
     """Views averaged per test image: the image, its mirror image, then shifts of both; 1: off."""
 
 
+class PruneConfig(_Group):
+    """Rounds of training, pruning and rewinding (`ray_jobs/prune.py`), and the penalties of training."""
+
+    method: Literal["none", "magnitude", "refill", "rsst"] = "none"
+    """What a round does with the weights that global magnitude pruning gives up. magnitude: zeroes them one by one;
+    refill: keeps the best whole units instead and removes the others; rsst: decays the others until they can go."""
+    target: Literal["ssm", "mlp", "both"] = "both"
+    """Channels of the mixer (its in_proj and out_proj), neurons of the MLP (fc1 and fc2), or both."""
+    rate: float = Field(0.2, gt=0, lt=1)
+    """Share of the surviving weights of the target that each round prunes: (1 - rate)^k of them are left after
+    round k."""
+    rounds: int = Field(3, ge=1)
+    """Rounds of pruning, after the dense training that is round 0."""
+    round: int = Field(0, ge=0)
+    """Which round a run is; set by the rounds themselves."""
+    rewind_epoch: int = Field(0, ge=0)
+    """Epoch of the dense training whose weights each round starts from; 0: the initial ones."""
+    score: Literal["remain", "magnitude", "l1", "l2", "saliency", "random"] = "remain"
+    """Refill and rsst: by what the units that stay are chosen; remain: by how many of their weights survive."""
+    fillback_rate: float = Field(0.0, ge=0, le=1)
+    """Refill and rsst: share of the other units that is kept beyond floor(surviving weights / fan-in); 1 keeps all."""
+    ceiling: float = Field(0.1, ge=0)
+    """rsst: lambda at the end of its growth; units that are to go get lambda x weight added to their gradient."""
+    schedule: Literal["linear", "x2", "x3", "exp", "power"] = "linear"
+    """rsst: how lambda grows to its ceiling, epoch by epoch."""
+    exponent: float = Field(4.0, gt=0)
+    """Exponent of schedule power, and of the penalty's strength over time."""
+    grow_fraction: float = Field(0.5, gt=0, le=1)
+    """rsst: part of a round's epochs in which lambda grows; then the units are cut, and the rest trains on."""
+    penalty: Literal["off", "l1", "group"] = "off"
+    """Sparsity penalty on the target's units while training: their L1 norm, or group lasso."""
+    penalty_strength: float = Field(1e-4, ge=0)
+    """Weight of the penalty in the last epoch; before: strength (epoch / epochs)^exponent."""
+
+
 class CheckpointConfig(_Group):
     """What is kept of a run."""
 
@@ -190,6 +225,7 @@ class RunConfig(_Group):
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     eval: EvalConfig = EvalConfig()
+    prune: PruneConfig = PruneConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     scaling: ScalingConfig = ScalingConfig()
 
@@ -222,6 +258,16 @@ class RunConfig(_Group):
                 f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than optim.epochs {self.optim.epochs}; "
                 "it must not be"
             )
+        if self.prune.rewind_epoch >= self.optim.epochs:
+            raise ConfigError(
+                f"prune.rewind_epoch {self.prune.rewind_epoch} is not before the end of optim.epochs "
+                f"{self.optim.epochs}; it must be"
+            )
+        if self.prune.method == "rsst" and self.grow_epochs() >= self.optim.epochs:
+            raise ConfigError(
+                f"prune.grow_fraction {self.prune.grow_fraction:g} of optim.epochs {self.optim.epochs} leaves no epoch "
+                "after the cut; lower it or train for more epochs"
+            )
         checkpoint = self.model.checkpoint
         return self.with_values(
             {
@@ -234,6 +280,10 @@ class RunConfig(_Group):
                 "model.depth": self.model.depth or depth,
             }
         )
+
+    def grow_epochs(self) -> int:
+        """Epochs in which rsst's lambda grows."""
+        return max(1, round(self.prune.grow_fraction * self.optim.epochs))
 
     def check_workers(self, num_workers: int, gpu: bool) -> None:
         """Refuse what cannot run on this many processes of this kind.

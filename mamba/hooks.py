@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mamba.ema import ModelEma
@@ -10,7 +11,7 @@ from mamba.ema import ModelEma
 class TrainHook:
     """Called by the trainer on every rank. Override what is needed; each method does nothing here."""
 
-    def attach(self, model: nn.Module, ema: ModelEma | None, optimizer: object, seed: int) -> None:
+    def attach(self, model: nn.Module, ema: ModelEma | None, optimizer: torch.optim.Optimizer, seed: int) -> None:
         """Once, after the weights were restored and before they are first used."""
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
@@ -27,6 +28,10 @@ class TrainHook:
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """After an epoch; returns metrics to write beside the trainer's own. Host code."""
         return {}
+
+    def may_be_best(self, epoch: int) -> bool:
+        """Whether the weights after this epoch (from 0) may be kept as the run's best. Host code."""
+        return True
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """Tensors to keep with each checkpoint: file name (ending in .safetensors) -> name -> tensor."""

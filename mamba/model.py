@@ -68,7 +68,10 @@ class Architecture:
         tokens, d = self.num_tokens, self.d_model
         total = tokens * d * self.in_chans * self.patch_size**2 + d * self.num_classes
         for b in self.blocks:
-            mixer = 3 * d * b.d_inner + b.d_inner * (b.d_inner + 2 * b.d_state) + b.d_inner * b.d_conv
+            out = d if b.out_channels is None else b.out_channels
+            delta = b.d_inner**2 if b.dt_rank is None else 2 * b.d_inner * b.dt_rank
+            mixer = (2 * d + out) * b.d_inner + delta + (1 if b.shared_bc else 2) * b.d_inner * b.d_state
+            mixer += b.d_inner * b.d_conv + b.separable_conv * b.d_inner**2
             scan = b.d_inner * (3 * b.d_state + 2)
             total += tokens * (mixer + scan + 2 * d * b.mlp_hidden)
         return total

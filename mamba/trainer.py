@@ -118,15 +118,8 @@ class Trainer:
         config, classes, side = self.config.model, len(self.data.classes), self.data.train.images.shape[1]
         if config.checkpoint is None:
             return MambaModel(Architecture.from_config(config, classes, side))
-        model, _ = ckpt.load_model(config.checkpoint, drop_path=config.drop_path)
-        found = model.architecture
-        if (found.num_classes, found.img_size) != (classes, side):
-            raise ckpt.CheckpointError(
-                f"model.checkpoint {config.checkpoint} is for {found.num_classes} classes at {found.img_size} pixels, "
-                f"and the data has {classes} classes at {side} pixels",
-                every_rank=True,
-            )
-        return model
+        ckpt.check_start(config.checkpoint, classes, side)
+        return ckpt.load_model(config.checkpoint, drop_path=config.drop_path)[0]
 
     @property
     def global_step(self) -> int:
@@ -251,7 +244,8 @@ class Trainer:
             _, accuracies["ema"] = self.evaluate(self.ema.model, split)
             self.metrics["val/ema_accuracy"] = accuracies["ema"]
         weights = max(accuracies, key=lambda k: accuracies[k])
-        if accuracies[weights] > self.best["accuracy"]:
+        eligible = all(hook.may_be_best(self.epoch - 1) for hook in self.hooks)
+        if eligible and accuracies[weights] > self.best["accuracy"]:
             self.best = {"accuracy": accuracies[weights], "epoch": self.epoch, "weights": weights}
             self._save(self.folder / "checkpoints" / f"best-{self.epoch:05d}", None)
 

@@ -32,9 +32,14 @@ class Cluster:
     where: str
 
 
+_current: Cluster | None = None
+"""What this process is connected to."""
+
+
 @contextlib.contextmanager
 def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
-    """Connect for the length of a block. A cluster started here ends with it; a running one is left as it is.
+    """Connect for the length of a block; within a connection, to the same. A cluster started here ends with it; a
+    running one is left as it is.
 
     A running cluster is one that `RAY_ADDRESS` names (as inside a Ray job) or that `ray start` started on this machine;
     RAY_ADDRESS=local always starts a local one.
@@ -47,6 +52,10 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     where = "the running cluster"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    global _current
+    if _current is not None:
+        yield _current
+        return
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
         if address not in ("auto", "local"):
@@ -70,6 +79,15 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         total = ray.cluster_resources()
-        yield Cluster(int(total.get("CPU", 1)), int(total.get("GPU", 0)), where)
+        _current = Cluster(int(total.get("CPU", 1)), int(total.get("GPU", 0)), where)
+        yield _current
     finally:
+        _current = None
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def connected_if(wanted: bool, announce: Callable[[str], None]) -> Iterator[None]:
+    """`connected`, where a cluster is wanted at all."""
+    with connected(announce) if wanted else contextlib.nullcontext():
+        yield

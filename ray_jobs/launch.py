@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from mamba.checkpoint import check_start
 from mamba.config import RunConfig
 from mamba.data import check_batch_size, load_data
 from mamba.errors import ForgeError, TrainingError
 from mamba.tracking import write_json
 from mamba.trainer import fit
 from mamba.worker import Worker, local_worker
+from pruning.rounds import hooks_for
 
 
 def preflight(config: RunConfig) -> None:
@@ -26,7 +28,10 @@ def preflight(config: RunConfig) -> None:
         ForgeError: with a sentence for the user.
     """
     check_early(config)
-    check_batch_size(len(load_data(config.data, config.seed).train), config.data)
+    data = load_data(config.data, config.seed)
+    check_batch_size(len(data.train), config.data)
+    if config.model.checkpoint is not None:
+        check_start(config.model.checkpoint, len(data.classes), data.train.images.shape[1])
 
 
 def check_early(config: RunConfig) -> None:
@@ -48,7 +53,7 @@ def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dic
     if workers == 0:
         worker = local_worker()
         announce(f"training in this process on {worker.device}")
-        return fit(config, worker, folder)
+        return fit(config, worker, folder, hooks=hooks_for(config))
 
     from ray_jobs.cluster import connected
 
@@ -134,7 +139,8 @@ def train_loop(spec: dict[str, Any]) -> dict[str, Any]:
     worker = RayWorker(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
     write_json(folder / ".ray" / f"worker-{worker.rank}.json", {"pid": os.getpid(), "device": str(device)})
     try:
-        return fit(RunConfig(**spec["config"]), worker, folder)
+        config = RunConfig(**spec["config"])
+        return fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
     except ForgeError as error:
         if worker.world_size == 1 or error.every_rank:
             return {"error": str(error)}

@@ -1,0 +1,276 @@
+"""The cuts a user calls for: by component and rate, as masks, as a masked copy, or as a smaller model.
+
+Every function takes components as keys, `mlp` or with a granularity `mlp:neuron`, and leaves its model as it was. Rates
+refer to the model as it is given: two components that cut the same group (linear_out:channel and linear_in:expand both
+cut channels) rank its units alike, so the larger rate holds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mamba.errors import ConfigError
+from mamba.layers import BlockShape
+from mamba.model import MambaModel
+from pruning.components import (
+    BLOCK,
+    COMPONENTS,
+    ELEMENT,
+    GROUPS,
+    blocks_of,
+    check_rate,
+    covered,
+    parse_target,
+    parts_of,
+)
+from pruning.importance import SCORES, Batches, element_scores, unit_scores
+from pruning.masks import Masks, apply_mask_mamba, combine, gone_units, unit_masks
+from pruning.replace import REPLACEMENTS
+from pruning.select import check_scope, choose_elements, choose_units
+from pruning.shrink import Shrunk, Slices, rebuild, shrink
+
+
+@dataclass(frozen=True)
+class How:
+    """The choices that all cuts share."""
+
+    scope: str = "global"
+    """`global`: a component's units in all blocks are ranked together; `layerwise`: the rate holds in each block."""
+    score: str = "l1"
+    """l1, l2, taylor, wanda or random (pruning/importance.py)."""
+    calibration: Batches | None = None
+    """Batches of (images, labels) for taylor and wanda; a list, where several cuts read it."""
+    floor: int = 1
+    """Units that each layer keeps."""
+    multiple: int = 1
+    """What kept widths are rounded to; 8 suits a GPU's matrix units. Above 1 a rate is no longer exact."""
+    layers: Sequence[int] | None = None
+    """Blocks to cut; None: all."""
+    seed: int = 0
+    """Of score `random`."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ConfigError before anything is computed."""
+        check_scope(self.scope)
+        depth = len(blocks_of(model))
+        for layer in self.layers or ():
+            if not 0 <= layer < depth:
+                raise ConfigError(f"there is no block {layer}; valid: 0 to {depth - 1}")
+        if self.score not in SCORES:
+            raise ConfigError(f"unknown score '{self.score}'; valid: {', '.join(SCORES)}")
+
+
+def prune_mamba_unstructured(model: nn.Module, rates: Mapping[str, float], **how: object) -> Masks:
+    """Masks that zero single weights: of each component exactly round(rate n) of the n weights that it covers.
+
+    Args:
+        model: a Mamba model; it is not changed.
+        rates: component -> rate in [0, 1), as {"mlp": 0.7, "linear_gate": 0.5}.
+        **how: fields of `How`: scope, score, calibration, layers, seed.
+
+    Returns:
+        full parameter name -> boolean mask of its shape, for `apply_mask_mamba`, `MaskHook`, `save_masks`.
+
+    Raises:
+        ConfigError: an unknown or refused component, a rate outside of [0, 1), an unknown scope or score.
+
+    Source: global magnitude pruning, Han et al. 2015 (https://arxiv.org/abs/1506.02626).
+    """
+    options = How(**how)  # type: ignore[arg-type]
+    cuts = _parse(model, rates, options)
+    for name, granularity, _ in cuts:
+        if granularity != ELEMENT:
+            raise ConfigError(f"'{name}:{granularity}' takes whole units; use prune_mamba_structured or prune_multiple")
+    return _masks(model, cuts, options)
+
+
+def prune_mamba_structured(model: MambaModel, rates: Mapping[str, float], **how: object) -> MambaModel:
+    """A smaller model without round(rate n) of each component's n units; what is coupled goes along.
+
+    Args:
+        model: a Mamba model; it is not changed.
+        rates: component -> rate in [0, 1); `mlp` means `mlp:neuron`, and so on (COMPONENTS[...].structured).
+        **how: fields of `How`.
+
+    Returns:
+        a new model, on the same device and in the same mode. Its logits are those of the masked model.
+
+    Raises:
+        ConfigError: as `prune_mamba_unstructured`; granularity `element`; a rate that leaves a layer less than `floor`.
+
+    Source: coupled groups as in DepGraph (https://arxiv.org/abs/2301.12900), written for the Mamba block by hand.
+    """
+    for target in rates:
+        parse_target(target, structured=True)
+    return cut(model, rates, shrink=True, **how).model
+
+
+def prune_component(
+    model: MambaModel, component: str, rate: float, granularity: str | None = None, shrink: bool = False, **how: object
+) -> MambaModel:
+    """A pruned copy of a model: one component at one rate.
+
+    Args:
+        model: a Mamba model; it is not changed.
+        component: a key of COMPONENTS.
+        rate: share of its units that goes, in [0, 1).
+        granularity: one of the component's; None: `element` (of `block`: depth), and with `shrink` the structured one.
+        shrink: remove the units instead of zeroing their weights; the logits are the same.
+        **how: fields of `How`.
+
+    Raises:
+        ConfigError: as `prune_mamba_structured`.
+    """
+    if shrink and granularity == ELEMENT:
+        raise ConfigError(
+            f"'{component}:{ELEMENT}' leaves no whole unit to remove; valid with shrink: "
+            f"{', '.join(g for g in COMPONENTS[parse_target(component)[0]].granularities if g != ELEMENT)}"
+        )
+    return prune_multiple(model, {f"{component}:{granularity}" if granularity else component: rate}, shrink, **how)
+
+
+def prune_multiple(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **how: object) -> MambaModel:
+    """A pruned copy of a model: several components at once, scored before any of them is cut, in any order.
+
+    Arguments and errors as `prune_component`; keys may name granularities: {"mlp:neuron": 0.7, "linear_gate": 0.5}.
+    """
+    return cut(model, rates, shrink, **how).model
+
+
+def cut(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **how: object) -> Shrunk:
+    """What `prune_multiple` does, with the masks that hold it in training (`MaskHook`) and, of a smaller model, the map
+    of its tensors onto the larger one's."""
+    options = How(**how)  # type: ignore[arg-type]
+    cuts = _parse(model, rates, options, structured=shrink)
+    masks = _masks(model, [c for c in cuts if c[1] not in REPLACEMENTS], options)
+    if shrink:
+        result = shrink_model(model, masks)
+    else:
+        result = Shrunk(copy.deepcopy(model), masks, Slices({name: (name, {}) for name in model.state_dict()}))
+        apply_mask_mamba(result.model, masks)
+    for _, granularity, rate in cuts:
+        if granularity in REPLACEMENTS and rate > 0:
+            result = _replace(result, granularity, rate, options.layers, shrink)
+    return result
+
+
+def shrink_model(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
+    """`pruning.shrink.shrink` under a name that no argument hides."""
+    return shrink(model, masks)
+
+
+def _parse(
+    model: nn.Module, rates: Mapping[str, float], how: How, structured: bool = False
+) -> list[tuple[str, str, float]]:
+    """(component, granularity, rate) of each key, all checked; raises ConfigError before anything is computed."""
+    how.check(model)
+    cuts = []
+    for target, rate in rates.items():
+        # with an explicit granularity `element` may stand beside structured ones: its zeros stay in the smaller model
+        name, granularity = parse_target(target, structured=structured and not target.endswith(f":{ELEMENT}"))
+        check_rate(target, rate)
+        cuts.append((name, granularity, rate))
+    return cuts
+
+
+def _masks(model: nn.Module, cuts: Sequence[tuple[str, str, float]], how: How) -> Masks:
+    masks: Masks = {}
+    cuts = [c for c in cuts if c[2] > 0]
+    if not cuts:
+        return masks
+    elements = element_scores(model, how.score, how.calibration, how.seed)
+    chosen = None if how.layers is None else list(how.layers)
+    for name, granularity, rate in cuts:
+        if granularity == ELEMENT:
+            masks = combine(masks, _element_masks(model, name, rate, how, elements, chosen))
+            continue
+        group = COMPONENTS[name].groups[granularity]
+        keep = _unit_choice(model, group, rate, how, elements, chosen)
+        masks = combine(masks, unit_masks(model, group, keep))
+    return masks
+
+
+def _element_masks(
+    model: nn.Module, name: str, rate: float, how: How, elements: dict[str, Tensor], layers: list[int] | None
+) -> Masks:
+    places = list(covered(model, name, layers))
+    keeps = choose_elements([elements[full][rows] for full, _, rows in places], rate, how.scope)
+    masks: Masks = {}
+    for (full, parameter, rows), keep in zip(places, keeps, strict=True):
+        mask = masks.setdefault(full, torch.ones_like(parameter, dtype=torch.bool))
+        mask[rows] &= keep
+    return masks
+
+
+def _unit_choice(
+    model: nn.Module, group: str, rate: float, how: How, elements: dict[str, Tensor], layers: list[int] | None
+) -> list[Tensor | None]:
+    """Which units of a group stay, block by block; None for a block that is left alone."""
+    scores = unit_scores(model, group, elements, how.score)
+    depth = len(scores)
+    picked = [i for i in range(depth) if (layers is None or i in layers) and len(scores[i])]
+    keep: list[Tensor | None] = [None] * depth
+    if group == BLOCK:  # the blocks themselves are the units of one layer
+        flat = torch.cat([scores[i] for i in picked])
+        for i, stays in zip(picked, choose_units([flat], rate, "global", how.floor, 1, "blocks")[0], strict=True):
+            keep[i] = stays[None]
+        return keep
+    if GROUPS[group].order == "first":
+        scores = [torch.arange(len(s), dtype=torch.float64) for s in scores]
+    unit = f"{GROUPS[group].unit}s"
+    chosen = choose_units([scores[i].cpu() for i in picked], rate, how.scope, how.floor, how.multiple, unit)
+    for i, one in zip(picked, chosen, strict=True):
+        keep[i] = one
+    return keep
+
+
+def _replace(before: Shrunk, granularity: str, rate: float, layers: Sequence[int] | None, new_shape: bool) -> Shrunk:
+    """Rewrite blocks and rebuild the model around them. What masks take of a channel holds for new tensors too."""
+    model = before.model
+    shapes: list[BlockShape] = []
+    state = {name: t for name, t in model.state_dict().items() if not name.startswith("blocks.")}
+    for i, block in enumerate(blocks_of(model)):
+        if layers is not None and i not in layers:
+            shape, tensors = block.shape, block.state_dict()
+        else:
+            shape, tensors = REPLACEMENTS[granularity](block, rate, new_shape)
+        shapes.append(shape)
+        state |= {f"blocks.{i}.{name}": tensor for name, tensor in tensors.items()}
+    other = rebuild(model, shapes)
+    other.load_state_dict(state)
+    channels = GROUPS["d_inner"]
+    keep = [~gone_units(before.masks, f"blocks.{i}.", parts_of(b, channels)) for i, b in enumerate(blocks_of(model))]
+    sizes = {name: p.shape for name, p in other.named_parameters()}
+    masks = {name: mask for name, mask in before.masks.items() if sizes.get(name) == mask.shape}
+    masks = combine(masks, unit_masks(other, "d_inner", list(keep)))
+    apply_mask_mamba(other, masks)
+    entries = {new: old for new, old in before.slices.entries.items() if new in sizes}
+    return Shrunk(other, masks, Slices(entries))
+
+
+def verify_selective_scan_compatibility(model: nn.Module) -> None:
+    """Check that in every block all coupled tensors agree on their widths, as the scan demands.
+
+    x, delta, z, A, D need the same d_inner, and A, B, C the same d_state, whatever was cut.
+
+    Raises:
+        ConfigError: the block, the tensor, its width, and that of the others.
+    """
+    for i, block in enumerate(blocks_of(model)):
+        for name, group in GROUPS.items():
+            expected = getattr(block.shape, name)
+            for part, _, span in parts_of(block, group):
+                if expected is not None and span.stop - span.start != expected:
+                    where = f"{part.tensor}{f' ({part.segment})' if part.segment else ''}"
+                    raise ConfigError(
+                        f"block {i}: {where} has {span.stop - span.start} {group.unit}s and {name} is {expected}"
+                    )
+        for tensor, segments in block.segments().items():
+            rows = dict(block.named_parameters())[tensor].shape[0]
+            if rows != sum(segments.values()):
+                raise ConfigError(f"block {i}: {tensor} has {rows} rows and its parts {segments} need another number")

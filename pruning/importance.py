@@ -1,0 +1,137 @@
+"""How much a weight matters, by five criteria; what a unit matters is the sum over its whole coupled group.
+
+    l1      |w|                                       Han et al. 2015, Li et al. 2017
+    l2      w^2, a unit's as the root of the sum      Li et al. 2017
+    taylor  |w dL/dw|, first-order change of the loss Molchanov et al. 2019
+    wanda   |w| times the root mean square of its input feature     Sun et al. 2023
+    random  uniform in (0, 1)                         the baseline that any criterion must beat
+
+taylor and wanda need calibration batches: `calibration`, an iterable of (images, labels), taken from training data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba.errors import ConfigError
+from pruning.components import BLOCK, GROUPS, blocks_of, parts_of
+
+SCORES = ("l1", "l2", "taylor", "wanda", "random")
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def element_scores(
+    model: nn.Module, score: str = "l1", calibration: Batches | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """A score of every element of every parameter of the blocks, by full name; float32, on the model's device.
+
+    The model is not changed. l2 gives squares, so that sums over elements are sums of squares.
+
+    Raises:
+        ConfigError: an unknown score, or one that needs calibration batches and got none.
+    """
+    if score not in SCORES:
+        raise ConfigError(f"unknown score '{score}'; valid: {', '.join(SCORES)}")
+    if score in ("taylor", "wanda") and calibration is None:
+        raise ConfigError(f"score '{score}' needs calibration batches (images and labels of the training set)")
+    parameters = {
+        f"blocks.{i}.{name}": p for i, block in enumerate(blocks_of(model)) for name, p in block.named_parameters()
+    }
+    with torch.no_grad():
+        if score == "l1":
+            return {name: p.abs().float() for name, p in parameters.items()}
+        if score == "l2":
+            return {name: p.float().square() for name, p in parameters.items()}
+        if score == "random":
+            generator = torch.Generator().manual_seed(seed)
+            return {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in parameters.items()}
+    assert calibration is not None
+    if score == "taylor":
+        return _taylor(model, calibration, parameters)
+    return _wanda(model, calibration, parameters)
+
+
+def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score: str = "l1") -> list[Tensor]:
+    """Per block, the score of each unit of a group: element scores summed over all its scored parts.
+
+    Returns:
+        one tensor of shape (units,) a block; for `block` one of shape (1,).
+    """
+    per_block = []
+    for i, block in enumerate(blocks_of(model)):
+        if group == BLOCK:
+            total = torch.stack([elements[f"blocks.{i}.{name}"].sum() for name, _ in block.named_parameters()]).sum()
+            sums = total[None]
+        else:
+            sums = torch.zeros(0)
+            for part, tensor, span in parts_of(block, GROUPS[group]):
+                values = elements.get(f"blocks.{i}.{part.tensor}")
+                if values is None or not part.scored:
+                    continue
+                rest = [axis for axis in range(tensor.ndim) if axis != part.axis]
+                values = values.double().sum(rest) if rest else values.double()
+                sums = values[span] if not len(sums) else sums + values[span]
+        per_block.append(sums.sqrt() if score == "l2" else sums)
+    return per_block
+
+
+def _taylor(model: nn.Module, calibration: Batches, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    copied = copy.deepcopy(model).eval().requires_grad_(True)
+    copied.zero_grad(set_to_none=True)
+    for images, labels in calibration:
+        F.cross_entropy(copied(images).float(), labels).backward()
+    own = dict(copied.named_parameters())
+    scores = {}
+    for name in parameters:
+        gradient = own[name].grad
+        if gradient is None:
+            raise ConfigError("calibration is empty: score 'taylor' needs at least one batch")
+        scores[name] = (own[name].detach() * gradient).abs().float()
+    return scores
+
+
+@torch.no_grad()
+def _wanda(model: nn.Module, calibration: Batches, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Parameters that meet no input feature (biases, A_log, D) score nothing."""
+    squares: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].float()
+            squares[name] = squares.get(name, 0.0) + x.square().sum(tuple(range(x.ndim - 1)))
+            tokens[name] = tokens.get(name, 0) + x.shape[:-1].numel()
+
+        handles.append(module.register_forward_pre_hook(record))
+
+    for i, block in enumerate(blocks_of(model)):
+        for name, module in block.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                watch(f"blocks.{i}.{name}.weight", module)
+    training = model.training
+    try:
+        model.eval()
+        for images, _ in calibration:
+            model(images)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not squares:
+        raise ConfigError("calibration is empty: score 'wanda' needs at least one batch")
+    scores = {}
+    for name, p in parameters.items():
+        if name not in squares:
+            scores[name] = torch.zeros_like(p, dtype=torch.float32)
+            continue
+        rms = (squares[name] / tokens[name]).sqrt()
+        # a depthwise convolution's input feature is its output channel's
+        shape = (-1, 1, 1) if p.ndim == 3 else (1, -1)
+        scores[name] = p.abs().float() * rms.view(shape)
+    return scores

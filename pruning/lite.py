@@ -1,0 +1,100 @@
+"""A smaller Mamba of chosen widths and depth, started from the most important parts of a larger one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor, nn
+
+from mamba.errors import ConfigError
+from mamba.layers import BlockShape
+from mamba.model import Architecture, MambaModel
+from pruning.components import BLOCK, GROUPS, blocks_of
+from pruning.importance import Batches, element_scores, unit_scores
+from pruning.masks import combine, unit_masks
+from pruning.select import lowest
+from pruning.shrink import rebuild, shrink
+
+
+def build_mamba_lite(
+    model: MambaModel,
+    expand: float = 1.0,
+    d_conv: int = 2,
+    d_state: int = 8,
+    mlp_ratio: float = 2.0,
+    depth: int = 16,
+) -> MambaModel:
+    """A new model with `model`'s input, width and head, and narrower blocks; its weights are new.
+
+    Args:
+        model: the larger model; of mamba_small the defaults leave about a fifth of the parameters.
+        expand, d_conv, d_state, mlp_ratio, depth: as in `ModelConfig`; none may exceed the larger model's.
+
+    Raises:
+        ConfigError: a value that is larger than the model's own, or that leaves nothing.
+    """
+    d_model = model.architecture.d_model
+    shape = BlockShape(int(expand * d_model), d_state, d_conv, int(mlp_ratio * d_model))
+    _check_fits(model, shape, depth)
+    return rebuild(model, [shape] * depth)
+
+
+def transfer_pruned_weights(
+    model: MambaModel, lite: MambaModel, score: str = "l1", calibration: Batches | None = None
+) -> list[int]:
+    """Give a smaller model the larger one's most important blocks, and in them its most important units, in place.
+
+    Args:
+        model: the trained model; not changed.
+        lite: uniform blocks, none wider than the model's (`build_mamba_lite`).
+        score, calibration: as in `element_scores`; a block's importance is the sum over its weights.
+
+    Returns:
+        the blocks that were taken, by their place in the larger model.
+
+    Raises:
+        ConfigError: the smaller model is larger somewhere, or of another width or head.
+    """
+    ours, theirs = model.architecture, lite.architecture
+    if len(set(theirs.blocks)) != 1 or replace(ours, blocks=(), drop_path=0.0) != replace(
+        theirs, blocks=(), drop_path=0.0
+    ):
+        raise ConfigError("the smaller model must have uniform blocks and the larger one's input, d_model and classes")
+    shape, depth = theirs.blocks[0], len(theirs.blocks)
+    _check_fits(model, shape, depth)
+    elements = element_scores(model, score, calibration)
+    per_block = torch.cat([s.cpu() for s in unit_scores(model, BLOCK, elements, score)])
+    taken = ~lowest(per_block, len(per_block) - depth)
+    masks = unit_masks(model, BLOCK, [stays[None] for stays in taken])
+    for group in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
+        width = getattr(shape, group)
+        scores = unit_scores(model, group, elements, score)
+        if GROUPS[group].order == "first":
+            scores = [torch.arange(len(s)) for s in scores]
+        keep: list[Tensor | None] = [~lowest(s.double().cpu(), len(s) - width) for s in scores]
+        masks = combine(masks, unit_masks(model, group, keep))
+    smaller = shrink(model, masks).model
+    assert smaller.architecture.blocks == theirs.blocks
+    lite.load_state_dict(smaller.state_dict())
+    return [i for i, stays in enumerate(taken.tolist()) if stays]
+
+
+def _check_fits(model: nn.Module, shape: BlockShape, depth: int) -> None:
+    blocks = blocks_of(model)
+    if not 1 <= depth <= len(blocks):
+        raise ConfigError(f"depth {depth} does not fit a model of {len(blocks)} blocks; valid: 1 to {len(blocks)}")
+    for field in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
+        width, most = getattr(shape, field), min(getattr(b.shape, field) for b in blocks)
+        if not 1 <= width <= most:
+            raise ConfigError(f"{field} {width} does not fit the model; valid: 1 to {most}")
+
+
+def describe(architecture: Architecture) -> str:
+    """One line: depth and the range of each width."""
+    shapes = [asdict(b) for b in architecture.blocks]
+    words = [f"{len(shapes)} blocks"]
+    for field in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
+        low, high = min(s[field] for s in shapes), max(s[field] for s in shapes)
+        words.append(f"{field} {low}" if low == high else f"{field} {low} to {high}")
+    return ", ".join(words)

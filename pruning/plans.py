@@ -1,0 +1,65 @@
+"""Named plans: the three stages of pruning a Mamba that the project's analysis proposed, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mamba.errors import ConfigError
+from mamba.model import MambaModel
+from pruning.cut import cut
+from pruning.importance import Batches
+from pruning.lite import build_mamba_lite, transfer_pruned_weights
+from pruning.shrink import Shrunk, Slices
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cuts by component, or the widths of a rebuilt model."""
+
+    purpose: str
+    rates: dict[str, float] = field(default_factory=dict)
+    how: dict[str, Any] = field(default_factory=dict)
+    shrink: bool = True
+    lite: dict[str, Any] = field(default_factory=dict)
+
+
+PLANS: dict[str, Plan] = {
+    "stage1": Plan(
+        "70 % of single weights: how much the model can spare, at no gain in speed",
+        {"linear_out:element": 0.7, "mlp:element": 0.7, "linear_gate:element": 0.7},
+        shrink=False,
+    ),
+    "stage2": Plan(
+        "whole units where that is cheap, single weights in the gate: smaller and faster",
+        {"linear_out:channel": 0.5, "mlp:neuron": 0.7, "linear_gate:element": 0.6, "linear_in:expand": 0.25},
+        {"scope": "layerwise", "multiple": 8},
+    ),
+    "stage3": Plan(
+        "rebuilt at half of every width and two thirds of the depth, to be fine-tuned",
+        lite={"expand": 1.0, "d_conv": 2, "d_state": 8, "mlp_ratio": 2.0, "depth": 16},
+    ),
+}
+
+
+def get_plan(name: str) -> Plan:
+    """Raises ConfigError where there is no such plan."""
+    if name not in PLANS:
+        raise ConfigError(f"unknown plan '{name}'; valid: {', '.join(PLANS)}")
+    return PLANS[name]
+
+
+def apply_plan(
+    model: MambaModel, name: str, score: str = "l1", calibration: Batches | None = None, seed: int = 0
+) -> Shrunk:
+    """The model that a plan makes, and the masks that hold it in training; the argument is left as it was.
+
+    Raises:
+        ConfigError: an unknown plan, or one that does not fit the model.
+    """
+    plan = get_plan(name)
+    if plan.lite:
+        lite = build_mamba_lite(model, **plan.lite)
+        transfer_pruned_weights(model, lite, score, calibration)
+        return Shrunk(lite, {}, Slices({}))
+    return cut(model, plan.rates, plan.shrink, score=score, calibration=calibration, seed=seed, **plan.how)

@@ -1,0 +1,146 @@
+"""Refill: from a mask of single weights to whole units (Coarsening the Granularity, ICML 2022,
+https://arxiv.org/abs/2202.04736), and the global magnitude pruning that gives it its masks.
+
+A layer is here a coupled matrix: row i holds all the projection weights of unit i, a channel of the mixer (its rows of
+in_proj, its column of out_proj) or a neuron of the MLP (its row of fc1, its column of fc2). C rows, fan-in F.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mamba.errors import ConfigError
+from mamba.layers import MambaBlock
+from pruning.components import Part, blocks_of, find
+from pruning.importance import Batches, element_scores
+from pruning.masks import Masks, unit_masks
+from pruning.penalty import groups_of
+from pruning.select import lowest
+
+MATRICES: dict[str, tuple[Part, ...]] = {
+    "d_inner": (
+        Part("ssm.in_proj.weight", 0, "x"),
+        Part("ssm.in_proj.weight", 0, "z"),
+        Part("ssm.out_proj.weight", 1),
+    ),
+    "mlp_hidden": (Part("mlp.fc1.weight", 0), Part("mlp.fc2.weight", 1)),
+}
+"""The weights that are pruned one by one and that make up a unit's row, by group."""
+REFILL_SCORES = ("remain", "magnitude", "l1", "l2", "saliency", "random")
+
+
+def weights_of(model: nn.Module, target: str) -> dict[str, nn.Parameter]:
+    """Full name -> parameter, of all that is pruned weight by weight for a target."""
+    names = {part.tensor for group in groups_of(target) for part in MATRICES[group]}
+    return {
+        f"blocks.{i}.{name}": p
+        for i, block in enumerate(blocks_of(model))
+        for name, p in block.named_parameters()
+        if name in names
+    }
+
+
+@torch.no_grad()
+def prune_survivors(model: nn.Module, masks: Mapping[str, Tensor], target: str, keep: float) -> Masks:
+    """Global magnitude pruning of a target's weights down to a share of all of them.
+
+    Args:
+        model: its weights are ranked by magnitude.
+        masks: what survives so far; {} at first. A weight that is gone never comes back.
+        target: ssm, mlp or both.
+        keep: share of all the target's weights that survives: exactly round(keep n) of n.
+
+    Returns:
+        masks of the target's weights.
+
+    Raises:
+        ConfigError: more is to be kept than survives.
+    """
+    weights = weights_of(model, target)
+    alive = torch.cat([masks[n].flatten().cpu() if n in masks else torch.ones(p.numel()) for n, p in weights.items()])
+    alive = alive.bool()
+    scores = torch.cat([p.detach().abs().flatten().float().cpu() for p in weights.values()])
+    scores[~alive] = -1.0  # below any magnitude: gone first
+    cut = len(scores) - round(keep * len(scores))
+    if cut < int((~alive).sum()):
+        raise ConfigError(f"keep {keep:g} is more than what survives ({float(alive.float().mean()):g})")
+    left = ~lowest(scores, cut)
+    parts = left.split([p.numel() for p in weights.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(weights.items(), parts, strict=True)}
+
+
+def units_to_keep(remaining: int, units: int, fan_in: int, fillback_rate: float) -> int:
+    """n = floor(sum(m) / F + (C - sum(m) / F) fillback_rate), at least 1: the paper's rule."""
+    full = remaining / fan_in
+    return min(units, max(1, math.floor(full + (units - full) * fillback_rate + 1e-9)))
+
+
+@torch.no_grad()
+def refill_masks(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    target: str = "both",
+    fillback_rate: float = 0.0,
+    score: str = "remain",
+    calibration: Batches | None = None,
+    seed: int = 0,
+) -> Masks:
+    """Masks of whole units from masks of single weights: in each layer the best n units stay, as a whole.
+
+    Args:
+        model: the trained model whose weights score the units; not changed.
+        masks: masks of single weights (`prune_survivors`); a weight without a mask remains.
+        target: ssm (channels), mlp (neurons) or both.
+        fillback_rate: 0 keeps as many weights as remain; 1 keeps every unit. See `units_to_keep`.
+        score: `remain` (weights left in the unit), `magnitude` (their summed size), `l1` and `l2` (of all of the unit's
+            weights, gone or not), `saliency` (|w dL/dw| summed; needs calibration), `random`.
+        calibration: batches of (images, labels) for `saliency`.
+        seed: of `random`.
+
+    Returns:
+        masks over all parameters of the groups, for `shrink`, `MaskHook` or `GrowingDecay`.
+
+    Raises:
+        ConfigError: an unknown target or score, a rate outside of [0, 1], no calibration for `saliency`.
+    """
+    if score not in REFILL_SCORES:
+        raise ConfigError(f"unknown refill score '{score}'; valid: {', '.join(REFILL_SCORES)}")
+    if not 0 <= fillback_rate <= 1:
+        raise ConfigError(f"fillback_rate must be in [0, 1], got {fillback_rate:g}")
+    groups = groups_of(target)
+    elements = element_scores(
+        model, {"saliency": "taylor", "random": "random", "l2": "l2"}.get(score, "l1"), calibration, seed
+    )
+    result: Masks = {}
+    for group in groups:
+        keep: list[Tensor | None] = []
+        for i, block in enumerate(blocks_of(model)):
+            remain = coupled_matrix(block, group, f"blocks.{i}.", masks, missing=1.0)
+            values = coupled_matrix(block, group, f"blocks.{i}.", elements, missing=0.0)
+            units, fan_in = remain.shape
+            n = units_to_keep(int(remain.sum()), units, fan_in, fillback_rate)
+            if score == "remain":
+                unit = remain.sum(1)
+            elif score == "magnitude":
+                unit = (values * remain).sum(1)
+            else:
+                unit = values.sum(1)
+            keep.append(~lowest(unit, len(unit) - n))
+        result |= unit_masks(model, group, keep)
+    return result
+
+
+def coupled_matrix(block: MambaBlock, group: str, prefix: str, values: Mapping[str, Tensor], missing: float) -> Tensor:
+    """(units, fan-in) of a group's projection weights in a block, as float64, of values given by full name."""
+    rows = []
+    for part in MATRICES[group]:
+        hit = find(block, part)
+        assert hit is not None, f"{group} has no {part.tensor}"
+        tensor, span = hit
+        own = values.get(prefix + part.tensor, torch.full(tensor.shape, missing)).double().cpu()
+        rows.append(own.movedim(part.axis, 0)[span].flatten(1))
+    return torch.cat(rows, 1)

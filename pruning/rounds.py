@@ -1,0 +1,255 @@
+"""Rounds: train, prune a share of what survives, rewind, train again (the lottery ticket's iterative pruning,
+https://arxiv.org/abs/1803.03635), with Refill or RSST deciding which whole units go.
+
+A folder of rounds holds everything, so that a killed series goes on where it was:
+
+    config.yaml            the series' config
+    start/                 the dense weights that round 0 trains from
+    rewind/                the dense weights that later rounds start from, where that is a later epoch's
+    round-00/ ...          one run each: config, metrics, checkpoints, result.json; from round 1 on also
+    round-01/start/          what it starts from: rewound weights (smaller already under refill), masks of single
+                             weights (masks), the units that stay (stay, for rsst), and both in the dense model's
+                             coordinates (survivors, units)
+    round-01/row.json        its line of the table
+    rounds.csv rounds.png    the table and the figure
+
+Knows nothing of Ray: how a run is trained and measured is passed in.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba import checkpoint as ckpt
+from mamba.config import RunConfig
+from mamba.data import ImageData, eval_batches
+from mamba.ema import ModelEma
+from mamba.hooks import TrainHook
+from mamba.model import Architecture, MambaModel
+from mamba.tracking import write_json
+from pruning.importance import Batches
+from pruning.masks import FILE as MASKS
+from pruning.masks import MaskHook, Masks, load_masks
+from pruning.penalty import GrowingDecay, PenaltyHook
+from pruning.refill import prune_survivors, refill_masks
+from pruning.shrink import Slices, shrink
+
+STAY, SURVIVORS, UNITS = "stay.safetensors", "survivors.safetensors", "units.safetensors"
+COLUMNS = ("round", "density", "params", "nonzero", "macs", "test_accuracy", "images_per_s", "latency_ms", "seconds")
+CALIBRATION_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a series of rounds gets its work done."""
+
+    train: Callable[[RunConfig, Path], dict[str, Any]]
+    """Train a resolved config in a folder, from its newest checkpoint if there is one -> its result."""
+    measure: Callable[[RunConfig, Path], dict[str, float]]
+    """Size, speed and test accuracy of a checkpoint or run folder's best model, its masks' units removed."""
+    say: Callable[[str], None]
+
+
+def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine) -> list[dict[str, Any]] | None:
+    """Run what is left of a series of rounds in its folder.
+
+    Returns:
+        a row for each round (COLUMNS); None where a run was interrupted: call again to go on.
+
+    Raises:
+        ForgeError: of a run, or a folder that cannot be written or read.
+    """
+    if not (folder / "start").exists():
+        _make_start(config, folder, data)
+    rows = []
+    for number in range(config.prune.rounds + 1):
+        here = folder / f"round-{number:02d}"
+        if not (here / "row.json").exists():
+            here.mkdir(exist_ok=True)
+            if number and not (here / "start").exists():
+                _prepare(config, folder, number, data)
+            row = _run_round(config, folder, number, engine)
+            if row is None:
+                return None
+            write_json(here / "row.json", row)
+        rows.append(json.loads((here / "row.json").read_text()))
+        write_table(folder, rows)
+        row = rows[-1]
+        engine.say(
+            f"round {number}: density {row['density']:.4f}, {row['params']:,} parameters, "
+            f"{row['test_accuracy']:.2f} % test, {row['images_per_s']:,.0f} images/s"
+        )
+    return rows
+
+
+def hooks_for(config: RunConfig, rank: int = 0) -> list[TrainHook]:
+    """What pruning adds to a run, by its config and the checkpoint that it starts from.
+
+    Raises:
+        CheckpointError: masks that cannot be read.
+    """
+    hooks: list[TrainHook] = []
+    prune = config.prune
+    if prune.penalty != "off":
+        hooks.append(PenaltyHook(prune.penalty_strength, prune.exponent, prune.target, prune.penalty))
+    if config.model.checkpoint is not None:
+        start = ckpt.find_checkpoint(config.model.checkpoint)
+        masks = load_masks(start / MASKS) if (start / MASKS).exists() else {}
+        if (start / STAY).exists():
+            stay = load_masks(start / STAY)
+            hooks.append(GrowingDecay(masks, stay, prune.ceiling, prune.schedule, prune.exponent, config.grow_epochs()))
+        elif masks:
+            hooks.append(MaskHook(masks))
+    if prune.method != "none" and prune.round == 0 and prune.rewind_epoch and rank == 0:
+        series = config.out / config.name
+        hooks.append(KeepEpoch(series / "rewind", prune.rewind_epoch))
+    return hooks
+
+
+class KeepEpoch(TrainHook):
+    """Writes the weights after a certain epoch, once."""
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        self.folder, self.epochs = folder, epochs
+
+    def attach(self, model: nn.Module, ema: ModelEma | None, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        assert isinstance(model, MambaModel)
+        self.model = model
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        if epoch + 1 == self.epochs and not self.folder.exists():
+            ckpt.save_checkpoint(self.folder, self.model, None, {"epoch": epoch + 1}, None)
+        return {}
+
+
+def _make_start(config: RunConfig, folder: Path, data: ImageData) -> None:
+    """The dense weights of round 0: a checkpoint's, or new ones, the same that a run with this seed would draw."""
+    if config.model.checkpoint is not None:
+        model, description = ckpt.load_model(config.model.checkpoint, drop_path=config.model.drop_path)
+        ckpt.save_checkpoint(folder / "start", model, None, {**description, "weights": "raw"}, None)
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        side = data.train.images.shape[1]
+        model = MambaModel(Architecture.from_config(config.model, len(data.classes), side))
+    ckpt.save_checkpoint(folder / "start", model, None, {"classes": list(data.classes)}, None)
+
+
+def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> dict[str, Any] | None:
+    here = folder / f"round-{number:02d}"
+    start = folder / "start" if number == 0 else here / "start"
+    own = config.with_values(
+        {
+            "model.checkpoint": start,
+            "prune.round": number,
+            "out": folder.parent,
+            "name": folder.name,
+            "trial": here.name,
+        }
+    ).resolve()
+    if number == 0 and config.model.checkpoint is not None:  # trained already
+        measured, seconds, best = engine.measure(own, start), 0.0, start
+    else:
+        (here / "config.yaml").write_text(own.to_yaml())
+        result = engine.train(own, here)
+        if result["status"] != "finished":
+            return None
+        best = ckpt.find_checkpoint(here)
+        measured, seconds = engine.measure(own, best), result["seconds"]
+    return {
+        "round": number,
+        "density": _density(config, folder, number),
+        "params": int(measured["model/params"]),
+        "nonzero": int(measured["model/nonzero"]),
+        "macs": int(measured["model/macs"]),
+        "test_accuracy": measured["test/accuracy"],
+        "images_per_s": measured["bench/images_per_s"],
+        "latency_ms": measured["bench/latency_ms"],
+        "seconds": seconds,
+    }
+
+
+def _density(config: RunConfig, folder: Path, number: int) -> float:
+    """Share of the target's weights that survives."""
+    if number == 0:
+        return 1.0
+    survivors = load_masks(folder / f"round-{number:02d}" / "start" / SURVIVORS)
+    return sum(int(m.sum()) for m in survivors.values()) / sum(m.numel() for m in survivors.values())
+
+
+def _prepare(config: RunConfig, folder: Path, number: int, data: ImageData) -> None:
+    """Prune the round before, rewind, and write what this round starts from."""
+    prune = config.prune
+    trained, survivors = _trained(config, folder, number - 1)
+    survivors = prune_survivors(trained, survivors, prune.target, (1 - prune.rate) ** number)
+    rewind = folder / ("rewind" if prune.rewind_epoch and config.model.checkpoint is None else "start")
+    dense, description = ckpt.load_model(rewind, weights="raw", drop_path=config.model.drop_path)
+    units: Masks = {}
+    if prune.method != "magnitude":
+        batches = _calibration(data, config.seed) if prune.score == "saliency" else None
+        units = refill_masks(
+            trained, survivors, prune.target, prune.fillback_rate, prune.score, batches, config.seed + number
+        )
+    extra: dict[str, dict[str, Tensor]] = {SURVIVORS: survivors}
+    model = dense
+    if prune.method == "refill":
+        model = shrink(dense, units).model
+        extra[UNITS] = units
+    else:
+        extra[MASKS] = survivors
+        if prune.method == "rsst":
+            extra[STAY] = units
+    ckpt.save_checkpoint(folder / f"round-{number:02d}" / "start", model, None, {**description}, None, extra)
+
+
+def _trained(config: RunConfig, folder: Path, number: int) -> tuple[MambaModel, Masks]:
+    """A round's trained weights at their places in the dense model, zero where a unit is gone, and its survivors."""
+    here = folder / f"round-{number:02d}"
+    newest = ckpt.newest_checkpoint(here)
+    if newest is None:  # round 0 of a checkpoint that was trained already
+        return ckpt.load_model(folder / "start", weights="raw")[0], {}
+    model, _ = ckpt.load_model(newest, weights="raw")
+    if number == 0:
+        return model, {}
+    survivors = load_masks(here / "start" / SURVIVORS)
+    if not (here / "start" / UNITS).exists():
+        return model, survivors
+    dense, _ = ckpt.load_model(folder / "start", weights="raw")
+    slices = shrink(dense, load_masks(here / "start" / UNITS)).slices
+    return expand(model, dense, slices), survivors
+
+
+@torch.no_grad()
+def expand(model: MambaModel, dense: MambaModel, slices: Slices) -> MambaModel:
+    """A smaller model's weights at their places in the dense model's shape (which is overwritten), zeros elsewhere."""
+    state = {name: torch.zeros_like(tensor) for name, tensor in dense.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        old = slices.entries[name][0]
+        slices.put(name, tensor, state[old])
+    dense.load_state_dict(state)
+    return dense
+
+
+def _calibration(data: ImageData, seed: int) -> Batches:
+    """A fixed random part of the training images, normalised, not augmented."""
+    rows = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_IMAGES]
+    part = type(data.train)(data.train.images, data.train.labels, data.train.index[rows.numpy()])
+    return list(eval_batches(data, part, 128, 0, 1, torch.device("cpu")))
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """rounds.csv: one line a round."""
+    partial = folder / ".rounds.partial"
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(folder / "rounds.csv")

@@ -1,0 +1,175 @@
+"""From masks to smaller tensors: units that the masks take whole leave the model, its optimizer and its average.
+
+The smaller model computes what the masked one computed. Which slices of which tensor belong together is said by
+`pruning.components.GROUPS` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mamba.ema import ModelEma
+from mamba.layers import BlockShape, MambaBlock
+from mamba.model import MambaModel
+from pruning.components import GROUPS, blocks_of, parts_of, tensors_of, units_of
+from pruning.masks import Masks, apply_mask_mamba, check_masks, gone_units
+
+Kept = dict[int, Tensor]
+"""Axis -> the indices that stay along it."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Where each tensor of a smaller model lies in the larger one: its name there, and the indices along each axis."""
+
+    entries: dict[str, tuple[str, Kept]]
+
+    def take(self, name: str, tensor: Tensor) -> Tensor:
+        """The part that stays of the larger model's tensor that became `name`; a copy."""
+        for axis, index in self.entries[name][1].items():
+            tensor = tensor.index_select(axis, index.to(tensor.device))
+        return tensor.clone()
+
+    def put(self, name: str, tensor: Tensor, into: Tensor) -> None:
+        """The inverse: write the smaller model's tensor to its place in the larger one's."""
+        kept = self.entries[name][1]
+        axes = [kept.get(a, torch.arange(n)).to(into.device) for a, n in enumerate(into.shape)]
+        into[torch.meshgrid(*axes, indexing="ij")] = tensor.to(into)
+
+    def take_all(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the larger model's tensors that stay, sliced and under their new names."""
+        return {new: self.take(new, tensors[old]) for new, (old, _) in self.entries.items() if old in tensors}
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What `shrink` returns."""
+
+    model: MambaModel
+    masks: Masks
+    """What is left of the masks: single weights within the units that stay. Empty where all was taken whole."""
+    slices: Slices
+
+
+def shrink(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
+    """Remove every unit that `masks` takes whole, and every block; the argument is left as it is.
+
+    A layer keeps at least one unit of each group, and a model one block, zeroed. Of a convolution's taps only the
+    earliest can go: a gap between taps stays as zeros.
+
+    Raises:
+        ConfigError: masks that do not fit the model.
+    """
+    check_masks(model, masks)
+    blocks = blocks_of(model)
+    gone_blocks = [i for i, block in enumerate(blocks) if _is_gone(masks, f"blocks.{i}.", block)]
+    gone_blocks = gone_blocks[: len(blocks) - 1]
+    state = model.state_dict()
+    entries: dict[str, tuple[str, Kept]] = {n: (n, {}) for n in state if not n.startswith("blocks.")}
+    shapes: list[BlockShape] = []
+    for i, block in enumerate(blocks):
+        if i in gone_blocks:
+            continue
+        kept, shape = _kept(masks, f"blocks.{i}.", block)
+        if shape.out_channels is not None and block.ssm.out_index is None:
+            index = f"blocks.{i}.ssm.out_index"
+            state[index] = torch.arange(block.ssm.out_proj.weight.shape[0], device=model.pos_embed.device)
+            kept["ssm.out_index"] = {0: kept["ssm.out_proj.weight"][0]}
+            entries[f"blocks.{len(shapes)}.ssm.out_index"] = (index, kept["ssm.out_index"])
+        for name in tensors_of(block):
+            if f"blocks.{i}.{name}" in state:
+                entries[f"blocks.{len(shapes)}.{name}"] = (f"blocks.{i}.{name}", kept.get(name, {}))
+        shapes.append(shape)
+    slices = Slices(entries)
+    smaller = rebuild(model, shapes)
+    smaller.load_state_dict(slices.take_all(state))
+    left = {name: keep for name, keep in slices.take_all(masks).items() if not keep.all()}
+    apply_mask_mamba(smaller, left)
+    return Shrunk(smaller, left, slices)
+
+
+def rebuild(model: MambaModel, shapes: list[BlockShape]) -> MambaModel:
+    """A model of other block shapes with new weights, on the same device, in the same mode; random state untouched."""
+    with torch.random.fork_rng(devices=[]):
+        other = MambaModel(replace(model.architecture, blocks=tuple(shapes)))
+    return other.to(model.pos_embed.device, model.pos_embed.dtype).train(model.training)
+
+
+def shrink_ema(ema: ModelEma[MambaModel], shrunk: Shrunk) -> ModelEma[MambaModel]:
+    """The average of the smaller model, where it stood."""
+    smaller = ModelEma(shrunk.model, ema.decay)
+    smaller.model.load_state_dict(shrunk.slices.take_all(_with_indices(ema.model, shrunk)))
+    apply_mask_mamba(smaller.model, shrunk.masks)
+    smaller.updates.copy_(ema.updates)
+    return smaller
+
+
+def shrink_optimizer(optimizer: torch.optim.AdamW, model: MambaModel, shrunk: Shrunk) -> torch.optim.AdamW:
+    """An optimizer of the smaller model with the larger one's groups, rates and moments.
+
+    Args:
+        optimizer: of `model`.
+        model: the larger model.
+        shrunk: what `shrink` made of it.
+    """
+    larger = dict(model.named_parameters())
+    smaller = dict(shrunk.model.named_parameters())
+    heir: dict[Tensor, tuple[str, nn.Parameter]] = {
+        larger[old]: (new, smaller[new]) for new, (old, _) in shrunk.slices.entries.items() if old in larger
+    }
+    groups = []
+    for group in optimizer.param_groups:
+        left = [heir[p][1] for p in group["params"] if p in heir]
+        if left:
+            groups.append({**group, "params": left})
+    result = torch.optim.AdamW(groups, fused=optimizer.defaults["fused"])
+    for parameter, values in optimizer.state.items():
+        if parameter in heir:
+            new, mine = heir[parameter]
+            result.state[mine] = {
+                key: shrunk.slices.take(new, value) if value.shape == parameter.shape else value.clone()
+                for key, value in values.items()
+            }
+    return result
+
+
+def _is_gone(masks: Mapping[str, Tensor], prefix: str, block: MambaBlock) -> bool:
+    names = [prefix + name for name, _ in block.named_parameters()]
+    return all(name in masks and not masks[name].any() for name in names)
+
+
+def _kept(masks: Mapping[str, Tensor], prefix: str, block: MambaBlock) -> tuple[dict[str, Kept], BlockShape]:
+    """Tensor of the block -> what stays along each axis, and the shape that results."""
+    drop: dict[str, dict[int, Tensor]] = {}
+    counts: dict[str, int] = {}
+    for name, group in GROUPS.items():
+        parts = parts_of(block, group)
+        gone = gone_units(masks, prefix, parts)
+        if group.order == "first":  # only a run from the first unit on
+            gone = gone.cumprod(0).bool()
+        if len(gone) and gone.all():
+            gone[-1] = False
+        if not gone.any():
+            continue
+        counts[name] = units_of(block, group) - int(gone.sum())
+        for part, tensor, span in parts:
+            along = drop.setdefault(part.tensor, {})
+            mark = along.setdefault(part.axis, torch.zeros(tensor.shape[part.axis], dtype=torch.bool))
+            mark[span] |= gone
+    kept = {
+        tensor: {axis: (~mark).nonzero().squeeze(1) for axis, mark in axes.items()} for tensor, axes in drop.items()
+    }
+    return kept, replace(block.shape, **counts)  # type: ignore[arg-type]
+
+
+def _with_indices(model: MambaModel, shrunk: Shrunk) -> dict[str, Tensor]:
+    """A larger model's state, with the whole index where the smaller model has one and it has none."""
+    state = model.state_dict()
+    for old, _ in shrunk.slices.entries.values():
+        if old not in state:
+            state[old] = torch.arange(model.architecture.d_model, device=model.pos_embed.device)
+    return state

@@ -1,0 +1,128 @@
+"""Prune a vision Mamba: rounds of training, pruning and rewinding, each a Ray Train run; or one plan, applied once.
+
+python ray_jobs/prune.py --method refill --rounds 3
+python ray_jobs/prune.py --preset v2 --method rsst --target mlp --rate 0.5 --rounds 4 --checkpoint runs/v2/TRIAL
+python ray_jobs/prune.py --plan stage2 --checkpoint runs/quickstart/first
+python ray_jobs/prune.py --resume runs/prune/20260101-120000-seed0
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mamba.cli import PruneArgs, parse_prune_args
+from mamba.config import RunConfig
+from mamba.errors import ConfigError, ForgeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 finished, 2 an error of the user's, 130 interrupted (resumable)."""
+    try:
+        args = parse_prune_args(argv, description=(__doc__ or "").split("\n")[0])
+        if args.dry_run:
+            print(args.config.resolve().to_yaml(), end="")
+            return 0
+        return _plan(args) if args.plan else _rounds(args)
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; continue with --resume and the folder named above", file=sys.stderr)
+        return 130
+
+
+def _rounds(args: PruneArgs) -> int:
+    from rich.console import Console
+
+    from mamba.data import load_data
+    from mamba.tracking import create_run, discard_if_unused, exclusive
+    from pruning.report import rounds_figure, rounds_table
+    from pruning.rounds import Engine, run_rounds
+    from ray_jobs.cluster import connected_if
+    from ray_jobs.launch import preflight
+    from ray_jobs.measure import measure
+
+    config = args.config.resolve()
+    if config.prune.method == "none":
+        raise ConfigError("prune.method 'none' prunes nothing; valid here: magnitude, refill, rsst")
+    preflight(config)
+    folder = create_run(config) if args.resume is None else args.resume.absolute()
+    console = Console(highlight=False, soft_wrap=True)
+    say = lambda text: console.print(text, markup=False)  # noqa: E731
+    say(f"folder: {folder}")
+    try:
+        with exclusive(folder), connected_if(config.scaling.num_workers != 0, say):
+            data = load_data(config.data, config.seed)
+            rows = run_rounds(config, folder, data, Engine(_train, measure, say))
+    except ForgeError:
+        if args.resume is None:
+            discard_if_unused(folder)
+        raise
+    if rows is None:
+        say(f"interrupted; continue with\n  python {os.path.relpath(__file__)} --resume {folder}")
+        return 130
+    console.print(rounds_table(rows))
+    say(f"table: {folder / 'rounds.csv'}\nfigure: {rounds_figure(folder, rows)}")
+    return 0
+
+
+def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """One round's training, with its progress shown and the first Ctrl-C turned into a checkpoint."""
+    from mamba.tracking import finished_result, prepare_resume
+    from ray_jobs.console import Display, stop_on_signal
+    from ray_jobs.launch import run
+
+    done = finished_result(folder)
+    if done is not None:
+        return done
+    prepare_resume(folder)
+    with Display(folder) as display, stop_on_signal(folder, display):
+        return run(config, folder, lambda text: display.say(f"{folder.name}: {text}"))
+
+
+def _plan(args: PruneArgs) -> int:
+    from rich.console import Console
+
+    from mamba import checkpoint as ckpt
+    from mamba.tracking import create_run, exclusive, write_json
+    from pruning.lite import describe
+    from pruning.masks import FILE
+    from pruning.plans import apply_plan, get_plan
+    from pruning.report import before_after_table
+    from ray_jobs.cluster import connected_if
+    from ray_jobs.launch import preflight
+    from ray_jobs.measure import measure
+
+    assert args.plan is not None
+    plan = get_plan(args.plan)
+    config = args.config.resolve()
+    if config.model.checkpoint is None:
+        raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
+    model, description = ckpt.load_model(config.model.checkpoint)
+    preflight(config)
+    pruned = apply_plan(model, args.plan, seed=config.seed)
+    folder = create_run(config)
+    with exclusive(folder):
+        extra = {FILE: pruned.masks} if pruned.masks else {}
+        description = {**description, "weights": "raw", "plan": args.plan}
+        path = ckpt.save_checkpoint(folder / "checkpoints" / "best-00000", pruned.model, None, description, None, extra)
+        console = Console(highlight=False, soft_wrap=True)
+        with connected_if(config.scaling.num_workers != 0, lambda text: console.print(text, markup=False)):
+            before, after = measure(config, config.model.checkpoint), measure(config, path)
+        write_json(folder / "pruned.json", {"plan": args.plan, "before": before, "after": after})
+    console.print(f"{args.plan}: {plan.purpose}", markup=False)
+    console.print(
+        f"before: {describe(model.architecture)}\nafter:  {describe(pruned.model.architecture)}", markup=False
+    )
+    console.print(before_after_table(before, after))
+    console.print(f"pruned model: {path}", markup=False)
+    console.print(f"fine-tune it: python ray_jobs/train.py --model.checkpoint {path} ...", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""RSST: values by hand, the ceiling is reached, norms shrink, and the cut comes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mamba import checkpoint as ckpt
+from mamba.errors import ConfigError
+from mamba.trainer import fit
+from mamba.worker import local_worker
+from pruning import compute_rsst_loss, refill_masks, rsst_schedule_exp
+from pruning.components import blocks_of
+from pruning.masks import unit_masks
+from pruning.penalty import SCHEDULES, GrowingDecay, PenaltyHook, growing_lambda
+
+
+def test_the_schedule_of_the_notes():
+    assert rsst_schedule_exp(30, 160, 1e-4, 4) == pytest.approx(1.236e-7, rel=1e-3)
+    assert rsst_schedule_exp(0, 160, 1e-4) == 0 and rsst_schedule_exp(160, 160, 1e-4) == 1e-4
+    with pytest.raises(ConfigError, match="epoch 161 of 160"):
+        rsst_schedule_exp(161, 160, 1e-4)
+
+
+def test_the_penalty_by_hand(model):
+    lasso, l1 = 0.0, 0.0
+    for block in blocks_of(model):
+        for unit in range(14):
+            values = torch.cat(
+                (block.mlp.fc1.weight[unit], block.mlp.fc1.bias[unit, None], block.mlp.fc2.weight[:, unit])
+            )
+            lasso, l1 = lasso + values.norm(), l1 + values.abs().sum()
+    torch.testing.assert_close(compute_rsst_loss(model, 0.5, "mlp", "group"), 0.5 * lasso)
+    torch.testing.assert_close(compute_rsst_loss(model, 2.0, "mlp", "l1"), 2.0 * l1)
+    both = compute_rsst_loss(model, 1.0, "both")
+    torch.testing.assert_close(both, compute_rsst_loss(model, 1.0, "ssm") + compute_rsst_loss(model, 1.0, "mlp"))
+
+
+def test_the_penalty_has_a_finite_gradient_also_at_zero(model):
+    with torch.no_grad():
+        block = model.blocks[0]
+        for tensor in (block.mlp.fc1.weight[2], block.mlp.fc1.bias[2:3], block.mlp.fc2.weight[:, 2]):
+            tensor.zero_()
+    compute_rsst_loss(model, 1.0).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.blocks[0].ssm.A_log.grad is None, "A_log is left alone"
+    assert float(model.blocks[0].mlp.fc1.weight.grad[2].abs().max()) == 0
+
+
+@pytest.mark.parametrize("words", [("attention", "group", "unknown target"), ("mlp", "l3", "unknown norm")])
+def test_wrong_words(model, words):
+    with pytest.raises(ConfigError, match=words[2]):
+        compute_rsst_loss(model, 1.0, *words[:2])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_lambda_grows_to_its_ceiling(schedule):
+    values = [growing_lambda(e, 6, 0.3, schedule) for e in range(6)]
+    assert values[-1] == pytest.approx(0.3) and values[0] > 0
+    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    if schedule.startswith("x"):
+        assert values[1] / values[0] == pytest.approx(int(schedule[1]))
+    with pytest.raises(ConfigError, match="unknown schedule 'fast'"):
+        growing_lambda(0, 6, 0.3, "fast")
+
+
+def start_of(small_fit, tmp_path):
+    small_fit(optim__epochs=1)
+    return ckpt.load_model(tmp_path / "run")[0], ckpt.find_checkpoint(tmp_path / "run")
+
+
+def test_units_that_leave_shrink_and_are_cut(small_fit, small_config, small_data, tmp_path):
+    model, start = start_of(small_fit, tmp_path)
+    keep = [torch.arange(48) % 2 == 0] * 2
+    stay = unit_masks(model, "mlp_hidden", keep)
+    config = small_config(
+        model__checkpoint=start, optim__epochs=6, optim__warmup_epochs=0, prune__method="rsst", model__drop_path=0.0
+    )
+    curves = {}
+    for ceiling in (0.0, 2.0):
+        folder = tmp_path / f"ceiling-{ceiling}"
+        hook = GrowingDecay({}, stay, ceiling, "linear", 4.0, config.grow_epochs())
+        values = []
+        hook.end_epoch = lambda epoch, hook=hook, values=values: values.append(type(hook).end_epoch(hook, epoch)) or {}
+        result = fit(config, local_worker(), folder, small_data, [hook])
+        curves[ceiling] = values
+        assert result["tested"]["epoch"] > config.grow_epochs(), "tested on weights from before the cut"
+        final, _ = ckpt.load_model(folder)
+        for block, kept in zip(final.blocks, keep, strict=True):
+            assert bool((block.mlp.fc1.weight[~kept] == 0).all() and (block.mlp.fc2.weight[:, ~kept] == 0).all())
+            assert bool((block.mlp.fc1.bias[~kept] == 0).all() and (block.mlp.fc1.weight[kept] != 0).any())
+    strong, none = curves[2.0], curves[0.0]
+    assert [v["prune/lambda"] for v in strong] == pytest.approx([2 / 3, 4 / 3, 2.0, 0, 0, 0])
+    assert strong[2]["prune/leaving_rms"] < 0.7 * none[2]["prune/leaving_rms"]
+    assert strong[2]["prune/cut_percent"] == 0 and strong[3]["prune/cut_percent"] > 10
+    assert strong[3]["prune/leaving_rms"] == 0
+
+
+def test_the_penalty_shrinks_what_it_is_for(small_config, small_data, tmp_path):
+    norms = {}
+    for base in (0.0, 1e-2):
+        hook = PenaltyHook(base, 1.0, "mlp", "group")
+        config = small_config(optim__epochs=3, model__drop_path=0.0)
+        fit(config, local_worker(), tmp_path / str(base), small_data, [hook])
+        model, _ = ckpt.load_model(ckpt.newest_checkpoint(tmp_path / str(base)), "raw")
+        norms[base] = float(compute_rsst_loss(model, 1.0, "mlp")), float(compute_rsst_loss(model, 1.0, "ssm"))
+        assert hook.end_epoch(2)["prune/penalty_strength"] == pytest.approx(base)
+    assert norms[1e-2][0] < 0.9 * norms[0.0][0]
+    assert norms[1e-2][1] > 0.9 * norms[0.0][1]
+
+
+def test_refill_and_growing_decay_agree_on_names(model):
+    stay = refill_masks(model, {}, "both", 0.5)
+    hook = GrowingDecay({}, stay, 1.0, "exp", 4.0, 2)
+    assert set(hook.masks) == set(stay) and all(bool(m.all()) for m in hook.masks.values())
