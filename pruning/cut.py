@@ -215,6 +215,8 @@ def _unit_choice(
     depth = len(scores)
     picked = [i for i in range(depth) if (layers is None or i in layers) and len(scores[i])]
     keep: list[Tensor | None] = [None] * depth
+    if not picked:
+        raise ConfigError(f"no block to be cut has a {GROUPS[group].unit}; cut another granularity")
     if group == BLOCK:  # the blocks themselves are the units of one layer
         flat = torch.cat([scores[i] for i in picked])
         for i, stays in zip(picked, choose_units([flat], rate, "global", how.floor, 1, "blocks")[0], strict=True):

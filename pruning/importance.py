@@ -80,6 +80,7 @@ def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score
     return per_block
 
 
+@torch.enable_grad()
 def _taylor(model: nn.Module, calibration: Batches, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     copied = copy.deepcopy(model).eval().requires_grad_(True)
     copied.zero_grad(set_to_none=True)

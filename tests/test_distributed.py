@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from mamba import checkpoint as ckpt
+from mamba.model import Architecture, MambaModel
 from mamba.trainer import fit
 from mamba.worker import local_worker
+from pruning.cut import cut
+from pruning.masks import FILE
+from pruning.rounds import hooks_for
 
 SCRIPT = Path(__file__).parent / "torchrun_fit.py"
 SETTINGS = {
@@ -82,3 +86,21 @@ def test_one_rank_that_is_not_finite_skips_the_step_on_all(small_config, tmp_pat
     assert metrics["train/skipped_steps"] == 1
     assert torch.tensor(metrics["train/loss"]).isfinite()
     assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
+
+
+def test_a_shrunk_and_masked_model_trains_alike_on_two_workers(small_config, tmp_path):
+    """Uneven widths, an index, low rank, shared B and C, and masks on what is left: DDP sees a model like any other."""
+    torch.manual_seed(0)
+    dense = MambaModel(Architecture.from_config(small_config().model, 10, 8))
+    rates = {"mlp:neuron": 0.5, "linear_in:expand": 0.3, "linear_out:output": 0.4, "linear_delta:low_rank": 0.5}
+    result = cut(dense, {**rates, "linear_B_C:shared": 0.5, "linear_gate:element": 0.5}, shrink=True)
+    start = ckpt.save_checkpoint(tmp_path / "start", result.model, None, {}, None, {FILE: result.masks})
+    config = small_config(**{**SETTINGS, "model__checkpoint": start, "prune__penalty": "group"})
+    torchrun(tmp_path / "two", config)
+    fit(config, local_worker(), tmp_path / "one", hooks=hooks_for(config))
+    for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+        assert a["prune/penalty_norm"] == pytest.approx(b["prune/penalty_norm"], rel=1e-4)
+    trained = weights(tmp_path / "two")
+    for name, keep in result.masks.items():
+        assert bool((trained[name][~keep] == 0).all()) and bool((trained[name][keep] != 0).all())

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from mamba.config import RunConfig
 from mamba.trainer import Trainer, fit
 from mamba.worker import torchrun_worker
+from pruning.rounds import hooks_for
 
 
 def poison_rank_1(step_at: int) -> None:
@@ -29,5 +30,6 @@ folder = Path(sys.argv[1])
 torch.set_num_threads(1)
 if len(sys.argv) > 2:
     poison_rank_1(int(sys.argv[2]))
-fit(RunConfig.from_yaml(folder / "config.yaml"), torchrun_worker(), folder)
+config, worker = RunConfig.from_yaml(folder / "config.yaml"), torchrun_worker()
+fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
 dist.destroy_process_group()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_wrong_words(model, words):
 def test_lambda_grows_to_its_ceiling(schedule):
     values = [growing_lambda(e, 6, 0.3, schedule) for e in range(6)]
     assert values[-1] == pytest.approx(0.3) and values[0] > 0
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in pairwise(values))
     if schedule.startswith("x"):
         assert values[1] / values[0] == pytest.approx(int(schedule[1]))
     with pytest.raises(ConfigError, match="unknown schedule 'fast'"):
@@ -103,7 +105,7 @@ def test_the_penalty_shrinks_what_it_is_for(small_config, small_data, tmp_path):
         config = small_config(optim__epochs=3, model__drop_path=0.0)
         fit(config, local_worker(), tmp_path / str(base), small_data, [hook])
         model, _ = ckpt.load_model(ckpt.newest_checkpoint(tmp_path / str(base)), "raw")
-        norms[base] = float(compute_rsst_loss(model, 1.0, "mlp")), float(compute_rsst_loss(model, 1.0, "ssm"))
+        norms[base] = [compute_rsst_loss(model, 1.0, target).item() for target in ("mlp", "ssm")]
         assert hook.end_epoch(2)["prune/penalty_strength"] == pytest.approx(base)
     assert norms[1e-2][0] < 0.9 * norms[0.0][0]
     assert norms[1e-2][1] > 0.9 * norms[0.0][1]

@@ -37,6 +37,18 @@ def slow_rows(block, group, values, ones):
     return [torch.cat((in_proj[i], in_proj[d + i], out[:, i])) for i in range(d)]
 
 
+def slow_score(score, mask, weights):
+    match score:
+        case "remain":
+            return float(mask.sum())
+        case "magnitude":
+            return float((weights.abs() * mask).sum())
+        case "l1":
+            return float(weights.abs().sum())
+        case "l2":
+            return float(weights.norm())
+
+
 @pytest.mark.parametrize("score", REFILL_SCORES)
 @pytest.mark.parametrize("fillback", [0.0, 0.25])
 @pytest.mark.parametrize("target", ["ssm", "mlp"])
@@ -49,14 +61,15 @@ def test_whole_units_stay_by_the_score(score, fillback, target):
     smaller = shrink(model, masks).model
     if score == "saliency":
         loss = torch.nn.functional.cross_entropy(model(calibration[0][0]).float(), calibration[0][1])
-        gradients = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()),
-                                                                                allow_unused=True), strict=True))  # fmt: skip
+        parameters = dict(model.named_parameters())
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = dict(zip(parameters, found, strict=True))
     for i, (block, after) in enumerate(zip(model.blocks, smaller.blocks, strict=True)):
         own = {n.removeprefix(f"blocks.{i}."): m.double() for n, m in survivors.items() if n.startswith(f"blocks.{i}.")}
         weights = {n: p.detach() for n, p in block.named_parameters()}
         rows, values = slow_rows(block, target, own, 1.0), slow_rows(block, target, weights, 0.0)
-        n = math.floor(sum(float(r.sum()) for r in rows) / len(rows[0])
-                       + (len(rows) - sum(float(r.sum()) for r in rows) / len(rows[0])) * fillback)  # fmt: skip
+        full = sum(float(r.sum()) for r in rows) / len(rows[0])
+        n = math.floor(full + (len(rows) - full) * fillback)
         shape = after.shape
         assert (shape.d_inner if target == "ssm" else shape.mlp_hidden) == max(1, n)
         if score == "random":
@@ -65,11 +78,7 @@ def test_whole_units_stay_by_the_score(score, fillback, target):
             grads = {k: (gradients[f"blocks.{i}.{k}"] * w).abs() for k, w in weights.items()}
             points = [float(r.sum()) for r in slow_rows(block, target, grads, 0.0)]
         else:
-            points = [
-                {"remain": float(r.sum()), "magnitude": float((v.abs() * r).sum()), "l1": float(v.abs().sum()),
-                 "l2": float(v.norm())}[score]
-                for r, v in zip(rows, values, strict=True)
-            ]  # fmt: skip
+            points = [slow_score(score, row, value) for row, value in zip(rows, values, strict=True)]
         name = f"blocks.{i}." + ("ssm.D" if target == "ssm" else "mlp.fc1.bias")
         kept = masks[name].tolist()
         lost = [p for p, k in zip(points, kept, strict=True) if not k]

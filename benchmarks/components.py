@@ -1,0 +1,130 @@
+"""What pruning a trained model costs and buys, without fine-tuning: every component and granularity at several rates,
+and the plans, with validation accuracy, parameters, MACs and measured speed.
+
+python benchmarks/components.py runs/quickstart/first
+python benchmarks/components.py runs/v2/TRIAL --rates 0.3 0.5 0.7 0.9 --json components.json --csv components.csv
+
+Accuracy is that of the validation split that the run kept: nothing is chosen on the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba import checkpoint as ckpt
+from mamba.config import RunConfig
+from mamba.data import load_data
+from mamba.errors import ConfigError, ForgeError
+from mamba.tracking import environment
+from mamba.trainer import resolve_amp
+from pruning import COMPONENTS, PLANS, apply_plan, measure
+from pruning.components import ELEMENT
+from pruning.cut import cut
+from pruning.plans import Plan
+from pruning.shrink import shrink
+
+FIELDS = ("what", "rate", "val_accuracy", "params", "nonzero", "macs", "images_per_s", "latency_ms", "peak_memory_mib")
+OUTPUT_PLAN = {"linear_out:output": 0.5, "mlp:neuron": 0.7, "linear_gate:element": 0.6, "linear_in:expand": 0.25}
+"""Stage 2 with linear_out cut by output channels instead of by input channels."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint's")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9])
+    parser.add_argument("--components", nargs="+", default=[n for n, c in COMPONENTS.items() if c.refused is None])
+    parser.add_argument("--score", default="l1")
+    parser.add_argument("--batch-size", type=int, default=None, help="of the throughput; 1024 on a GPU, 128 on a CPU")
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long each speed is timed")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--csv", type=Path, default=None)
+    args = parser.parse_args()
+    try:
+        rows, about = run(args)
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, description = ckpt.load_model(args.checkpoint, device=device)
+    config = RunConfig(**description["config"])
+    data = load_data(config.data, config.seed)
+    if data.val is None:
+        raise ConfigError("the run kept no validation split (data.val_fraction 0); there is nothing to measure on")
+    amp = resolve_amp(config.optim.amp, device)
+    batch_size = args.batch_size or (1024 if device.type == "cuda" else 128)
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": str(date.today()),
+        "checkpoint": {k: description.get(k) for k in ("epoch", "metrics")},
+        "score": args.score,
+        "batch_size": batch_size,
+        "amp": str(amp),
+        "val_images": len(data.val),
+        **environment(device),
+    }
+    print(json.dumps(about["hardware"]), json.dumps(about["versions"]))
+    rows: list[dict[str, Any]] = []
+
+    def record(what: str, rate: float, pruned: Any, timed: bool) -> None:
+        assert data.val is not None
+        size = measure.size(pruned)
+        row = {
+            "what": what,
+            "rate": rate,
+            "val_accuracy": round(measure.accuracy(pruned, data, data.val, config.eval.batch_size, amp), 2),
+            **{key: int(size[f"model/{key}"]) for key in ("params", "nonzero", "macs")},
+        }
+        if timed:
+            speed = measure.speed(pruned, batch_size, args.seconds, amp)
+            row |= {key.removeprefix("bench/"): round(value, 4) for key, value in speed.items()}
+        rows.append(row)
+        print("  ".join(f"{row.get(key, '')!s:>{20 if key == 'what' else 12}}" for key in FIELDS), flush=True)
+
+    print("  ".join(f"{key:>{20 if key == 'what' else 12}}" for key in FIELDS))
+    record("dense", 0.0, model, True)
+    for name in PLANS:
+        try:
+            record(name, 0.0, apply_plan(model, name, args.score).model, True)
+        except ConfigError as error:
+            print(f"{name:>20}  refused: {error}")
+    how: Plan = PLANS["stage2"]
+    record("stage2, output", 0.0, cut(model, OUTPUT_PLAN, True, score=args.score, **how.how).model, True)
+    record("dense again", 0.0, model, True)
+    for name in args.components:
+        for granularity in COMPONENTS[name].granularities:
+            for rate in args.rates:
+                what = f"{name}:{granularity}"
+                try:
+                    masked = cut(model, {what: rate}, score=args.score)
+                    element = granularity == ELEMENT
+                    smaller = masked.model if element else shrink(masked.model, masked.masks).model
+                    if granularity in COMPONENTS[name].replacements:
+                        smaller = cut(model, {what: rate}, True, score=args.score).model
+                except ConfigError as error:
+                    print(f"{what:>20}  {rate:>12}  refused: {error}")
+                    continue
+                record(what, rate, smaller, False)
+    return rows, about
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The three stages, and the small model that takes over the best of a large one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import PLAIN, build
+
+from mamba.errors import ConfigError
+from mamba.model import count_parameters, mamba_small
+from pruning import PLANS, apply_plan, build_mamba_lite, check_sparsity_mamba, transfer_pruned_weights
+from pruning.importance import element_scores, unit_scores
+from pruning.lite import describe
+
+
+def test_the_lite_model_of_mamba_small():
+    model = mamba_small()
+    lite = build_mamba_lite(model)
+    assert describe(lite.architecture) == "16 blocks, d_inner 192, d_state 8, d_conv 2, mlp_hidden 384"
+    per_block = 3 * 192 * 192 + 192 * 3 + (192 + 16) * 192 + 192 * 8 + 192 + (2 * 384 * 192 + 384 + 192) + 4 * 192
+    fixed = 3 * 16 * 192 + 192 + 64 * 192 + 2 * 192 + 192 * 10 + 10
+    assert count_parameters(lite) == 16 * per_block + fixed
+    taken = transfer_pruned_weights(model, lite)
+    assert len(taken) == 16 and torch.equal(lite.head.weight, model.head.weight)
+
+
+def test_the_most_important_parts_are_taken_over():
+    model = build(*[PLAIN] * 4)
+    lite = build_mamba_lite(model, expand=0.8, d_conv=2, d_state=3, mlp_ratio=0.7, depth=2)
+    taken = transfer_pruned_weights(model, lite)
+    scores = element_scores(model)
+    blocks = torch.cat(unit_scores(model, "block", scores))
+    assert taken == sorted(blocks.topk(2).indices.tolist())
+    neurons = unit_scores(model, "mlp_hidden", scores)[taken[1]].topk(7).indices.sort().values
+    assert torch.equal(lite.blocks[1].mlp.fc2.weight, model.blocks[taken[1]].mlp.fc2.weight[:, neurons])
+    assert torch.equal(lite.pos_embed, model.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"depth": 4}, "depth 4 .* valid: 1 to 3"),
+        ({"d_state": 6}, "d_state 6"),
+        ({"expand": 2.0}, "d_inner 20"),
+        ({"mlp_ratio": 0.01}, "mlp_hidden 0"),
+    ],
+)
+def test_a_larger_lite_model_is_refused(model, values, words):
+    with pytest.raises(ConfigError, match=words):
+        build_mamba_lite(model, **{"expand": 1.0, "d_state": 2, "depth": 2, "mlp_ratio": 1.0, **values})
+
+
+def test_stages():
+    model = mamba_small(depth=16, d_model=16)
+    for name in PLANS:
+        torch.manual_seed(0)
+        result = apply_plan(model, name)
+        assert result.model(torch.randn(2, 3, 32, 32)).isfinite().all()
+        sparsity = check_sparsity_mamba(result.model)
+        if name == "stage1":
+            assert [round(sparsity[n]) for n in ("linear_out", "mlp", "linear_gate")] == [70, 70, 70]
+            assert count_parameters(result.model) == count_parameters(model)
+        if name == "stage2":
+            shapes = set(result.model.architecture.blocks)
+            assert len(shapes) == 1 and all(s.d_inner % 8 == 0 and s.mlp_hidden % 8 == 0 for s in shapes)
+            assert set(result.masks) == {f"blocks.{i}.ssm.in_proj.weight" for i in range(16)}
+    with pytest.raises(ConfigError, match="unknown plan 'stage4'; valid: stage1, stage2, stage3"):
+        apply_plan(model, "stage4")

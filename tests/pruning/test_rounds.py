@@ -1,0 +1,197 @@
+"""Rounds in this process: densities, rewinding bit for bit, and going on after a stop at any point."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mamba import checkpoint as ckpt
+from mamba.errors import ConfigError
+from mamba.hooks import TrainHook
+from mamba.model import count_parameters
+from mamba.tracking import finished_result
+from mamba.trainer import fit, request_stop
+from mamba.worker import local_worker
+from pruning import load_masks, measure
+from pruning.report import before_after_table, rounds_figure, rounds_table
+from pruning.rounds import SURVIVORS, UNITS, Engine, hooks_for, run_rounds
+from pruning.shrink import shrink
+
+
+class Series:
+    """A folder of rounds, trained here, measured without timing."""
+
+    def __init__(self, config, folder, data):
+        self.config, self.folder, self.data = config, folder, data
+        self.trained, self.said = [], []
+        folder.mkdir(parents=True)
+
+    def train(self, config, folder):
+        done = finished_result(folder)
+        if done is None:
+            (folder / "STOP").unlink(missing_ok=True)
+            self.trained.append(folder.name)
+            done = fit(config, local_worker(), folder, self.data, hooks_for(config))
+        return done
+
+    def measure(self, config, path):
+        model, _ = ckpt.load_model(path)
+        masks = ckpt.find_checkpoint(path) / "masks.safetensors"
+        if masks.exists():
+            model = shrink(model, load_masks(masks)).model
+        accuracy = measure.accuracy(model, self.data, self.data.test)
+        return {**measure.size(model), "test/accuracy": accuracy, "bench/images_per_s": 1.0, "bench/latency_ms": 1.0}
+
+    def run(self):
+        return run_rounds(self.config, self.folder, self.data, Engine(self.train, self.measure, self.said.append))
+
+    def start(self, number):
+        here = self.folder if number == 0 else self.folder / f"round-{number:02d}"
+        return ckpt.load_model(here / "start", "raw")[0]
+
+
+@pytest.fixture
+def series(small_config, small_data, tmp_path):
+    def make(name="series", **values):
+        settled = {"optim__epochs": 3, "prune__rounds": 3, "prune__rate": 0.4, "model__drop_path": 0.0, **values}
+        config = small_config(name=name, **settled)
+        return Series(config, tmp_path / "runs" / name, small_data)
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["magnitude", "refill", "rsst"])
+def test_rounds_prune_what_they_say(series, method):
+    s = series(prune__method=method)
+    rows = s.run()
+    assert [r["density"] for r in rows] == pytest.approx([0.6**k for k in range(4)], abs=1e-3)
+    assert s.trained == ["round-00", "round-01", "round-02", "round-03"]
+    params = [r["params"] for r in rows]
+    if method == "magnitude":
+        nonzero = [r["nonzero"] for r in rows]
+        assert all(a > b for a, b in pairwise(nonzero)) and params[1] == params[0]
+    else:
+        assert all(a > b for a, b in pairwise(params)), "no unit went"
+    for row in rows:
+        result = json.loads((s.folder / f"round-{row['round']:02d}" / "result.json").read_text())
+        assert row["test_accuracy"] == pytest.approx(result["metrics"]["test/accuracy"]), (
+            "not the model that was tested"
+        )
+    lines = (s.folder / "rounds.csv").read_text().splitlines()
+    assert lines[0].startswith("round,density,params") and len(lines) == 5
+    assert rounds_figure(s.folder, rows).stat().st_size > 1000
+    assert rounds_table(rows).row_count == 4
+
+
+def test_refill_and_rsst_leave_equally_many_units(series):
+    """At the same density the two differ in how units go, not in how many: their comparison is at equal parameters."""
+    sizes = {}
+    for method in ("refill", "rsst"):
+        s = series(method, prune__method=method, prune__rounds=1)
+        sizes[method] = [r["params"] for r in s.run()]
+    assert sizes["refill"][0] == sizes["rsst"][0]
+    assert sizes["refill"][1] == pytest.approx(sizes["rsst"][1], rel=0.01)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_rewound_weights_are_bit_equal_to_the_saved_ones(series, epoch):
+    s = series(prune__method="refill", prune__rewind_epoch=epoch)
+    s.run()
+    saved = ckpt.load_model(s.folder / ("rewind" if epoch else "start"), "raw")[0]
+    kept = copy.deepcopy(saved.state_dict())
+    if epoch:
+        assert not torch.equal(saved.head.weight, s.start(0).head.weight), "rewound to the initial weights"
+    for number in (1, 2, 3):
+        units = load_masks(s.folder / f"round-{number:02d}" / "start" / UNITS)
+        slices = shrink(saved, units).slices
+        again = s.start(number).state_dict()
+        for name, tensor in slices.take_all(kept).items():
+            assert torch.equal(again[name], tensor), name
+    assert all(torch.equal(v, kept[k]) for k, v in saved.state_dict().items())
+
+
+def test_round_zero_is_the_plain_run(series, small_data, tmp_path):
+    s = series(prune__method="refill", prune__rounds=1)
+    s.run()
+    plain = s.config.with_values({"prune.method": "none"})
+    fit(plain, local_worker(), tmp_path / "plain", small_data)
+    a, b = (ckpt.load_model(ckpt.newest_checkpoint(p), "raw")[0] for p in (s.folder / "round-00", tmp_path / "plain"))
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_a_stopped_series_goes_on_at_its_round_and_epoch(series, monkeypatch):
+    monkeypatch.setattr("mamba.trainer.LOG_EVERY_S", 0)  # a stop is seen at the next step
+    whole = series("whole", prune__method="rsst", checkpoint__keep=1)
+    expected = whole.run()
+    s = series("parts", prune__method="rsst")
+    train = s.train
+
+    def interrupted(config, folder):
+        if folder.name == "round-02" and not folder.joinpath("checkpoints").exists():
+            stop = TrainHook()
+            stop.end_epoch = lambda epoch: request_stop(folder) or {}
+            return fit(config, local_worker(), folder, s.data, [*hooks_for(config), stop])
+        return train(config, folder)
+
+    s.train = interrupted
+    assert s.run() is None
+    assert s.trained == ["round-00", "round-01"]
+    assert len((s.folder / "round-02" / "metrics.jsonl").read_text().splitlines()) == 1
+    rows = s.run()
+    assert s.trained == ["round-00", "round-01", "round-02", "round-03"]
+    same = ("round", "density", "params", "nonzero", "test_accuracy")
+    assert [[r[k] for k in same] for r in rows] == [[r[k] for k in same] for r in expected]
+    trained = list(s.trained)
+    assert s.run() == rows and s.trained == trained, "a finished series trained again"
+
+
+def test_a_trained_model_can_be_pruned_without_training_it_again(series, small_fit, tmp_path):
+    small_fit(optim__epochs=2)
+    dense, _ = ckpt.load_model(tmp_path / "run")
+    s = series(prune__method="refill", prune__rounds=1, model__checkpoint=tmp_path / "run")
+    rows = s.run()
+    assert s.trained == ["round-01"] and rows[0]["params"] == count_parameters(dense)
+    assert torch.equal(s.start(0).head.weight, dense.head.weight)
+    assert torch.equal(s.start(1).head.weight, dense.head.weight)
+
+
+def test_survivors_only_ever_get_fewer(series):
+    s = series(prune__method="magnitude")
+    s.run()
+    masks = [load_masks(s.folder / f"round-{k:02d}" / "start" / SURVIVORS) for k in (1, 2, 3)]
+    for before, after in pairwise(masks):
+        assert all(not bool((after[n] & ~before[n]).any()) for n in after)
+    final, _ = ckpt.load_model(s.folder / "round-03")
+    parameters = dict(final.named_parameters())
+    assert all(bool((parameters[n][~keep] == 0).all()) for n, keep in masks[-1].items())
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"prune__rewind_epoch": 3}, "prune.rewind_epoch 3 is not before the end of optim.epochs 3"),
+        ({"prune__method": "rsst", "prune__grow_fraction": 1.0}, "leaves no epoch after the cut"),
+        ({"prune__rate": 1.0}, "prune.rate: should be less than 1"),
+        ({"prune__method": "refil"}, "prune.method: should be 'none', 'magnitude', 'refill' or 'rsst'"),
+    ],
+)
+def test_what_cannot_run_is_refused(small_config, values, words):
+    with pytest.raises(ConfigError, match=words):
+        small_config(**values)
+
+
+def test_measurements_of_a_model(small_data, small_fit, tmp_path):
+    small_fit()
+    model, _ = ckpt.load_model(tmp_path / "run")
+    size = measure.size(model)
+    assert size["model/params"] == count_parameters(model) and size["model/sparsity"] == 0
+    assert size["model/macs"] == model.architecture.macs()
+    speed = measure.speed(model, batch_size=8, seconds=0.05)
+    assert speed["bench/images_per_s"] > 0 and speed["bench/latency_ms"] > 0
+    assert "bench/peak_memory_mib" not in speed, "nobody measured it on a CPU"
+    table = before_after_table({**size, **speed, "test/accuracy": 90.0}, {**size, **speed, "test/accuracy": 45.0})
+    assert "not measured" in list(table.columns[1].cells) and "0.500" in list(table.columns[3].cells)

@@ -1,0 +1,138 @@
+"""prune.py, for real: rounds in this process and under Ray, killed and continued, plans, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mamba import checkpoint as ckpt
+from ray_jobs.prune import main
+from ray_jobs.train import main as train_main
+
+ROOT = Path(__file__).parent.parent.parent
+FAST = [
+    *("--model.d-model", "12", "--model.depth", "2", "--model.d-state", "4", "--data.batch-size", "128"),
+    *("--optim.warmup-epochs", "1", "--optim.epochs", "2"),
+]
+LOCAL = ["--scaling.num-workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _a_cluster_of_its_own(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small model trained for two epochs of digits."""
+    out = tmp_path_factory.mktemp("trained")
+    assert train_main([*FAST, *LOCAL, "--out", str(out), "--trial", "one"]) == 0
+    return out / "quickstart" / "one"
+
+
+def rows(folder):
+    with (folder / "rounds.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_rounds_from_a_trained_model(trained, tmp_path, capsys):
+    words = ["--method", "refill", "--target", "mlp", "--rate", "0.5", "--rounds", "1", "--checkpoint", str(trained)]
+    assert main([*words, *LOCAL, "--optim.epochs", "1", "--out", str(tmp_path), "--trial", "one"]) == 0
+    folder = tmp_path / "prune" / "one"
+    dense, pruned = rows(folder)
+    assert float(dense["test_accuracy"]) == pytest.approx(
+        json.loads((trained / "result.json").read_text())["metrics"]["test/accuracy"]
+    )
+    assert float(pruned["density"]) == 0.5 and int(pruned["params"]) < int(dense["params"])
+    out = capsys.readouterr().out
+    assert (
+        (folder / "rounds.png").exists()
+        and str(folder / "rounds.csv") in out
+        and "test accuracy" in out.replace("\n", " ")
+    )
+    model, _ = ckpt.load_model(folder / "round-01")
+    assert model.architecture.blocks[0].mlp_hidden < 48 and model.architecture.blocks[0].d_inner == 24
+    assert main(["--resume", str(folder)]) == 0, "a finished series shows its table again"
+
+
+def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
+    assert main(["--plan", "stage2", "--checkpoint", str(trained), *LOCAL, "--out", str(tmp_path), "--trial", "p"]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "prune" / "p"
+    report = json.loads((folder / "pruned.json").read_text())
+    for words in ("test accuracy", "parameters", "MACs", "zeros among", "latency", "throughput", "peak memory"):
+        assert words in out
+    assert report["after"]["model/params"] < report["before"]["model/params"]
+    start = str(folder / "checkpoints" / "best-00000")
+    assert train_main([*FAST, *LOCAL, "--out", str(tmp_path), "--trial", "t", "--model.checkpoint", start]) == 0
+    tuned, _ = ckpt.load_model(tmp_path / "quickstart" / "t")
+    pruned, _ = ckpt.load_model(folder)
+    assert tuned.architecture == pruned.architecture
+    zeros = [int((b.ssm.in_proj.weight == 0).sum()) for b in tuned.blocks]
+    assert zeros == [int((b.ssm.in_proj.weight == 0).sum()) for b in pruned.blocks] and min(zeros) > 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--method", "refil"], "prune.method: should be"),
+        (["--rate", "1.5"], "prune.rate: should be less than 1"),
+        (["--method", "none"], "prunes nothing"),
+        (["--plan", "stage9", "--checkpoint", "CHECKPOINT"], "unknown plan 'stage9'; valid: stage1"),
+        (["--plan", "stage2"], "give --checkpoint"),
+        (["--checkpoint", "/nowhere"], "/nowhere is neither a checkpoint"),
+        (["--checkpoint", "CHECKPOINT", "--preset", "v2", "--data.dataset", "digits"], "at 8 pixels"),
+        (["--fillback", "0.1"], "unknown key 'fillback'"),
+        (["--resume", "CHECKPOINT", "--rate", "0.3"], "leave out --prune.rate"),
+    ],
+)
+def test_bad_input_is_named_before_anything_starts(trained, tmp_path, capsys, words, message):
+    words = [str(trained) if w == "CHECKPOINT" else w for w in words]
+    if "--resume" not in words:
+        words = [*words, *LOCAL, "--out", str(tmp_path / "runs")]
+    if message == "at 8 pixels":
+        words = [w.replace("digits", "folder") for w in words] + ["--data.root", str(tmp_path / "none")]
+        message = "data.root"
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.cluster
+def test_a_killed_series_goes_on_where_it_was(tmp_path):
+    words = ["--method", "rsst", "--rounds", "1", "--rate", "0.4", "--optim.epochs", "6", "--data.batch-size", "32"]
+    command = [sys.executable, "ray_jobs/prune.py", *FAST[:6], *words, "--out", str(tmp_path), "--trial", "one"]
+    driver = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    folder = tmp_path / "prune" / "one"
+    ends = time.monotonic() + 150
+    while not list((folder / "round-01" / "checkpoints").glob("step-*")):
+        assert time.monotonic() < ends and driver.poll() is None
+        time.sleep(0.02)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    first = (folder / "round-00" / "result.json").stat().st_mtime_ns
+    before = [json.loads(x)["epoch"] for x in (folder / "round-01" / "metrics.jsonl").read_text().splitlines()]
+    assert before and before[-1] < 6, "it was over before it was killed"
+    done = subprocess.run(
+        [sys.executable, "ray_jobs/prune.py", "--resume", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "round-00" / "result.json").stat().st_mtime_ns == first, "round 0 was trained again"
+    epochs = [json.loads(x)["epoch"] for x in (folder / "round-01" / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4, 5, 6]
+    print(before, done.stdout)
+    assert "epoch 1/6" not in done.stdout and "round-01: training on" in done.stdout
+    lambdas = [json.loads(x) for x in (folder / "round-01" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["prune/lambda"] for m in lambdas] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0, 0, 0])
+    assert len(rows(folder)) == 2
