@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="how long each speed is timed")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--csv", type=Path, default=None)
+    parser.add_argument("--figure", type=Path, default=None, help="accuracy against rate, a line a granularity")
     args = parser.parse_args()
     try:
         rows, about = run(args)
@@ -59,7 +60,41 @@ def main() -> int:
             writer = csv.DictWriter(file, FIELDS, restval="")
             writer.writeheader()
             writer.writerows(rows)
+    if args.figure:
+        draw(rows, args.figure)
     return 0
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against rate: single weights on the left, whole units on the right."""
+    from matplotlib.figure import Figure
+
+    dense = rows[0]["val_accuracy"]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    element, units = figure.subplots(1, 2, sharey=True)
+    colours = list(COMPONENTS)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if ":" in row["what"]:
+            lines.setdefault(row["what"], [(0.0, dense)]).append((row["rate"], row["val_accuracy"]))
+    for what, points in lines.items():
+        name, granularity = what.split(":")
+        if granularity in ("shared", "separable") or what in (
+            "linear_gate:channel",
+            "conv1d:channel",
+            "linear_in:expand",
+        ):
+            continue  # the same channels as linear_out:channel, or no rate to speak of
+        axis, label = (element, name) if granularity == ELEMENT else (units, what)
+        style = "o--" if granularity == "output" else "o-"
+        axis.plot(*zip(*points, strict=True), style, label=label, markersize=4, color=f"C{colours.index(name)}")
+    for axis, title in ((element, "single weights zeroed"), (units, "whole units removed")):
+        axis.set_title(title)
+        axis.set_xlabel("rate")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    element.set_ylabel("validation accuracy, %, no fine-tuning")
+    figure.savefig(path, dpi=150)
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

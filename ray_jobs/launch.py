@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +21,9 @@ from mamba.tracking import write_json
 from mamba.trainer import fit
 from mamba.worker import Worker, local_worker
 from pruning.rounds import hooks_for
+
+ORPHANS_S = 30.0
+"""How long the workers of a killed driver are waited for."""
 
 
 def preflight(config: RunConfig) -> None:
@@ -49,6 +54,7 @@ def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dic
     Raises:
         ForgeError: with a sentence for the user; before workers start where the cluster is too small.
     """
+    await_orphans(folder)
     workers = config.scaling.num_workers
     if workers == 0:
         worker = local_worker()
@@ -137,7 +143,8 @@ def train_loop(spec: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.set_device(device)  # kernels are launched on the current device
     folder = Path(spec["folder"])
     worker = RayWorker(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
-    write_json(folder / ".ray" / f"worker-{worker.rank}.json", {"pid": os.getpid(), "device": str(device)})
+    about = {"pid": os.getpid(), "host": platform.node(), "device": str(device)}
+    write_json(folder / ".ray" / f"worker-{worker.rank}.json", about)
     try:
         config = RunConfig(**spec["config"])
         return fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
@@ -145,6 +152,29 @@ def train_loop(spec: dict[str, Any]) -> dict[str, Any]:
         if worker.world_size == 1 or error.every_rank:
             return {"error": str(error)}
         raise
+
+
+def await_orphans(folder: Path) -> None:
+    """Wait until the workers of a driver that was killed are gone: for some seconds they train on, and write.
+
+    Raises:
+        TrainingError: one still runs on this machine after ORPHANS_S seconds.
+    """
+    ends = time.monotonic() + ORPHANS_S
+    for file in (folder / ".ray").glob("worker-*.json"):
+        about = json.loads(file.read_text())
+        command = Path(f"/proc/{about['pid']}/cmdline")
+        while about.get("host") == platform.node() and _is_ray_worker(command):
+            if time.monotonic() > ends:
+                raise TrainingError(f"process {about['pid']} still trains in {folder}; stop it, then resume")
+            time.sleep(0.1)
+
+
+def _is_ray_worker(command: Path) -> bool:
+    try:
+        return b"ray::" in command.read_bytes()
+    except OSError:  # gone, or not a system with /proc
+        return False
 
 
 def _sentence(error: BaseException, folder: Path) -> ForgeError:
