@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -37,6 +38,30 @@ class PruneArgs(TrainArgs):
     """Instead of rounds: apply this plan once to --checkpoint, and print what it cost and bought."""
 
 
+@dataclass(frozen=True)
+class SweepArgs(TrainArgs):
+    """What `ray_jobs/tune.py` was asked to do."""
+
+    space: str | None = None
+    """The search space: a YAML file, or the name of one in search_spaces/."""
+    trials: str | None = None
+    """Trials of a search in all; None: what the space says."""
+    gpus_per_trial: str | None = None
+    """GPUs that a trial holds, fractions allowed; None: 1 to train, 0.25 to measure."""
+    storage: str | None = None
+    """URL of the Optuna study; None: a SQLite file in the experiment's folder."""
+
+
+@dataclass(frozen=True)
+class AblateArgs(TrainArgs):
+    """What `ray_jobs/ablate.py` was asked to do."""
+
+    grid: Annotated[str, tyro.conf.arg(metavar="{components,layers,joint,all}")] = "all"
+    """Which grids: each component at each rate; each block alone; combinations; or all of them."""
+    gpus_per_trial: str | None = None
+    """GPUs that a trial holds, fractions allowed; None: 0.25."""
+
+
 PRUNE_SHORT = {name: f"prune.{name}" for name in ("method", "target", "rate", "rounds")} | {
     "checkpoint": "model.checkpoint"
 }
@@ -62,6 +87,23 @@ def parse_prune_args(argv: Sequence[str] | None = None, description: str = "") -
     return args
 
 
+def parse_sweep_args(argv: Sequence[str] | None = None, description: str = "") -> SweepArgs:
+    """As `parse_train_args`, for a search; `--checkpoint` is the trained model that measure trials cut."""
+    args = _parse(SweepArgs, argv, "tune.py", description, CHECKPOINT, {"name": "search", "trial": None}, True)
+    assert isinstance(args, SweepArgs)
+    return args
+
+
+def parse_ablate_args(argv: Sequence[str] | None = None, description: str = "") -> AblateArgs:
+    """As `parse_train_args`, for the ablation grids of a trained model, `--checkpoint`."""
+    args = _parse(AblateArgs, argv, "ablate.py", description, CHECKPOINT, {"name": "ablation", "trial": None}, True)
+    assert isinstance(args, AblateArgs)
+    return args
+
+
+CHECKPOINT = {"checkpoint": "model.checkpoint"}
+
+
 def _parse(
     kind: type[TrainArgs],
     argv: Sequence[str] | None,
@@ -85,7 +127,7 @@ def _parse(
         extra += [f"--{key}" for key in launch if key not in ("resume", "dry_run", "help")]
         if extra:
             raise ConfigError(f"--resume continues a run as it was: leave out {', '.join(extra)}")
-        base = RunConfig.from_yaml(Path(launch["resume"]) / "config.yaml")
+        base = _config_in(Path(launch["resume"]))
     given = {key: launch[key] for key in options - {"preset", "resume"} if key in launch}
     args = kind(
         config=base.with_values(values),
@@ -100,6 +142,14 @@ def _parse(
             description += f" Short names: {words}."
         tyro.cli(kind, args=["--help"], default=args, prog=prog, description=description)
     return args
+
+
+def _config_in(folder: Path) -> RunConfig:
+    """The config of a run's folder, or of an experiment's."""
+    experiment = folder / "experiment.json"
+    if not experiment.exists():
+        return RunConfig.from_yaml(folder / "config.yaml")
+    return RunConfig(**json.loads(experiment.read_text())["config"])
 
 
 def _recipe_of(path: Path) -> RunConfig:

@@ -186,6 +186,32 @@ class PruneConfig(_Group):
     """Sparsity penalty on the target's units while training: their L1 norm, or group lasso."""
     penalty_strength: float = Field(1e-4, ge=0)
     """Weight of the penalty in the last epoch; before: strength (epoch / epochs)^exponent."""
+    linear_out: float = Field(0.0, ge=0, lt=1)
+    """One cut of a trained model (`ray_jobs/ablate.py`): the rate of out_proj; docs/PRUNING.md says what each is."""
+    mlp: float = Field(0.0, ge=0, lt=1)
+    """One cut: the rate of the MLP."""
+    linear_gate: float = Field(0.0, ge=0, lt=1)
+    """One cut: the rate of in_proj's gate rows."""
+    linear_in: float = Field(0.0, ge=0, lt=1)
+    """One cut: the rate of in_proj."""
+    conv1d: float = Field(0.0, ge=0, lt=1)
+    """One cut: the rate of the convolution."""
+    linear_B_C: float = Field(0.0, ge=0, lt=1)
+    """One cut: the rate of x_proj's B and C rows."""
+    linear_delta: float = Field(0.0, ge=0, lt=1)
+    """One cut: the rate of the time step's projection."""
+    block: float = Field(0.0, ge=0, lt=1)
+    """One cut: the share of whole blocks."""
+    layer: int | None = Field(None, ge=0)
+    """One cut: the only block that it is made in; None: all."""
+    structured: bool = False
+    """One cut: remove whole units (each component's structured granularity) instead of zeroing single weights."""
+    criterion: Literal["l1", "l2", "taylor", "wanda", "random"] = "l1"
+    """One cut: what ranks weights and units."""
+    scope: Literal["global", "layerwise"] = "global"
+    """One cut: rank over all blocks together, or within each."""
+    finetune_epochs: int = Field(0, ge=0)
+    """Epochs of training after a cut; 0: measure at once."""
 
 
 class CheckpointConfig(_Group):
@@ -280,6 +306,11 @@ class RunConfig(_Group):
                 "model.depth": self.model.depth or depth,
             }
         )
+
+    def cuts(self) -> dict[str, float]:
+        """Component -> rate of the one cut that `prune.*` describes; empty where it cuts nothing."""
+        names = ("linear_out", "mlp", "linear_gate", "linear_in", "conv1d", "linear_B_C", "linear_delta", "block")
+        return {name: rate for name in names if (rate := getattr(self.prune, name)) > 0}
 
     def grow_epochs(self) -> int:
         """Epochs in which rsst's lambda grows."""

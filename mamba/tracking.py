@@ -224,6 +224,11 @@ class Tracker:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"epoch": epoch, **metrics}) + "\n")
 
+    def scalars(self, metrics: Mapping[str, float], global_step: int) -> None:
+        """Scalars of something that has no epochs."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, global_step)
+
     def samples(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """A grid of the first training batch as the model sees it, normalisation undone."""
         shift, scale = (torch.tensor(v)[:, None, None] for v in (mean, std))

@@ -194,7 +194,7 @@ def _prepare(config: RunConfig, folder: Path, number: int, data: ImageData) -> N
     dense, description = ckpt.load_model(rewind, weights="raw", drop_path=config.model.drop_path)
     units: Masks = {}
     if prune.method != "magnitude":
-        batches = _calibration(data, config.seed) if prune.score == "saliency" else None
+        batches = calibration_batches(data, config.seed) if prune.score == "saliency" else None
         units = refill_masks(
             trained, survivors, prune.target, prune.fillback_rate, prune.score, batches, config.seed + number
         )
@@ -238,7 +238,7 @@ def expand(model: MambaModel, dense: MambaModel, slices: Slices) -> MambaModel:
     return dense
 
 
-def _calibration(data: ImageData, seed: int) -> Batches:
+def calibration_batches(data: ImageData, seed: int) -> Batches:
     """A fixed random part of the training images, normalised, not augmented."""
     rows = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_IMAGES]
     part = type(data.train)(data.train.images, data.train.labels, data.train.index[rows.numpy()])

@@ -107,6 +107,52 @@ class Display:
 EPOCH_COLUMNS = {"val/accuracy": "val", "val/ema_accuracy": "val (ema)"}
 
 
+class SweepDisplay:
+    """The state of a sweep: one live line on a terminal, a line for each ended trial elsewhere."""
+
+    def __init__(self, total: int, rows: list[dict[str, Any]], objective: str) -> None:
+        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.total, self.objective = total, objective
+        self.ended = {row["trial"]: row for row in rows}
+        self.running: set[str] = set()
+        self.live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> SweepDisplay:
+        self.live.start()
+        self.task = self.live.add_task("trials", total=self.total, completed=len(self.ended), now="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def changed(self, name: str, result: dict[str, Any]) -> None:
+        """A trial started or ended."""
+        if result["status"] == "running":
+            self.running.add(name)
+        else:
+            self.running.discard(name)
+            self.ended[name] = result
+            score = result["metrics"].get(self.objective)
+            words = [f"{len(self.ended)}/{self.total}", name, result["status"]]
+            words += [f"{self.objective} {score:.4g}"] if score is not None else []
+            words += [result["reason"]] if result.get("reason") else []
+            if not self.console.is_terminal or result["status"] == "failed":
+                self.console.print("  ".join(words), markup=False)
+        failed = sum(r["status"] == "failed" for r in self.ended.values())
+        scores = [r["metrics"][self.objective] for r in self.ended.values() if self.objective in r["metrics"]]
+        now = f"{len(self.running)} running  {failed} failed"
+        now += f"  best {self.objective} {max(scores):.4g}" if scores else ""
+        self.live.update(self.task, completed=len(self.ended), now=now)
+
+
 SAME_SIGNAL_S = 2.0
 """Signals this close together count as one: `timeout` and `make` pass theirs on, besides the terminal's own."""
 

@@ -80,10 +80,10 @@ def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dic
             )
         kind = "GPU" if gpu else f"x {cpus} CPU"
         announce(f"training on {cluster.where}: {workers} worker{'s'[: workers > 1]} ({kind})")
-        return _ray_train(config, folder, workers, gpu, cpus)
+        return train_with_workers(config, folder, workers, gpu, cpus)
 
 
-def _ray_train(config: RunConfig, folder: Path, workers: int, gpu: bool, cpus: int) -> dict[str, Any]:
+def train_with_workers(config: RunConfig, folder: Path, workers: int, gpu: bool, cpus: int) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import TorchTrainer
 

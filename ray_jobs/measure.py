@@ -21,7 +21,8 @@ SECONDS = 0.5
 
 def measure(config: RunConfig, path: Path, batch_size: int | None = None) -> dict[str, float]:
     """Metrics of a checkpoint's best model, the units that its masks take whole removed: model/*, bench/*,
-    test/accuracy. On a GPU of the connected cluster where it has one, else in this process.
+    val/accuracy (where there is a split), test/accuracy. On a GPU of the connected cluster where it has one, else in
+    this process.
 
     Args:
         config: says where the data is, and the precision.
@@ -46,9 +47,12 @@ def _measure(spec: dict[str, Any]) -> dict[str, float]:
     if masks.exists():
         model = shrink(model, load_masks(masks)).model
     data = load_data(config.data, config.seed)
+    evaluated_at = config.eval.batch_size
     batch_size = spec["batch_size"] or (1024 if device.type == "cuda" else 128)
+    val = {} if data.val is None else {"val/accuracy": meter.accuracy(model, data, data.val, evaluated_at, amp)}
     return {
+        **val,
         **meter.size(model),
         **meter.speed(model, batch_size, SECONDS, amp),
-        "test/accuracy": meter.accuracy(model, data, data.test, config.eval.batch_size, amp),
+        "test/accuracy": meter.accuracy(model, data, data.test, evaluated_at, amp),
     }

@@ -93,7 +93,7 @@ def test_dry_run_starts_nothing(tmp_path, capsys):
     ],
 )
 def test_bad_input_ends_with_one_sentence_before_anything_starts(tmp_path, capsys, words, message, monkeypatch):
-    monkeypatch.setattr("ray_jobs.launch._ray_train", lambda *_: pytest.fail("started workers"))
+    monkeypatch.setattr("ray_jobs.launch.train_with_workers", lambda *_: pytest.fail("started workers"))
     assert main(["--out", str(tmp_path), *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and len(err.strip().splitlines()) == 1

@@ -1,0 +1,82 @@
+"""Learn what can be cut from a trained model: every component, every block, and combinations, one trial each.
+
+python ray_jobs/ablate.py --grid all --checkpoint runs/v2/TRIAL
+python ray_jobs/ablate.py --grid components --preset quickstart          (trains a small model on digits first)
+python ray_jobs/ablate.py --resume runs/ablation
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mamba.cli import AblateArgs, parse_ablate_args
+from mamba.config import RunConfig
+from mamba.errors import ConfigError, ForgeError
+
+GRIDS = {"components": "component_ablation", "layers": "layer_sensitivity", "joint": "joint_pruning"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 all trials ended well, 1 some failed, 2 an error of the user's, 130 interrupted."""
+    from ray_jobs.outcome import conclude
+
+    try:
+        args = parse_ablate_args(argv, description=(__doc__ or "").split("\n")[0])
+        return conclude(args.resume.absolute() if args.resume else _create(args), "ray_jobs/ablate.py")
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _create(args: AblateArgs) -> Path:
+    from mamba import checkpoint as ckpt
+    from mamba.model import Architecture
+    from ray_jobs.experiment import FILE, Experiment, create, number
+    from ray_jobs.spaces import expand, load_space
+
+    chosen = list(GRIDS) if args.grid == "all" else [args.grid]
+    if not set(chosen) <= set(GRIDS):
+        raise ConfigError(f"unknown grid '{args.grid}'; valid: {', '.join(GRIDS)}, all")
+    share = number("gpus-per-trial", args.gpus_per_trial, None)
+    config = args.config.resolve()
+    folder = config.out / config.name
+    if (folder / FILE).exists():
+        create(folder, Experiment(load_space(GRIDS[chosen[0]]), [], config, None, None, None, 0), [])  # refuses
+    checkpoint = config.model.checkpoint or _baseline(config, folder)
+    description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
+    depth = len(Architecture.from_dict(description["architecture"]).blocks)
+    spaces = [load_space(GRIDS[name]) for name in chosen]
+    many = len(spaces) > 1
+    trials = [t for n, s in zip(chosen, spaces, strict=True) for t in expand(s, depth, f"{n}-" if many else "")]
+    question = spaces[0].question if not many else "What does each cut cost: components, blocks, combinations?"
+    space = spaces[0].model_copy(update={"question": question, "fixed": {}})
+    config = config.with_values({"model.checkpoint": None})
+    create(folder, Experiment(space, trials, config, checkpoint, share, None, len(trials)), sys.argv)
+    return folder
+
+
+def _baseline(config: RunConfig, folder: Path) -> Path:
+    """A model to cut, trained in the experiment's own folder with the config given; continued if it was begun."""
+    from mamba.tracking import finished_result, prepare_resume
+    from ray_jobs.console import Display, stop_on_signal
+    from ray_jobs.launch import preflight, run
+
+    own = config.with_values({"out": folder.parent, "name": folder.name, "trial": "baseline"}).resolve()
+    here = folder / "baseline"
+    if finished_result(here) is None:
+        preflight(own)
+        here.mkdir(parents=True, exist_ok=True)
+        (here / "config.yaml").write_text(own.to_yaml())
+        prepare_resume(here)
+        with Display(here) as display, stop_on_signal(here, display):
+            display.say(f"no --checkpoint: training a baseline in {here}")
+            result = run(own, here, display.say)
+        if result["status"] != "finished":
+            raise ConfigError(f"the baseline's training was interrupted; the same command continues it in {here}")
+    return here
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Compare trials of any experiments and runs: a table in the terminal, and one CSV.
+
+python ray_jobs/compare.py runs/ablation runs/v2 [--csv all.csv] [--by val/accuracy]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mamba.errors import ConfigError, ForgeError
+
+COLUMNS = ("test/accuracy", "val/accuracy", "val/drop", "model/params", "model/macs", "bench/images_per_s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for an error of the user's."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="experiments or runs")
+    parser.add_argument("--by", default="val/accuracy", help="metric to sort by, largest first")
+    parser.add_argument("--csv", type=Path, default=None)
+    args = parser.parse_args(argv)
+    try:
+        found = [row for folder in args.folders for row in trials_under(folder)]
+        if not found:
+            raise ConfigError(f"no result.json under {', '.join(map(str, args.folders))}: nothing finished there")
+        show(sorted(found, key=lambda row: -row["metrics"].get(args.by, float("-inf"))))
+        if args.csv:
+            from ray_jobs.outcome import write_csv
+
+            write_csv(args.csv, found)
+            print(f"table: {args.csv}")
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def trials_under(folder: Path) -> list[dict[str, Any]]:
+    """Every run or trial with a result, however deep, with the values by which it differs from the default config."""
+    from mamba.config import RunConfig
+
+    defaults = RunConfig().flat()
+    rows = []
+    for path in sorted(folder.rglob("result.json")):
+        result = json.loads(path.read_text())
+        values = result.get("values")
+        config = path.parent / "config.yaml"
+        if values is None and config.exists():
+            flat = RunConfig(**yaml.safe_load(config.read_text())).flat()
+            values = {k: v for k, v in flat.items() if v != defaults.get(k) and k not in ("out", "name", "trial")}
+        name = f"{folder.name}/{path.parent.relative_to(folder)}"
+        row = {key: result.get(key, "") for key in ("status", "reason", "seconds", "metrics")}
+        rows.append({"trial": name, **row, "values": values or {}})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One trial a row, and only the metrics that some trial has."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    used = [c for c in COLUMNS if any(c in row["metrics"] for row in rows)]
+    for name in ("trial", "status", *used):
+        table.add_column(name, justify="left" if name in ("trial", "status") else "right", overflow="fold")
+    for row in rows:
+        values = [row["metrics"].get(c) for c in used]
+        table.add_row(
+            row["trial"], row["status"], *("" if v is None else f"{v:,.2f}".removesuffix(".00") for v in values)
+        )
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

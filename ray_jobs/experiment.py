@@ -1,0 +1,207 @@
+"""An experiment: its folder, what its trials share, and running it to the end or on from where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mamba import checkpoint as ckpt
+from mamba.config import RunConfig
+from mamba.data import load_data
+from mamba.errors import ConfigError
+from mamba.tracking import exclusive, finished_result, write_json
+from ray_jobs.cluster import Cluster, connected
+from ray_jobs.console import SweepDisplay
+from ray_jobs.measure import measure
+from ray_jobs.spaces import Space, Trial
+from ray_jobs.sweep import Drawn, Listed, Resources, open_study, run_sweep
+from ray_jobs.trials import Shared
+
+FILE = "experiment.json"
+MEASURES_PER_GPU = 4
+"""Measure trials that share a GPU unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What experiment.json holds: enough to go on."""
+
+    space: Space
+    trials: list[Trial]
+    """Of a grid, expanded; empty for a search."""
+    config: RunConfig
+    checkpoint: Path | None
+    gpus_per_trial: float | None
+    storage: str | None
+    count: int
+    """Trials in all."""
+
+
+def create(folder: Path, experiment: Experiment, words: Sequence[str]) -> None:
+    """Make an experiment's folder.
+
+    Raises:
+        ConfigError: there is one already, or it cannot be written.
+    """
+    tree = {
+        "space": experiment.space.model_dump(mode="json", by_alias=True),
+        "trials": [[t.name, t.values] for t in experiment.trials],
+        "config": experiment.config.model_dump(mode="json"),
+        "checkpoint": str(experiment.checkpoint) if experiment.checkpoint else None,
+        "gpus_per_trial": experiment.gpus_per_trial,
+        "storage": experiment.storage,
+        "count": experiment.count,
+        "command": shlex.join(["python", *words]),
+        "started": datetime.now().isoformat(timespec="seconds"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / FILE).open("x") as file:
+            file.write(json.dumps(tree, indent=1) + "\n")
+    except FileExistsError:
+        raise ConfigError(
+            f"{folder} holds an experiment already; choose another --name, or continue it with --resume {folder}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"out: the experiment's folder {folder} cannot be written: {error}") from None
+
+
+def load(folder: Path) -> Experiment:
+    """Read what `create` wrote; raises ConfigError where there is no experiment."""
+    try:
+        tree = json.loads((folder / FILE).read_text())
+        return Experiment(
+            Space.model_validate(tree["space"]),
+            [Trial(name, values) for name, values in tree["trials"]],
+            RunConfig(**tree["config"]),
+            Path(tree["checkpoint"]) if tree["checkpoint"] else None,
+            tree["gpus_per_trial"],
+            tree["storage"],
+            tree["count"],
+        )
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no experiment ({FILE} is missing)") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder / FILE} is damaged: {error}") from None
+
+
+def resources(experiment: Experiment, cluster: Cluster) -> Resources:
+    """What a trial holds, so that concurrent ones never wait for each other's workers.
+
+    Raises:
+        ConfigError: more than the cluster has.
+    """
+    workers = experiment.config.scaling.num_workers or 1
+    share = experiment.gpus_per_trial
+    if experiment.space.kind == "train" and workers > 1:
+        needed = workers if cluster.gpus else workers * (experiment.config.scaling.cpus_per_worker or 1)
+        there = cluster.gpus or cluster.cpus
+        if needed > there:
+            raise ConfigError(f"scaling.num_workers {workers} needs {needed} GPUs or CPUs and the cluster has {there}")
+        # the trial itself holds next to nothing, and only as many run as have all their workers
+        return Resources(0.01, 0.0, there // needed)
+    if cluster.gpus:
+        default = 1.0 / MEASURES_PER_GPU if experiment.space.kind == "measure" else 1.0
+        share = default if share is None else share
+        if not 0 < share <= cluster.gpus:
+            raise ConfigError(f"--gpus-per-trial {share:g} is not within the cluster's {cluster.gpus} GPUs")
+        fit = int(1 / share) * cluster.gpus if share <= 1 else cluster.gpus // math.ceil(share)
+        cpus = max(1, cluster.cpus // fit) if experiment.space.kind == "train" else 1
+        return Resources(min(cpus, cluster.cpus), share, max(1, min(fit, cluster.cpus)))
+    if share:
+        raise ConfigError(f"--gpus-per-trial {share:g}: the cluster has no GPU")
+    return Resources(1, 0.0, cluster.cpus)
+
+
+def run(folder: Path, say: Callable[[str], None]) -> tuple[bool, list[dict[str, Any]]]:
+    """Run what is left of the experiment in `folder`.
+
+    Returns:
+        whether it ran to its end (False: interrupted), and a row for every trial that has a result.
+
+    Raises:
+        ForgeError: with a sentence for the user, before trials start.
+    """
+    experiment = load(folder)
+    with exclusive(folder), connected(say) as cluster:
+        held = resources(experiment, cluster)
+        config = experiment.config
+        data = load_data(config.data, config.seed)
+        baseline: dict[str, float] = {}
+        if experiment.checkpoint is not None:
+            ckpt.check_start(experiment.checkpoint, len(data.classes), data.train.images.shape[1])
+            path = folder / "baseline.json"
+            if not path.exists():
+                write_json(path, measure(config, experiment.checkpoint))
+            baseline = json.loads(path.read_text())
+        shared = Shared(
+            experiment.space.kind,
+            folder,
+            config.model_dump(mode="json"),
+            data,
+            experiment.checkpoint,
+            baseline,
+            max(1, int(held.cpus)) if held.cpus >= 1 else (config.scaling.cpus_per_worker or 1),
+            config.scaling.num_workers or 1,
+            cluster.gpus > 0,
+        )
+        search = _search(experiment, folder)
+        done = len(rows(folder))
+        kind = f"{held.gpus:g} GPU" if held.gpus else f"{max(1, int(held.cpus))} CPU"
+        say(
+            f"{experiment.space.question}\n"
+            f"{experiment.count} trials, {done} done, {held.concurrent} at once ({kind} each)"
+        )
+        with SweepDisplay(
+            experiment.count, rows(folder), next(iter(experiment.space.objectives), "val/accuracy")
+        ) as display:
+            ended = run_sweep(shared, experiment.space, search, held, experiment.count, display.changed)
+    return ended, rows(folder)
+
+
+def _search(experiment: Experiment, folder: Path) -> Listed:
+    if experiment.space.search:
+        study = open_study(experiment.space, folder, experiment.storage, experiment.config.seed)
+        return Drawn(experiment.space, study, folder, experiment.count)
+    return Listed([t for t in experiment.trials if "values" not in (finished_result(folder / t.name) or {})])
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Every trial that left a result: name, status, reason, values, metrics, seconds."""
+    found = []
+    for path in sorted(folder.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        if "values" in result:
+            found.append(
+                {
+                    "trial": path.parent.name,
+                    "status": result["status"],
+                    "reason": result.get("reason", ""),
+                    "values": result["values"],
+                    "metrics": result["metrics"],
+                    "seconds": result.get("trial_seconds"),
+                }
+            )
+    return found
+
+
+def command() -> list[str]:
+    """The words that started this process."""
+    return list(sys.argv)
+
+
+def number(flag: str, text: str | None, default: float | None) -> float | None:
+    """A number typed on the command line; raises ConfigError where it is none."""
+    if text is None:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--{flag} {text}: a number is needed") from None

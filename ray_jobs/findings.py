@@ -1,0 +1,77 @@
+"""What the trials of a pruning sweep say, in sentences with the numbers beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CHEAP, DEAR = 1.0, 5.0
+"""Points of accuracy: what a cut may cost to be advised, and what makes one dear."""
+
+
+def cut_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Component -> rate of a trial."""
+    rates = {k.removeprefix("prune."): v for k, v in row["values"].items() if k.startswith("prune.")}
+    return {k: float(v) for k, v in rates.items() if isinstance(v, float) and k != "fillback_rate" and v > 0}
+
+
+def by_component(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, Mapping[str, Any]]]:
+    """Of the finished trials that cut one component in all blocks: component -> rate -> trial."""
+    found: dict[str, dict[float, Mapping[str, Any]]] = {}
+    for row in rows:
+        cuts = cut_of(row)
+        if row["status"] == "finished" and len(cuts) == 1 and row["values"].get("prune.layer") is None:
+            ((name, rate),) = cuts.items()
+            found.setdefault(name, {})[rate] = row
+    return found
+
+
+def by_layer(rows: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """Of the finished trials that cut one block: block -> trial."""
+    found = {}
+    for row in rows:
+        layer = row["values"].get("prune.layer")
+        if row["status"] == "finished" and layer is not None:
+            found[int(layer)] = row
+    return found
+
+
+def joint(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The finished trials that cut several components in all blocks."""
+    return [
+        row
+        for row in rows
+        if row["status"] == "finished" and len(cut_of(row)) > 1 and row["values"].get("prune.layer") is None
+    ]
+
+
+def findings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> str:
+    """A short text: what to prune first, what not to touch. Empty where no trial pruned anything."""
+    lines = []
+    if "val/accuracy" in baseline:
+        lines.append(f"baseline: {baseline['val/accuracy']:.2f} % on the validation split")
+    components = by_component(rows)
+    drops = {name: {r: row["metrics"]["val/drop"] for r, row in points.items()} for name, points in components.items()}
+    cheap = {name: max((r for r, d in points.items() if d <= CHEAP), default=0.0) for name, points in drops.items()}
+    for name, rate in sorted(cheap.items(), key=lambda item: -item[1]):
+        if rate:
+            lines.append(f"prune first: {name} at {rate:g} costs {drops[name][rate]:.2f} points")
+    for name, points in drops.items():
+        rate = min(points)
+        if points[rate] >= DEAR or not cheap[name]:
+            lines.append(f"careful: {name} costs {points[rate]:.2f} points already at {rate:g}")
+    layers = {layer: row["metrics"]["val/drop"] for layer, row in by_layer(rows).items()}
+    if layers:
+        order = sorted(layers, key=lambda layer: layers[layer])
+        words = [f"{layer} ({layers[layer]:.2f})" for layer in order]
+        lines.append(f"blocks that matter least, points lost: {', '.join(words[:3])}")
+        lines.append(f"blocks not to touch, points lost: {', '.join(words[:-4:-1])}")
+    for row in joint(rows):
+        m = row["metrics"]
+        words_of = ", ".join(f"{name} {rate:g}" for name, rate in cut_of(row).items())
+        speed = ""
+        if "bench/images_per_s" in m and baseline.get("bench/images_per_s"):
+            speed = f", {m['bench/images_per_s'] / baseline['bench/images_per_s']:.2f} times the throughput"
+        share = m["model/params"] / baseline["model/params"] if baseline.get("model/params") else float("nan")
+        lines.append(f"together: {words_of}: {m['val/drop']:.2f} points, {100 * share:.0f} % of the parameters{speed}")
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""The end of a sweep: results.csv, the report, a table of the best, a short text, the exit code."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ray_jobs import experiment
+from ray_jobs.findings import findings
+from ray_jobs.report import write_report
+
+
+def conclude(folder: Path, script: str) -> int:
+    """Run an experiment to its end, or as far as it gets, and say what came out.
+
+    Returns:
+        0 all trials ended well; 1 some failed; 130 interrupted.
+
+    Raises:
+        ForgeError: before trials start.
+    """
+    from ray_jobs.compare import show
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"folder: {folder}", markup=False)
+    ended, rows = experiment.run(folder, lambda text: console.print(text, markup=False))
+    write_csv(folder / "results.csv", rows)
+    failed = [row for row in rows if row["status"] == "failed"]
+    told = experiment.load(folder)
+    objective, mode = next(iter(told.space.objectives.items()), ("val/accuracy", "max"))
+    sign = -1 if mode == "max" else 1
+    best = sorted(rows, key=lambda row: sign * row["metrics"].get(objective, -sign * float("inf")))
+    show(best[:10])
+    for row in failed:
+        console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
+    baseline = folder / "baseline.json"
+    text = findings(rows, json.loads(baseline.read_text()) if baseline.exists() else {})
+    console.print(text, markup=False)
+    if rows:
+        console.print(f"report: {write_report(folder, rows, text)}", markup=False)
+    console.print(f"table: {folder / 'results.csv'}", markup=False)
+    if not ended:
+        console.print(f"interrupted; continue with\n  python {script} --resume {folder}", markup=False)
+        return 130
+    return 1 if failed else 0
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One trial a line: name, status, reason, every value and metric that any trial has."""
+    values = sorted({key for row in rows for key in row["values"]})
+    metrics = sorted({key for row in rows for key in row["metrics"]})
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["trial", "status", "reason", "seconds", *values, *metrics], restval="")
+        writer.writeheader()
+        for row in rows:
+            plain = {key: row[key] for key in ("trial", "status", "reason", "seconds")}
+            writer.writerow({**plain, **row["values"], **row["metrics"]})
+    partial.replace(path)

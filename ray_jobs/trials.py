@@ -1,0 +1,212 @@
+"""What one trial of a sweep does, in its own folder: cut and measure a trained model, or train one.
+
+Runs inside a Ray Tune actor that is used for many trials; what they share (data, the trained model) comes out of Ray's
+object store and is kept by the process.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba import checkpoint as ckpt
+from mamba.config import RunConfig
+from mamba.data import ImageData
+from mamba.errors import ConfigError, ForgeError
+from mamba.model import MambaModel
+from mamba.tracking import Tracker, environment, finished_result, write_json
+from mamba.trainer import fit, resolve_amp
+from mamba.worker import Worker
+from pruning import measure as meter
+from pruning.cut import cut
+from pruning.masks import FILE
+from pruning.rounds import calibration_batches, hooks_for
+
+Report = Callable[[Mapping[str, float]], None]
+BENCH_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every trial of an experiment needs, put on each node once."""
+
+    kind: str
+    folder: Path
+    config: dict[str, Any]
+    """The experiment's resolved config, as plain values."""
+    data: ImageData
+    checkpoint: Path | None
+    """The trained model that measure trials cut."""
+    baseline: dict[str, float]
+    """Its own metrics."""
+    threads: int
+    """CPU threads of a trial."""
+    workers: int
+    """DDP workers of a training trial; 1: the trial trains by itself."""
+    gpu: bool
+    """Whether the cluster has GPUs."""
+
+
+class TrialWorker(Worker):
+    """Trains in the trial's own process and reports each epoch to Tune."""
+
+    def __init__(self, device: torch.device, threads: int, report: Report) -> None:
+        super().__init__(device=device)
+        self.threads, self.told = threads, report
+
+    @property
+    def cpus(self) -> int:
+        return self.threads
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        self.told(metrics)
+
+
+def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Run a trial, or read what it left if it is done. A failure that would only repeat itself is its result.
+
+    Returns:
+        result.json's content: status finished or failed, metrics, the reason of a failure.
+    """
+    folder = shared.folder / name
+    done = finished_result(folder)
+    if done is not None and "values" in done:  # else the trainer's own, from before the trial was over
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(shared.threads)
+    began = time.perf_counter()
+    try:
+        config = trial_config(shared, name, values)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        work = measure_trial if shared.kind == "measure" else train_trial
+        result = work(shared, config, folder, report)
+    except (ForgeError, torch.OutOfMemoryError) as error:
+        result = {"status": "failed", "reason": str(error).splitlines()[0], "metrics": {}}
+        (folder / "error.log").write_text(traceback.format_exc())
+    result = {**result, "values": values, "trial_seconds": round(time.perf_counter() - began, 3)}
+    write_json(folder / "result.json", result)
+    return result
+
+
+def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunConfig:
+    """A trial's whole config; raises ConfigError where its values do not go together."""
+    base = RunConfig(**shared.config)
+    own = {"out": shared.folder.parent, "name": shared.folder.name, "trial": name}
+    return base.with_values({**values, **own}).resolve()
+
+
+_loaded: dict[tuple[Path, str], tuple[MambaModel, dict[str, Any]]] = {}
+
+
+def trained_model(path: Path, device: torch.device) -> tuple[MambaModel, dict[str, Any]]:
+    """The model of a checkpoint, loaded once a process. Cuts copy it."""
+    key = (path, str(device))
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = ckpt.load_model(path, device=device)
+    return _loaded[key]
+
+
+def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
+    """Cut the trained model as `prune.*` says, fine-tune it if asked to, and measure what is left."""
+    assert shared.checkpoint is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, description = trained_model(shared.checkpoint, device)
+    prune, data = config.prune, shared.data
+    if not config.cuts():
+        raise ConfigError("prune.*: nothing is cut; set at least one component's rate above 0")
+    if data.val is None:
+        raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
+    batches = None
+    if prune.criterion in ("taylor", "wanda"):
+        batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(data, config.seed)]
+    layers = None if prune.layer is None else [prune.layer]
+    pruned = cut(
+        model,
+        config.cuts(),
+        shrink=prune.structured,
+        scope=prune.scope,
+        score=prune.criterion,
+        calibration=batches,
+        layers=layers,
+        seed=config.seed,
+    )
+    smaller = pruned.model
+    if prune.finetune_epochs:
+        extra = {FILE: pruned.masks} if pruned.masks else {}
+        start = ckpt.save_checkpoint(folder / "start", smaller, None, {**description, "weights": "raw"}, None, extra)
+        tuning = config.with_values({"model.checkpoint": start, "optim.epochs": prune.finetune_epochs})
+        tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
+        worker = TrialWorker(device, shared.threads, report)
+        result = fit(tuning.resolve(), worker, folder, data, hooks_for(tuning))
+        (folder / "result.json").unlink()  # the trial's own comes after the measurements
+        smaller, _ = ckpt.load_model(folder, device=device)
+        metrics = dict(result["metrics"])
+    else:
+        metrics = {}
+    amp = resolve_amp(config.optim.amp, device)
+    accuracy = meter.accuracy(smaller, data, data.val, config.eval.batch_size, amp)
+    metrics |= meter.size(smaller)
+    metrics |= {"val/accuracy": accuracy, "val/drop": shared.baseline["val/accuracy"] - accuracy}
+    if prune.structured:  # single zeros change no speed
+        metrics |= meter.speed(smaller, 1024 if device.type == "cuda" else 128, BENCH_SECONDS, amp)
+    result = {"status": "finished", "metrics": metrics, "seed": config.seed, **environment(device)}
+    if not prune.finetune_epochs:
+        tracker = Tracker(folder, config, 0, 0)
+        tracker.scalars({k: v for k, v in metrics.items() if not k.startswith("model/")}, 0)
+        tracker.finish(result, 0)
+    return result
+
+
+def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
+    """Train as train.py would, from the folder's newest checkpoint if there is one; reports every epoch."""
+
+    def told(metrics: Mapping[str, float]) -> None:
+        best = max(map(best_accuracy, [metrics, *epochs_of(folder)]))
+        report({**metrics, "val/best_accuracy": best})
+
+    if shared.workers > 1:
+        result = _train_nested(shared, config, folder, told)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        result = fit(config, TrialWorker(device, shared.threads, told), folder, shared.data, hooks_for(config))
+    return {**result, "metrics": {**result["metrics"], "val/best_accuracy": max(map(best_accuracy, epochs_of(folder)))}}
+
+
+def _train_nested(shared: Shared, config: RunConfig, folder: Path, told: Report) -> dict[str, Any]:
+    """A Ray Train run of several workers inside the trial, followed by its metrics.jsonl."""
+    from ray_jobs.launch import train_with_workers
+
+    def work() -> dict[str, Any]:
+        return train_with_workers(config, folder, shared.workers, shared.gpu, shared.threads)
+
+    seen = 0
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work)
+        while True:
+            done = wait([running], timeout=0.5).done
+            for metrics in epochs_of(folder)[seen:]:
+                told(metrics)
+                seen += 1
+            if done:
+                return running.result()
+
+
+def epochs_of(folder: Path) -> list[dict[str, float]]:
+    """The metrics of every epoch that a run has finished."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def best_accuracy(metrics: Mapping[str, float]) -> float:
+    """The better of the raw and the averaged weights' validation accuracy; -1 where there is none."""
+    return max(metrics.get("val/accuracy", -1.0), metrics.get("val/ema_accuracy", -1.0))

@@ -1,0 +1,54 @@
+"""Search a space with Optuna, on all the GPUs of the cluster: recipes by training, pruning rates by measuring.
+
+python ray_jobs/tune.py --space quickstart
+python ray_jobs/tune.py --space search_spaces/recipe.yaml --preset v2 --optim.epochs 30 --trials 40
+python ray_jobs/tune.py --space pruning --checkpoint runs/v2/TRIAL --gpus-per-trial 0.25
+python ray_jobs/tune.py --resume runs/search
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mamba.cli import SweepArgs, parse_sweep_args
+from mamba.errors import ConfigError, ForgeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 all trials ended well, 1 some failed, 2 an error of the user's, 130 interrupted."""
+    from ray_jobs.outcome import conclude
+
+    try:
+        args = parse_sweep_args(argv, description=(__doc__ or "").split("\n")[0])
+        return conclude(args.resume.absolute() if args.resume else _create(args), "ray_jobs/tune.py")
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _create(args: SweepArgs):  # type: ignore[no-untyped-def]
+    from ray_jobs.experiment import Experiment, create, number
+    from ray_jobs.spaces import expand, load_space
+
+    if args.space is None:
+        raise ConfigError("--space is missing: a YAML file, or the name of one in search_spaces/")
+    space = load_space(args.space)
+    config = args.config.resolve()
+    checkpoint = config.model.checkpoint
+    if space.kind == "measure" and checkpoint is None:
+        raise ConfigError("a space of kind measure cuts a trained model: give --checkpoint")
+    trials = expand(space, config.model.depth or 0) if space.grids else []
+    count = len(trials) or int(number("trials", args.trials, space.trials) or 0)
+    if count < 1:
+        raise ConfigError(f"--trials {count} draws nothing; at least 1")
+    share = number("gpus-per-trial", args.gpus_per_trial, None)
+    config = config.with_values({"model.checkpoint": None}) if space.kind == "measure" else config
+    folder = config.out / config.name
+    experiment = Experiment(space, trials, config, checkpoint, share, args.storage, count)
+    create(folder, experiment, sys.argv)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
