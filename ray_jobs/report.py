@@ -117,7 +117,7 @@ def pareto(rows: Rows, key: str, label: str) -> Figure:
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axis = figure.subplots()
     points = [(row["metrics"][key], row["metrics"]["val/accuracy"]) for row in rows]
-    axis.scatter(*zip(*points, strict=True), color=INK, s=18, label="trials")
+    axis.scatter([x for x, _ in points], [y for _, y in points], color=INK, s=18, label="trials")
     front = pareto_front(points, more)
     axis.plot(*zip(*front, strict=True), color="#d1495b", marker="o", markersize=5, label="Pareto front")
     axis.set_xlabel(label)
@@ -152,16 +152,22 @@ def study_figures(folder: Path, told: experiment.Experiment) -> dict[str, Figure
     if len(finished) < 4:
         return {}
     objective = next(iter(told.space.objectives))
-    figures = {}
+
+    def first(trial: optuna.trial.FrozenTrial) -> float:
+        return trial.values[0]
+
+    figures: dict[str, Figure] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        target = {} if len(told.space.objectives) == 1 else {"target": lambda t: t.values[0], "target_name": objective}
-        for name, plot in (("importance", plots.plot_param_importances),
-                           ("parallel", plots.plot_parallel_coordinate)):  # fmt: skip
+        for name, plot in (
+            ("importance", plots.plot_param_importances),
+            ("parallel", plots.plot_parallel_coordinate),
+        ):
             try:
-                figure = plot(study, **target).figure
+                figure = plot(study, target=first, target_name=objective).figure
             except (ValueError, RuntimeError, ImportError):  # too few distinct values
                 continue
+            assert isinstance(figure, Figure)
             figure.set_size_inches(7.5, 4)
             figures[name] = figure
     return figures

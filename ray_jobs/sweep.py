@@ -65,6 +65,10 @@ class Listed(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing to learn from a grid's trials."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles what it is given; nothing of it is needed again."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the experiment's folder remembers."""
         Path(checkpoint_path).touch()
@@ -153,6 +157,9 @@ class Watcher(tune.Callback):
     def __init__(self, folder: Path, changed: Callable[[str, dict[str, Any]], None]) -> None:
         self.folder, self.changed = folder, changed
         self.running: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.running.add(trial.config["trial"])
