@@ -30,6 +30,7 @@ typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 
 extern "C" struct Scan {  // mirrored in cpu.py, in this order
     int64_t batch, d_inner, length, d_state, chunk, group, threads, softplus;
+    int64_t reversed;  // scan from the last token to the first; states and the order of chunks are those of the scan
     const float *u, *delta, *A, *B, *C, *D, *z, *bias, *dout, *d_last;  // A: (d_state, d_inner); D to d_last may be null
     int64_t u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dout_b, dout_t;  // strides: batch, time
     float *out;         // (batch, length, d_inner)
@@ -132,6 +133,9 @@ struct Task {  // one batch entry, channels first to end
     }
 };
 
+// The token that is scanned as number t.
+inline int64_t token_at(const Scan &s, int64_t t) { return s.reversed ? s.length - 1 - t : t; }
+
 int64_t lanes_at(const Task &task, int64_t d) { return task.end - d < LANES ? task.end - d : LANES; }
 
 // One token: h = 2^(step A) h + drive B, for all states of LANES channels. Returns sum_n C_n h_n.
@@ -201,18 +205,19 @@ void forward_task(const Scan &s, const Task &task, Vec *scratch) {
                 float *to = s.states + ((b * slots + t / s.chunk - 1) * N) * s.d_inner + d;
                 for (int64_t n = 0; n < N; n++) store(to + n * s.d_inner, h[n], count);
             }
-            const Vec u = load(s.u + b * s.u_b + t * s.u_t + d, count);
-            Vec step = load(s.delta + b * s.delta_b + t * s.delta_t + d, count) + bias;
+            const int64_t at = token_at(s, t);
+            const Vec u = load(s.u + b * s.u_b + at * s.u_t + d, count);
+            Vec step = load(s.delta + b * s.delta_b + at * s.delta_t + d, count) + bias;
             if (s.softplus) step = softplus(step);
-            const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
+            const float *B = s.B + b * s.B_b + at * s.B_t, *C = s.C + b * s.C_b + at * s.C_t;
             Vec y = N == 16 ? advance<16>(h, A, B, C, step * LOG2E, step * u, N)
                             : advance<0>(h, A, B, C, step * LOG2E, step * u, N);
             y += skip * u;
             if (s.z) {
-                const Vec z = load(s.z + b * s.z_b + t * s.z_t + d, count);
+                const Vec z = load(s.z + b * s.z_b + at * s.z_t + d, count);
                 y *= z * sigmoid(z);
             }
-            store(s.out + (b * s.length + t) * s.d_inner + d, y, count);
+            store(s.out + (b * s.length + at) * s.d_inner + d, y, count);
         }
         if (s.last)
             for (int64_t n = 0; n < N; n++) store(s.last + (b * N + n) * s.d_inner + d, h[n], count);
@@ -228,6 +233,7 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
     const int64_t N = s.d_state, b = task.b, T = s.chunk;
     const int64_t chunks = (s.length + T - 1) / T;
     const int64_t blocks = (s.group + LANES - 1) / LANES;
+    const int64_t B_t = s.reversed ? -s.B_t : s.B_t, C_t = s.reversed ? -s.C_t : s.C_t;
     const auto take = [&scratch](int64_t vectors) { Vec *v = scratch; scratch += vectors; return v; };
     Vec *all_A = take(blocks * N), *all_dA = take(blocks * N), *all_carry = take(blocks * N);
     Vec *all_dD = take(blocks), *all_dbias = take(blocks);
@@ -258,7 +264,7 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
             const float *checkpoint = c ? s.states + ((b * (chunks - 1) + c - 1) * N) * s.d_inner + d : nullptr;
             for (int64_t n = 0; n < N; n++) h[n] = c ? load(checkpoint + n * s.d_inner, count) : Vec{};
             for (int64_t i = 0; i < tokens; i++) {
-                const int64_t t = start + i, at = (b * s.length + t) * s.d_inner + d;
+                const int64_t t = token_at(s, start + i), at = (b * s.length + t) * s.d_inner + d;
                 const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
                 const Vec u = load(s.u + b * s.u_b + t * s.u_t + d, count);
                 const Vec raw = load(s.delta + b * s.delta_b + t * s.delta_t + d, count) + bias;
@@ -282,15 +288,16 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
             }
 
             for (int64_t i = tokens - 1; i >= 0;) {
-                const float *B = s.B + b * s.B_b + (start + i) * s.B_t, *C = s.C + b * s.C_b + (start + i) * s.C_t;
+                const int64_t t = token_at(s, start + i);
+                const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
                 const auto back = i >= TOGETHER - 1 ? retreat<TOGETHER> : retreat<1>;
-                back(all + i, h + i * N, decay + i * N, A, dA, carry, shares_B + i * N, shares_C + i * N, B, C, s.B_t,
-                     s.C_t, N);
+                back(all + i, h + i * N, decay + i * N, A, dA, carry, shares_B + i * N, shares_C + i * N, B, C, B_t,
+                     C_t, N);
                 i -= i >= TOGETHER - 1 ? TOGETHER : 1;
             }
             for (int64_t i = 0; i < tokens; i++) {
                 const Token &token = all[i];
-                const int64_t at = (b * s.length + start + i) * s.d_inner + d;
+                const int64_t at = (b * s.length + token_at(s, start + i)) * s.d_inner + d;
                 Vec d_step = token.d_step + token.d_drive * token.u;
                 if (s.softplus) d_step *= sigmoid(token.raw);
                 store(s.ddelta + at, d_step, count);
@@ -300,11 +307,12 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
             }
         }
 
-        float *dB = s.dB + ((b * groups + task.group) * s.length + start) * N;
-        float *dC = s.dC + ((b * groups + task.group) * s.length + start) * N;
-        for (int64_t i = 0; i < tokens * N; i++) {
-            dB[i] = sum(shares_B[i]);
-            dC[i] = sum(shares_C[i]);
+        for (int64_t i = 0; i < tokens; i++) {
+            const int64_t at = ((b * groups + task.group) * s.length + token_at(s, start + i)) * N;
+            for (int64_t n = 0; n < N; n++) {
+                s.dB[at + n] = sum(shares_B[i * N + n]);
+                s.dC[at + n] = sum(shares_C[i * N + n]);
+            }
         }
     }
 
@@ -319,24 +327,28 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
 
 }  // namespace
 
-extern "C" void mamba_forge_scan_forward(const Scan *scan) {
-    const Scan &s = *scan;
-    const int64_t groups = (s.d_inner + s.group - 1) / s.group;
+// One or two scans of the same sizes, their tasks side by side.
+
+extern "C" void mamba_forge_scan_forward(const Scan *scans, int64_t count) {
+    const Scan &s = *scans;
+    const int64_t groups = (s.d_inner + s.group - 1) / s.group, tasks = s.batch * groups;
 #pragma omp parallel num_threads(s.threads)
     {
         Buffer scratch(2 * s.d_state);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < s.batch * groups; i++) forward_task(s, Task(s, i, groups), scratch.at);
+        for (int64_t i = 0; i < count * tasks; i++)
+            forward_task(scans[i / tasks], Task(s, i % tasks, groups), scratch.at);
     }
 }
 
-extern "C" void mamba_forge_scan_backward(const Scan *scan) {
-    const Scan &s = *scan;
-    const int64_t groups = (s.d_inner + s.group - 1) / s.group;
+extern "C" void mamba_forge_scan_backward(const Scan *scans, int64_t count) {
+    const Scan &s = *scans;
+    const int64_t groups = (s.d_inner + s.group - 1) / s.group, tasks = s.batch * groups;
 #pragma omp parallel num_threads(s.threads)
     {
         Buffer scratch(backward_scratch(s));
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < s.batch * groups; i++) backward_task(s, Task(s, i, groups), groups, scratch.at);
+        for (int64_t i = 0; i < count * tasks; i++)
+            backward_task(scans[i / tasks], Task(s, i % tasks, groups), groups, scratch.at);
     }
 }

@@ -38,19 +38,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba.scan.problem import NONE, Problem
+
 CHUNK = 16  # tokens a program keeps in registers; also the distance of the checkpoints. Half of LANES: see _lane_sums
 LANES = 32
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NVIDIA = not _INTERPRETED and torch.version.hip is None
 FORWARD_OPTIONS = {"maxnreg": 128} if _NVIDIA else {}  # twice the warps: measured faster than the 150 it would take
-BACKWARD_OPTIONS: dict[str, int] = {}
 
 _CHUNK = tl.constexpr(CHUNK)
 _LANES = tl.constexpr(LANES)
@@ -182,9 +183,22 @@ def _lane_sums_by_matrix(v):
 
 @triton.jit
 def _once(v, GROUPS: tl.constexpr):
-    """v, (r, c). With several groups each computes a part of the rows and hands it to the others."""
+    """v, (r, c), of which each of several groups computes a part of the rows.
+
+    The maximum over one number changes nothing, but it is where the compiler stops: it would rather let every group
+    compute all rows again than exchange them.
+    """
     if GROUPS > 1:
-        v = tl.max(v[:, :, None], 2)  # of one number: or the compiler would let each group compute all rows
+        v = tl.max(v[:, :, None], 2)
+    return v
+
+
+@triton.jit
+def _to_groups(v, GROUPS: tl.constexpr):
+    """(r, c) -> (r, groups, c), handed to all groups once, for the same reason."""
+    v = v[:, None, :]
+    if GROUPS > 1:
+        v = tl.max(v.broadcast_to(v.shape[0], GROUPS, v.shape[2])[:, :, :, None], 3)
     return v
 
 
@@ -322,16 +336,31 @@ _SIZES = ["batch", "d_inner", "d_state", "length", "chunks", "blocks"]
 
 
 @triton.jit
-def _reversed_from(pointer, stride_t, length):
-    """Pointer and stride that walk backwards through time in direction 1, unchanged in direction 0."""
-    direction = tl.program_id(1)
-    return pointer + direction * (length - 1).to(tl.int64) * stride_t, stride_t * (1 - 2 * direction)
+def _direction(BOTH: tl.constexpr):
+    """0, or 1 for a reversed scan: known at compile time where there is one direction, which saves registers."""
+    direction = 0
+    if BOTH:
+        direction = tl.program_id(1)
+    return direction
 
 
 @triton.jit
-def _one_of(forward, backward):
+def _one_of(forward, backward, BOTH: tl.constexpr):
     """The pointer of this program's direction."""
-    return tl.where(tl.program_id(1) == 0, forward, backward)
+    pointer = forward
+    if BOTH:
+        pointer = tl.where(tl.program_id(1) == 0, forward, backward)
+    return pointer
+
+
+@triton.jit
+def _from_start(pointer, stride_t, length, BOTH: tl.constexpr):
+    """Pointer and stride that walk through time from the first token of the scan."""
+    if BOTH:
+        direction = tl.program_id(1)
+        pointer += direction * (length - 1).to(tl.int64) * stride_t
+        stride_t *= 1 - 2 * direction
+    return pointer, stride_t
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "A_d", "A_n", "B_b", "B_t", "C_b", "C_t"])
@@ -339,18 +368,18 @@ def _prepare_kernel(
     A, A2, B, B2, C, C2, D, D2, bias, bias2, packed, rows,
     batch, d_inner, d_state, length, chunks,
     A_d, A_n, B_b, B_n, B_t, C_b, C_n, C_t,
-    T: tl.constexpr, ROWS: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """What all programs of a scan share, as float32 in the order in which they read it.
 
     packed: (direction, batch, chunk, d_state, 2, T), B and C, zero past the end.
     rows: (direction, d_state + 2, d_inner), the columns of A, then D and bias, zero where there is none.
     """
-    direction = tl.program_id(1)
+    direction = _direction(BOTH)
     program = tl.program_id(0)
     if program < batch * chunks:
-        first_B, step_B = _reversed_from(_one_of(B, B2), B_t, length)
-        first_C, step_C = _reversed_from(_one_of(C, C2), C_t, length)
+        first_B, step_B = _from_start(_one_of(B, B2, BOTH), B_t, length, BOTH)
+        first_C, step_C = _from_start(_one_of(C, C2, BOTH), C_t, length, BOTH)
         b = (program // chunks).to(tl.int64)
         c = program % chunks
         t = tl.arange(0, T)
@@ -367,16 +396,16 @@ def _prepare_kernel(
     else:
         d = (program - batch * chunks) * _LANES + tl.arange(0, _LANES)
         inside = d < d_inner
-        column = _one_of(A, A2) + d * A_d
+        column = _one_of(A, A2, BOTH) + d * A_d
         to = rows + direction * (d_state + 2) * d_inner + d
         for n in range(d_state):
             tl.store(to + n * d_inner, tl.load(column + n * A_n, mask=inside, other=0.0), mask=inside)
         skip = tl.zeros([_LANES], tl.float32)
         shift = tl.zeros([_LANES], tl.float32)
         if D is not None:
-            skip = tl.load(_one_of(D, D2) + d, mask=inside, other=0.0).to(tl.float32)
+            skip = tl.load(_one_of(D, D2, BOTH) + d, mask=inside, other=0.0).to(tl.float32)
         if bias is not None:
-            shift = tl.load(_one_of(bias, bias2) + d, mask=inside, other=0.0).to(tl.float32)
+            shift = tl.load(_one_of(bias, bias2, BOTH) + d, mask=inside, other=0.0).to(tl.float32)
         tl.store(to + d_state * d_inner, skip, mask=inside)
         tl.store(to + (d_state + 1) * d_inner, shift, mask=inside)
 
@@ -385,14 +414,14 @@ def _prepare_kernel(
 def _finish_kernel(
     partial, parameters, dA, dA2, dB, dB2, dC, dC2, dD, dD2, dbias, dbias2,
     batch, d_inner, d_state, length, chunks, blocks,
-    T: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, MATRIX: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, MATRIX: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """Add what the programs of backward left, in a fixed order.
 
     parameters (direction, batch, d_state + 2, d_inner) over the batch: dA (d_inner, d_state), dD, dbias (d_inner,).
     partial (direction, batch, chunk, d_state, blocks, 2, T) over the blocks: dB, dC (batch, length, d_state).
     """
-    direction = tl.program_id(1)
+    direction = _direction(BOTH)
     sums = (d_state + 2) * blocks  # programs that add parameters; they are the slow ones, so they come first
     program = tl.program_id(0)
     if program < sums:
@@ -409,11 +438,11 @@ def _finish_kernel(
             total += tl.load(share + (b.to(tl.int64) * slot)[:, None] + d[None, :], mask=mask, other=0.0)
         shares = tl.sum(total, 0)
         if n < d_state:
-            tl.store(_one_of(dA, dA2) + d * d_state + n, shares, mask=inside)
+            tl.store(_one_of(dA, dA2, BOTH) + d * d_state + n, shares, mask=inside)
         if dD is not None:
-            tl.store(_one_of(dD, dD2) + d, shares, mask=d < tl.where(n == d_state, d_inner, 0))
+            tl.store(_one_of(dD, dD2, BOTH) + d, shares, mask=d < tl.where(n == d_state, d_inner, 0))
         if dbias is not None:
-            tl.store(_one_of(dbias, dbias2) + d, shares, mask=d < tl.where(n == d_state + 1, d_inner, 0))
+            tl.store(_one_of(dbias, dbias2, BOTH) + d, shares, mask=d < tl.where(n == d_state + 1, d_inner, 0))
     else:
         b = ((program - sums) // chunks).to(tl.int64)
         c = (program - sums) % chunks
@@ -424,8 +453,8 @@ def _finish_kernel(
         token = c * T + row
         time = tl.where(direction == 0, token, length - 1 - token)
         first = partial + ((direction * batch + b) * chunks + c) * d_state * blocks * (2 * T)
-        dB = _one_of(dB, dB2) + b * length * d_state
-        dC = _one_of(dC, dC2) + b * length * d_state
+        dB = _one_of(dB, dB2, BOTH) + b * length * d_state
+        dC = _one_of(dC, dC2, BOTH) + b * length * d_state
         for start in range(0, d_state, ROWS):
             n = start + tl.arange(0, ROWS)
             inside = (n < d_state)[:, None]
@@ -444,7 +473,7 @@ def _forward_kernel(
     u, u2, delta, delta2, z, z2, out, out2, packed, rows, states, last,
     batch, d_inner, d_state, length, chunks,
     u_b, u_d, u_t, delta_b, delta_d, delta_t, z_b, z_d, z_t,
-    SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, GROUPS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, GROUPS: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """One batch entry, 32 channels, one warp for each of GROUPS equal shares of the states. z and last may be None.
 
@@ -453,21 +482,22 @@ def _forward_kernel(
     """
     blocks = tl.cdiv(d_inner, _LANES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    entry = tl.program_id(1) * batch + b
+    direction = _direction(BOTH)
+    entry = direction * batch + b
     d0 = (tl.program_id(0) % blocks) * _LANES
     d = d0 + tl.arange(0, _LANES)
     wide = d.to(tl.int64)
     inside = d < d_inner
     t = tl.arange(0, _CHUNK)
     slot = d_state * d_inner
-    rows += tl.program_id(1) * (slot + 2 * d_inner)
+    rows += direction * (slot + 2 * d_inner)
     skip = tl.load(rows + slot + d, mask=inside, other=0.0)
     shift = tl.load(rows + slot + d_inner + d, mask=inside, other=0.0)
-    u, u_t = _reversed_from(_one_of(u, u2) + b * u_b, u_t, length)
-    delta, delta_t = _reversed_from(_one_of(delta, delta2) + b * delta_b, delta_t, length)
+    u, u_t = _from_start(_one_of(u, u2, BOTH) + b * u_b, u_t, length, BOTH)
+    delta, delta_t = _from_start(_one_of(delta, delta2, BOTH) + b * delta_b, delta_t, length, BOTH)
     if z is not None:
-        z, z_t = _reversed_from(_one_of(z, z2) + b * z_b, z_t, length)
-    out, out_t = _reversed_from(_one_of(out, out2) + b * length * d_inner, d_inner, length)
+        z, z_t = _from_start(_one_of(z, z2, BOTH) + b * z_b, z_t, length, BOTH)
+    out, out_t = _from_start(_one_of(out, out2, BOTH) + b * length * d_inner, d_inner, length, BOTH)
     packed += entry * chunks * d_state * _LANES
     states += entry * slot * ((chunks - 1) if KEEP else 1)
     if last is not None:
@@ -500,8 +530,8 @@ def _forward_kernel(
             _prefetch_tile(delta + begin * delta_t, ahead, delta_t, delta_d, d0, d_inner)
             _prefetch_rows(row + d_state * _LANES, d_state)
         step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS), GROUPS)
-        drive = (step * u_tile)[:, None, :]
-        exponent = step[:, None, :]
+        drive = _to_groups(step * u_tile, GROUPS)
+        exponent = _to_groups(step, GROUPS)
         y = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)
         for k in range(shares):
             n = k + group * shares
@@ -533,7 +563,7 @@ def _backward_kernel(
     packed, rows, states, carry, parameters, partial,
     batch, d_inner, d_state, length, chunks,
     u_b, u_d, u_t, delta_b, delta_d, delta_t, z_b, z_d, z_t, dout_b, dout_d, dout_t,
-    SOFTPLUS: tl.constexpr, LAST: tl.constexpr, MATRIX: tl.constexpr, GROUPS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LAST: tl.constexpr, MATRIX: tl.constexpr, GROUPS: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """The same program backwards: chunks from the last to the first, states recomputed inside each from `states`.
 
@@ -544,7 +574,8 @@ def _backward_kernel(
     """
     blocks = tl.cdiv(d_inner, _LANES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    entry = tl.program_id(1) * batch + b
+    direction = _direction(BOTH)
+    entry = direction * batch + b
     block = tl.program_id(0) % blocks
     d0 = block * _LANES
     lane = tl.arange(0, _LANES)
@@ -553,18 +584,18 @@ def _backward_kernel(
     inside = d < d_inner
     t = tl.arange(0, _CHUNK)
     slot = d_state * d_inner
-    rows += tl.program_id(1) * (slot + 2 * d_inner)
+    rows += direction * (slot + 2 * d_inner)
     skip = tl.load(rows + slot + d, mask=inside, other=0.0)
     shift = tl.load(rows + slot + d_inner + d, mask=inside, other=0.0)
-    u, u_t = _reversed_from(_one_of(u, u2) + b * u_b, u_t, length)
-    delta, delta_t = _reversed_from(_one_of(delta, delta2) + b * delta_b, delta_t, length)
-    dout, dout_t = _reversed_from(_one_of(dout, dout2) + b * dout_b, dout_t, length)
+    u, u_t = _from_start(_one_of(u, u2, BOTH) + b * u_b, u_t, length, BOTH)
+    delta, delta_t = _from_start(_one_of(delta, delta2, BOTH) + b * delta_b, delta_t, length, BOTH)
+    dout, dout_t = _from_start(_one_of(dout, dout2, BOTH) + b * dout_b, dout_t, length, BOTH)
     flat = b * length * d_inner
-    du, grad_t = _reversed_from(_one_of(du, du2) + flat, d_inner, length)
-    ddelta, _ = _reversed_from(_one_of(ddelta, ddelta2) + flat, d_inner, length)
+    du, grad_t = _from_start(_one_of(du, du2, BOTH) + flat, d_inner, length, BOTH)
+    ddelta, _ = _from_start(_one_of(ddelta, ddelta2, BOTH) + flat, d_inner, length, BOTH)
     if z is not None:
-        z, z_t = _reversed_from(_one_of(z, z2) + b * z_b, z_t, length)
-        dz, _ = _reversed_from(_one_of(dz, dz2) + flat, d_inner, length)
+        z, z_t = _from_start(_one_of(z, z2, BOTH) + b * z_b, z_t, length, BOTH)
+        dz, _ = _from_start(_one_of(dz, dz2, BOTH) + flat, d_inner, length, BOTH)
     packed += entry * chunks * d_state * _LANES
     partial += entry * chunks * d_state * blocks * _LANES + block * _LANES
     states += entry * (chunks - 1) * slot
@@ -599,9 +630,9 @@ def _backward_kernel(
         touched += _warm(row, rows, before, carry, parameters, c, d0, d_inner, d_state, 2 * _LANES)
         step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS), GROUPS)
         dy = _once(tl.where(mask, dy, 0.0), GROUPS)
-        drive = (step * u_tile)[:, None, :]
-        exponent = step[:, None, :]
-        d_out = dy[:, None, :]
+        drive = _to_groups(step * u_tile, GROUPS)
+        exponent = _to_groups(step, GROUPS)
+        d_out = _to_groups(dy, GROUPS)
         y = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)
         d_drive = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)  # with respect to step * u
         d_step = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)  # with respect to step, through the decay alone
@@ -683,7 +714,7 @@ def _channels_last(like: Tensor) -> Tensor:
 
 
 def _dense(t: Tensor) -> Tensor:
-    """A copy, sequences with contiguous channels."""
+    """With contiguous channels."""
     return _channels_last(t).copy_(t) if t.ndim == 3 else t.contiguous()
 
 
@@ -692,57 +723,50 @@ def _has_tf32(device: torch.device) -> bool:
     return _NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-class _Problem(NamedTuple):
-    """The tensors of one direction, in the order of `selective_scan`."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
+@functools.cache
+def _schedulers(device: torch.device) -> int:
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-FG = BG = 1
-USE_MATRIX = True
-def _groups(forward: bool) -> int:
-    return FG if forward else BG
+def _groups(programs: int, d_state: int, device: torch.device) -> tuple[int, int]:
+    """Warps a program of forward and of backward: see docs/scan-notes.md for what was measured."""
+    if d_state % 2:
+        return 1, 1
+    return 2, 2 if programs <= _schedulers(device) else 1
 
 
-def _pair(tensors: Sequence[Tensor | None]) -> tuple[_Problem, _Problem, int]:
-    """The forward problem, the reversed one with the same types and strides, and how many there are.
+def _pair(tensors: Sequence[Tensor | None]) -> tuple[Problem, Problem, int]:
+    """The forward problem, the reversed one with the same strides, and how many there are.
 
     Without a reversed problem the forward one stands in for it; nothing looks at it.
     """
-    pairs = [
-        (one if one is None or one.ndim > 1 else one.contiguous(), one if other is None else other)
-        for one, other in zip(tensors[:8], tensors[8:], strict=True)
-    ]
-    for i, (one, other) in enumerate(pairs):
-        if one is not None and other is not None and one.stride() != other.stride():
-            pairs[i] = (_dense(one), _dense(other))
-    first, second = (_Problem(*problem) for problem in zip(*pairs, strict=True))  # type: ignore[arg-type]
-    return first, second, 1 if tensors[8] is None else 2
+    one, two = Problem(*tensors[:8]), Problem(*tensors[8:])  # type: ignore[arg-type]
+    directions = 1 if tensors[8] is None else 2
+    if directions == 1:
+        two = one
+    for name in Problem._fields:
+        a, b = getattr(one, name), getattr(two, name)
+        if a is not None and (a.stride() != b.stride() or a.ndim == 1):
+            one, two = one._replace(**{name: _dense(a)}), two._replace(**{name: _dense(b)})
+    return one, two, directions
 
 
-def _sizes(p: _Problem) -> tuple[int, int, int, int, int]:
+def _sizes(p: Problem) -> tuple[int, int, int, int, int]:
     """batch, d_inner, d_state, length and the number of chunks."""
     batch, d_inner, length = p.u.shape
     return batch, d_inner, p.A.shape[1], length, (length + CHUNK - 1) // CHUNK
 
 
-def _states_shape(p: _Problem, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
+def _states_shape(p: Problem, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
     batch, d_inner, d_state, _, chunks = _sizes(p)
     return directions, batch, chunks - 1 if keep else 0, d_state, d_inner
 
 
-def _last_shape(p: _Problem, last_state: bool) -> tuple[int, int, int]:
+def _last_shape(p: Problem, last_state: bool) -> tuple[int, int, int]:
     return p.u.shape[0] if last_state else 0, p.A.shape[1], p.A.shape[0]
 
 
-def _shared_shapes(p: _Problem, directions: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shared_shapes(p: Problem, directions: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of `packed` and `rows`."""
     batch, d_inner, d_state, _, chunks = _sizes(p)
     return (directions, batch, chunks, d_state, 2, CHUNK), (directions, d_state + 2, d_inner)
@@ -783,21 +807,21 @@ def _selective_scan(
     states = u.new_empty(_states_shape(p, directions, keep), dtype=torch.float32)
     last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
     packed, rows = (u.new_empty(shape, dtype=torch.float32) for shape in _shared_shapes(p, directions))
-    slots = states if keep else u.new_empty(_states_shape(p, directions, True)[:2] + states.shape[3:], dtype=torch.float32)
+    slots = states if keep else u.new_empty((directions, batch, d_state, d_inner), dtype=torch.float32)
     with _device_of(u):
         _prepare_kernel[(batch * chunks + blocks, directions)](
             p.A, q.A, p.B, q.B, p.C, q.C, p.D, q.D, p.delta_bias, q.delta_bias, packed, rows,
             batch, d_inner, d_state, length, chunks,
             *p.A.stride(), *p.B.stride(), *p.C.stride(),
-            T=CHUNK, ROWS=_rows(d_state), num_warps=1,
+            T=CHUNK, ROWS=_rows(d_state), BOTH=directions == 2, num_warps=1,
         )  # fmt: skip
-        groups = _groups(True)
+        groups, _ = _groups(batch * blocks * directions, d_state, u.device)
         _forward_kernel[(batch * blocks, directions)](
             p.u, q.u, p.delta, q.delta, p.z, q.z, out, out2 if directions == 2 else out,
             packed, rows, slots, last if last_state else None,
             batch, d_inner, d_state, length, chunks,
             *p.u.stride(), *p.delta.stride(), *_strides(p.z),
-            SOFTPLUS=delta_softplus, KEEP=keep, GROUPS=groups,
+            SOFTPLUS=delta_softplus, KEEP=keep, GROUPS=groups, BOTH=directions == 2,
             num_warps=groups, enable_fp_fusion=True, **FORWARD_OPTIONS,
         )  # fmt: skip
     return out, out2, last.transpose(1, 2), states, packed, rows
@@ -825,7 +849,7 @@ def _(
     keep: bool,
     last_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    p = _Problem(u, delta, A, B, C, D, z, delta_bias)
+    p = Problem(u, delta, A, B, C, D, z, delta_bias)
     directions = 1 if u2 is None else 2
     states, last, packed, rows = (
         u.new_empty(shape, dtype=torch.float32)
@@ -835,15 +859,17 @@ def _(
     return _channels_last(u), out2, last.transpose(1, 2), states, packed, rows
 
 
-def _gradients(p: _Problem) -> _Problem:
+def _gradients(p: Problem) -> Problem:
     """Empty tensors for the gradients of one direction, each in its tensor's type."""
-    optional = {"D": p.D, "delta_bias": p.delta_bias}
-    return _Problem(
-        *(_channels_last(t) for t in (p.u, p.delta)),
-        torch.empty_like(p.A, memory_format=torch.contiguous_format),
-        *(_channels_last(t) for t in (p.B, p.C)),
-        z=None if p.z is None else _channels_last(p.z),
-        **{k: None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for k, t in optional.items()},
+    return Problem(
+        _channels_last(p.u),
+        _channels_last(p.delta),
+        p.A.new_empty(p.A.shape),
+        _channels_last(p.B),
+        _channels_last(p.C),
+        None if p.D is None else p.D.new_empty(p.D.shape),
+        None if p.z is None else _channels_last(p.z),
+        None if p.delta_bias is None else p.delta_bias.new_empty(p.delta_bias.shape),
     )
 
 
@@ -888,8 +914,8 @@ def _selective_scan_backward(
         carry[0].copy_(d_last.transpose(1, 2))
     parameters = u.new_empty((directions, batch, d_state + 2, d_inner), dtype=torch.float32)
     partial = u.new_empty((directions, batch, chunks, d_state, blocks, 2, CHUNK), dtype=torch.float32)
-    groups = _groups(False)
-    matrix = USE_MATRIX and _has_tf32(u.device) and B.dtype != torch.float32 and C.dtype != torch.float32
+    _, groups = _groups(batch * blocks * directions, d_state, u.device)
+    matrix = _has_tf32(u.device) and B.dtype != torch.float32 and C.dtype != torch.float32
     with _device_of(u):
         _backward_kernel[(batch * blocks, directions)](
             p.u, q.u, p.delta, q.delta, p.z, q.z, dout, dout2,
@@ -897,14 +923,14 @@ def _selective_scan_backward(
             packed, rows, states, carry, parameters, partial,
             batch, d_inner, d_state, length, chunks,
             *p.u.stride(), *p.delta.stride(), *_strides(p.z), *dout.stride(),
-            SOFTPLUS=delta_softplus, LAST=d_last is not None, MATRIX=matrix, GROUPS=groups,
-            num_warps=groups, enable_fp_fusion=True, **BACKWARD_OPTIONS,
+            SOFTPLUS=delta_softplus, LAST=d_last is not None, MATRIX=matrix, GROUPS=groups, BOTH=directions == 2,
+            num_warps=groups, enable_fp_fusion=True,
         )  # fmt: skip
         _finish_kernel[((d_state + 2) * blocks + batch * chunks, directions)](
             partial, parameters, grads.A, grads2.A, grads.B, grads2.B, grads.C, grads2.C,
             grads.D, grads2.D, grads.delta_bias, grads2.delta_bias,
             batch, d_inner, d_state, length, chunks, blocks,
-            T=CHUNK, ROWS=_rows(d_state), ENTRIES=64, MATRIX=matrix, num_warps=4,
+            T=CHUNK, ROWS=_rows(d_state), BOTH=directions == 2, ENTRIES=64, MATRIX=matrix, num_warps=4,
         )  # fmt: skip
     return [t for g in (grads, grads2)[:directions] for t in g if t is not None]
 
@@ -935,9 +961,9 @@ def _(
     rows: Tensor,
     delta_softplus: bool,
 ) -> list[Tensor]:
-    grads = list(_gradients(_Problem(u, delta, A, B, C, D, z, delta_bias)))
+    grads = list(_gradients(Problem(u, delta, A, B, C, D, z, delta_bias)))
     if u2 is not None:
-        grads += _gradients(_Problem(u2, delta2, A2, B2, C2, D2, z2, delta_bias2))  # type: ignore[arg-type]
+        grads += _gradients(Problem(u2, delta2, A2, B2, C2, D2, z2, delta_bias2))  # type: ignore[arg-type]
     return [t for t in grads if t is not None]
 
 
@@ -952,11 +978,8 @@ def _backward(ctx: Any, dout: Tensor, dout2: Tensor, d_last: Tensor, *_: Tensor)
     *tensors, states, packed, rows = ctx.saved_tensors
     if not ctx.keep:  # no checkpoints were asked for: run forward again for them
         _, _, _, states, packed, rows = _selective_scan(*tensors, ctx.delta_softplus, True, False)
-    second = dout2 if tensors[8] is not None else None
-    d_last = d_last if ctx.last_state else None
-    grads = iter(
-        _selective_scan_backward(dout, second, d_last, *tensors, states, packed, rows, ctx.delta_softplus)
-    )
+    given = (dout, dout2 if tensors[8] is not None else None, d_last if ctx.last_state else None)
+    grads = iter(_selective_scan_backward(*given, *tensors, states, packed, rows, ctx.delta_softplus))
     return (*(None if t is None else next(grads) for t in tensors), None, None, None)
 
 
@@ -996,18 +1019,16 @@ def selective_scan_triton(
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     keep = _check(tensors)
-    out, _, last, *_ = _selective_scan(*tensors, *[None] * 8, delta_softplus, keep, return_last_state)
+    out, _, last, *_ = _selective_scan(*tensors, *NONE, delta_softplus, keep, return_last_state)
     return (out, last) if return_last_state else out
 
 
-def bidirectional_scan_triton(
-    forward: Sequence[Tensor | None], backward: Sequence[Tensor | None], delta_softplus: bool
-) -> tuple[Tensor, Tensor]:
-    """Both directions in one launch of each kernel. Each: u, delta, A, B, C, D, z, delta_bias, None in both or in none.
+def bidirectional_scan_triton(forward: Problem, backward: Problem, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+    """Both directions in one launch of each kernel. Else as `selective_scan_triton`.
 
-    `backward` takes the types of `forward`; what has other strides is copied once. Else as `selective_scan_triton`.
+    `backward` takes the types of `forward`; a sequence whose strides differ from those of its partner is copied.
     """
-    backward = [None if a is None or b is None else b.to(a.dtype) for a, b in zip(forward, backward, strict=True)]
-    keep = _check([*forward, *backward])
-    out, out2, *_ = _selective_scan(*forward, *backward, delta_softplus, keep, False)
+    alike = [b if a is None or b is None else b.to(a.dtype) for a, b in zip(forward, backward, strict=True)]
+    keep = _check([*forward, *alike])
+    out, out2, *_ = _selective_scan(*forward, *alike, delta_softplus, keep, False)
     return out, out2
