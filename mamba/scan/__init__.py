@@ -104,6 +104,9 @@ def bidirectional_scan(
     forward, backward = (Problem(*(x[i] if isinstance(x, tuple) else x for x in given)) for i in (0, 1))  # type: ignore[arg-type]
     for problem in (forward, backward):
         _check_shapes(*problem)
+    for name, a, b in zip(Problem._fields, forward, backward, strict=True):
+        if (a is None) != (b is None):
+            raise ValueError(f"{name} must be given for both directions or for none")
     if forward.u.shape != backward.u.shape or forward.A.shape != backward.A.shape:
         raise ValueError(
             f"both directions must have the same sizes, got u {tuple(forward.u.shape)} and {tuple(backward.u.shape)}, "
