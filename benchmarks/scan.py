@@ -12,8 +12,8 @@ because the first one pays for what the backend before it left: cold caches, mem
 is the ratio of medians to `reference`, when it is among them. The modes called two_way scan both directions at once
 (`bidirectional_scan`, z shared; `reference` scans twice, with flips); `ratio` is their time over one direction's.
 On a CPU a last table sets the speedups beside those that the research notes behind this code claim. `mamba_ssm` joins
-when it is importable, `reference_compiled` (torch.compile of the reference; slow to compile for long sequences) when it
-is asked for by name. `--clock cpu` counts processor time instead: with `--threads 1`, for a machine that others use too.
+when it is importable, `reference_compiled` (torch.compile of the reference; slow to compile) when it is asked for by
+name. `--clock cpu` counts processor time instead: with `--threads 1`, for a machine that others use too.
 
 A CUDA time comes from events around one call. The default shapes are larger than any L2 cache; small ones are not.
 """

@@ -5,8 +5,8 @@ what is computed, this file only how. How fast, and what was tried: docs/scan-no
 
 The plan
 --------
-One program is one warp. It owns one batch entry and 32 channels, one a lane, walks over time in chunks of `CHUNK`
-tokens and, inside a chunk, over the states:
+One program owns one batch entry and 32 channels, one a lane, walks over time in chunks of `CHUNK` tokens and, inside a
+chunk, over the states:
 
     for chunk:  load u, delta, z, dout                      # tiles (CHUNK, 32)
         for n in range(d_state):
@@ -18,16 +18,23 @@ computed once for both recurrences of backward, any d_state is a plain loop coun
 masks. Between chunks the state goes through memory, one state of 32 channels at a time: those are the checkpoints from
 which backward recomputes everything else. Without gradients one slot is reused and nothing is kept.
 
-Gradients with respect to B and C sum over channels, that is over lanes: see `_lane_sums`. Programs write partial sums,
-which a second kernel adds in a fixed order; the parameters' gradients are summed over the batch by torch. There are no
-atomics: **the same inputs give the same bits every time.**
+A program is one warp, or two that share the states (GROUPS): each does what is done once a token for half of the tokens
+and the recurrence for half of the states, and they exchange through shared memory once before and once after the loop
+over the states. That keeps more warps busy where programs are few; `_groups` chooses.
 
-B and C (d_state rows that all channels share) are first copied to float32 as (batch, chunk, d_state, 2, CHUNK), zero
-past the end, so that the inner loop reads them as aligned vectors without masks. u, delta, z and dout, the large
-tensors, are read in place whatever their strides; lanes run along the channels, so the (batch, length, channel) memory
-order is the fast one. Outputs have it.
+Gradients with respect to B and C sum over channels, that is over lanes: by shuffles (`_lane_sums`), or, if B and C have
+16 bits, mostly on the matrix units (`_lane_sums_by_matrix`). Programs write partial sums, which `_finish_kernel` adds
+in a fixed order. There are no atomics: **the same inputs give the same bits every time** on the same kind of device.
 
-Kept from forward to backward besides the inputs: batch x d_inner x d_state x (ceil(length / CHUNK) - 1) float32.
+`_prepare_kernel` first copies B and C (d_state rows that all channels share) to float32 as (batch, chunk, d_state, 2,
+CHUNK), zero past the end, so that the inner loop reads them as aligned vectors without masks, and A, D and the bias to
+rows of channels. u, delta, z and dout, the large tensors, are read in place whatever their strides; lanes run along the
+channels, so the (batch, length, channel) memory order is the fast one. Outputs have it.
+
+Both directions of a bidirectional scan are one launch of the same kernels: axis 1 of the grid is the direction.
+
+Kept from forward to backward besides the inputs: batch x d_inner x d_state x (ceil(length / CHUNK) - 1) float32, and
+two float32 for each number of B.
 
 Deviations: exp2 and 1 / x are the hardware's approximations (2 ulp, denormals flushed); float64 is not supported. On
 AMD, and in Triton's interpreter, the few lines of PTX are replaced; only NVIDIA has been measured.
@@ -47,7 +54,7 @@ from torch import Tensor
 
 from mamba.scan.problem import NONE, Problem
 
-CHUNK = 16  # tokens a program keeps in registers; also the distance of the checkpoints. Half of LANES: see _lane_sums
+CHUNK = 16  # tokens a program keeps in registers; also the distance of the checkpoints. Half of LANES
 LANES = 32
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NVIDIA = not _INTERPRETED and torch.version.hip is None
@@ -329,8 +336,9 @@ def _time_step(delta, bias, mask, SOFTPLUS: tl.constexpr):
 
 
 # ---------------------------------------------------------------- kernels
-# Axis 1 of every grid is the direction. A reversed scan is the same code with negative time strides, counted from the
-# last token: `packed`, `states` and everything between the kernels are in the order of the scan.
+# Axis 1 of every grid is the direction, if there are BOTH. A reversed scan is the same code with negative time strides,
+# counted from the last token: `packed`, `states` and everything between the kernels are in the order of the scan.
+# Names with a 2 are the reversed scan's.
 
 _SIZES = ["batch", "d_inner", "d_state", "length", "chunks", "blocks"]
 
@@ -729,7 +737,10 @@ def _schedulers(device: torch.device) -> int:
 
 
 def _groups(programs: int, d_state: int, device: torch.device) -> tuple[int, int]:
-    """Warps a program of forward and of backward: see docs/scan-notes.md for what was measured."""
+    """Warps for each program of forward and of backward, as measured (docs/scan-notes.md).
+
+    Two cost forward nothing. Backward is slower with two, unless it has the chip to itself.
+    """
     if d_state % 2:
         return 1, 1
     return 2, 2 if programs <= _schedulers(device) else 1
