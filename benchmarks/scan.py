@@ -7,10 +7,13 @@
 Shapes are batch x d_inner x length x d_state. D, z, delta_bias and softplus are on; A, D and delta_bias are float32,
 the rest is `--dtype`, as under autocast; sequences are (batch, length, channel) tensors transposed, as in the model.
 Each number is the median of `--repeats` timed calls after a warm-up, with the 10th and 90th percentile. Backends take
-turns within a shape, so that drift hits all of them; `speedup` is the ratio of medians to `reference`, when it is among
-them. On a CPU the levels are the plain loop (`reference`), `two_phase` and the C++ scan (`cpu`). `mamba_ssm` joins when
-it is importable, `reference_compiled` (torch.compile of the reference; slow to compile for long sequences) when it is
-asked for by name. `--clock cpu` counts processor time instead: with `--threads 1`, for a machine that others use too.
+turns within a shape, so that drift hits all of them; on a CPU a turn is a call that is not timed and one that is,
+because the first one pays for what the backend before it left: cold caches, memory given back to the system. `speedup`
+is the ratio of medians to `reference`, when it is among them. The modes called two_way scan both directions at once
+(`bidirectional_scan`, z shared; `reference` scans twice, with flips); `ratio` is their time over one direction's.
+On a CPU a last table sets the speedups beside those that the research notes behind this code claim. `mamba_ssm` joins
+when it is importable, `reference_compiled` (torch.compile of the reference; slow to compile) when it is asked for by
+name. `--clock cpu` counts processor time instead: with `--threads 1`, for a machine that others use too.
 
 A CUDA time comes from events around one call. The default shapes are larger than any L2 cache; small ones are not.
 """
@@ -28,13 +31,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mamba.scan import BACKENDS, selective_scan
+from mamba.scan import BACKENDS, bidirectional_scan, selective_scan
 from mamba.scan.reference import selective_scan_reference
 
 DEFAULT_SHAPES = {
     "cuda": ["1024x384x64x16", "256x384x196x16", "64x384x1024x16"],
     "cpu": ["1x384x196x16", "8x384x196x16", "32x384x64x16"],
 }
+ONE_WAY = {"two_way": "forward", "two_way_backward": "forward_backward"}  # the modes that they are compared with
+LEVELS = [  # of the research notes: what, speedup over the plain loop, and which mode and backend are ours
+    ("two phases", 2.2, "forward", "two_phase"),
+    ("C++, one channel at a time", 2.8, "", ""),  # not built: the C++ scan here is vectorised
+    ("C++, both directions in parallel", 3.5, "two_way", "cpu"),
+    ("C++, vectorised", 4.0, "forward", "cpu"),
+]
+MODES = ["inference", "forward", "forward_backward", *ONE_WAY]
 REFERENCE_LIMIT = 2**24  # largest batch x d_inner x length x d_state that `reference` is timed on unasked
 
 
@@ -81,8 +92,8 @@ def backends(names: list[str] | None, shape: tuple[int, ...], device: str) -> di
     return {name: table[name] for name in names}
 
 
-def calls(scan: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed: inference, the forward of training, and forward and backward."""
+def calls(name: str, scan: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+    """What is timed: inference, the forward of training, forward and backward, and these two for both directions."""
     plain = list(tensors.values())
     leaves = [t.detach().requires_grad_() for t in plain]
     grad = torch.randn_like(tensors["u"])
@@ -94,7 +105,18 @@ def calls(scan: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(scan(*leaves), leaves, grad)
 
-    return {"inference": inference, "forward": lambda: scan(*leaves), "forward_backward": both}
+    second = {k: t.detach().clone().requires_grad_() for k, t in tensors.items() if k != "z"}
+    first = dict(zip(tensors, leaves, strict=True))
+    pairs = {k: (t, second[k]) if k in second else t for k, t in first.items()}
+
+    def two_way() -> tuple[Tensor, Tensor]:
+        return bidirectional_scan(**pairs, delta_softplus=True, backend=name)
+
+    def two_way_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(two_way(), [*leaves, *second.values()], (grad, grad))
+
+    found = {"inference": inference, "forward": lambda: scan(*leaves), "forward_backward": both}
+    return found | ({"two_way": two_way, "two_way_backward": two_way_backward} if name in BACKENDS else {})
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -135,12 +157,24 @@ def measure(
     for i in range(repeats):
         for name, call in table.items():
             if i < 3 or sum(times[name]) < seconds * 1e3:
+                if device == "cpu":
+                    call()
                 times[name].append(once(call, device, clock))
     result: dict[str, dict[str, float | int]] = {}
     for name, values in times.items():
         p10, median, p90 = torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
         result[name] = {"median_ms": median, "p10_ms": p10, "p90_ms": p90, "repeats": len(values)}
     return result
+
+
+def print_levels(rows: list[dict]) -> None:
+    """The research notes' claims beside the measured speedups over `reference`."""
+    found = {(r["shape"], r["mode"], r["backend"]): r.get("speedup") for r in rows}
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    print(f"\n{'speedup over the plain loop':>34} {'claimed':>8} " + " ".join(f"{shape:>14}" for shape in shapes))
+    for what, claimed, mode, backend in LEVELS:
+        ours = (found.get((shape, mode, backend)) for shape in shapes)
+        print(f"{what:>34} {claimed:8.1f} " + " ".join(f"{'-' if x is None else f'{x:.1f}':>14}" for x in ours))
 
 
 def hardware(device: str) -> dict[str, str | int]:
@@ -159,7 +193,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--modes", nargs="+", default=["inference", "forward", "forward_backward"])
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=5.0, help="at most this long for one number")
     parser.add_argument("--threads", type=int)
@@ -180,13 +214,15 @@ def main() -> None:
         "rows": [],
     }
     print(" ".join(f"{k}={v}" for k, v in report["hardware"].items()), str(dtype), "graph" if args.graph else "eager")
-    print(f"{'shape':>16} {'mode':>17} {'backend':>19} {'median ms':>10} {'p10':>9} {'p90':>9} {'speedup':>8}")
+    header = f"{'shape':>16} {'mode':>17} {'backend':>19} {'median ms':>10} {'p10':>9} {'p90':>9}"
+    print(f"{header} {'speedup':>8} {'ratio':>6}")
+    medians: dict[tuple[str, str | None, str], float] = {}
     for text in args.shapes or DEFAULT_SHAPES[args.device]:
         shape = tuple(int(n) for n in text.split("x"))
         tensors = make_inputs(shape, dtype, args.device)
-        ways = {name: calls(scan, tensors) for name, scan in backends(args.backends, shape, args.device).items()}
+        ways = {name: calls(name, scan, tensors) for name, scan in backends(args.backends, shape, args.device).items()}
         for mode in args.modes:
-            table = {name: way[mode] for name, way in ways.items()}
+            table = {name: way[mode] for name, way in ways.items() if mode in way}
             if args.graph:
                 table = {name: captured(call) for name, call in table.items()}
             rows = measure(table, args.device, args.repeats, args.seconds, clock)
@@ -195,8 +231,15 @@ def main() -> None:
                 if "reference" in rows:
                     row["speedup"] = rows["reference"]["median_ms"] / row["median_ms"]
                     numbers += f" {row['speedup']:8.1f}"
+                one_way = medians.get((text, ONE_WAY.get(mode), name))
+                medians[text, mode, name] = row["median_ms"]
+                if one_way is not None:
+                    row["ratio"] = row["median_ms"] / one_way
+                    numbers += f" {row['ratio']:6.2f}"
                 report["rows"].append({"shape": text, "mode": mode, "backend": name, **row})
                 print(f"{text:>16} {mode:>17} {name:>19} {numbers}", flush=True)
+    if args.device == "cpu" and any("speedup" in row for row in report["rows"]):
+        print_levels(report["rows"])
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

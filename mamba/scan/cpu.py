@@ -26,13 +26,15 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mamba.scan.problem import NONE, Problem
+from mamba.scan.reference import bidirectional_scan_by_flips
 from mamba.scan.two_phase import selective_scan_two_phase
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
@@ -49,7 +51,7 @@ class _Scan(ctypes.Structure):
 
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("batch", "d_inner", "length", "d_state", "chunk", "group")),
-        *((n, ctypes.c_int64) for n in ("threads", "softplus")),
+        *((n, ctypes.c_int64) for n in ("threads", "softplus", "reversed")),
         *((n, ctypes.c_void_p) for n in ("u", "delta", "A", "B", "C", "D", "z", "bias", "dout", "d_last")),
         *((f"{n}_{axis}", ctypes.c_int64) for n in ("u", "delta", "B", "C", "z", "dout") for axis in "bt"),
         *((n, ctypes.c_void_p) for n in ("out", "states", "last", "du", "ddelta", "dz", "parameters", "dB", "dC")),
@@ -196,25 +198,45 @@ def _group(batch: int, d_inner: int) -> int:
     return LANES * max(2, min(8, batch * blocks // 32))
 
 
-def _states_shape(u: Tensor, A: Tensor, keep: bool) -> tuple[int, int, int, int]:
-    slots = (u.shape[2] + CHUNK - 1) // CHUNK - 1
-    return (u.shape[0], slots if keep else 0, A.shape[1], A.shape[0])
+def _problems(*tensors: Tensor | None) -> list[Problem]:
+    """The forward problem, and the reversed one if it is there."""
+    pair = (Problem(*tensors[:8]), Problem(*tensors[8:]))  # type: ignore[arg-type]
+    return list(pair if tensors[8] is not None else pair[:1])
 
 
-def _call(name: str, u: Tensor, A: Tensor, softplus: bool, tensors: dict[str, Tensor | None]) -> None:
-    """Run one function of the library. `tensors` are float32 and named as in `struct Scan`."""
+def _states_shape(p: Problem, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
+    slots = (p.u.shape[2] + CHUNK - 1) // CHUNK - 1
+    return (directions, p.u.shape[0], slots if keep else 0, p.A.shape[1], p.A.shape[0])
+
+
+def _last_shape(p: Problem, last_state: bool) -> tuple[int, int, int]:
+    return (p.u.shape[0] if last_state else 0, p.A.shape[1], p.A.shape[0])
+
+
+def _inputs(p: Problem) -> dict[str, Tensor | None]:
+    """What the kernel reads, by its names; the caller must keep it alive until the kernel is done."""
+    sequences = {name: _rows(getattr(p, name)) for name in ("u", "delta", "B", "C", "z")}
+    return {**sequences, "A": _vector(p.A.t()), "D": _vector(p.D), "bias": _vector(p.delta_bias)}
+
+
+def _call(name: str, p: Problem, softplus: bool, directions: Sequence[dict[str, Tensor | None]]) -> None:
+    """Run one function of the library on one direction or both. Tensors are float32, named as in `struct Scan`."""
     library = _kernel()
     if library is None:
         raise RuntimeError("the C++ scan is not available in this process")
-    batch, d_inner, length = u.shape
-    scan = _Scan(batch, d_inner, length, A.shape[1], CHUNK, _group(batch, d_inner), torch.get_num_threads(), softplus)
-    for key, t in tensors.items():
-        if t is not None:
-            setattr(scan, key, t.data_ptr())
-            if hasattr(scan, f"{key}_b"):
-                setattr(scan, f"{key}_b", t.stride(0))
-                setattr(scan, f"{key}_t", t.stride(1))
-    getattr(library, name)(ctypes.byref(scan))
+    batch, d_inner, length = p.u.shape
+    sizes = (batch, d_inner, length, p.A.shape[1], CHUNK, _group(batch, d_inner), torch.get_num_threads(), softplus)
+    scans = (_Scan * len(directions))()
+    for i, tensors in enumerate(directions):
+        scan = _Scan(*sizes, i)
+        for key, t in tensors.items():
+            if t is not None:
+                setattr(scan, key, t.data_ptr())
+                if hasattr(scan, f"{key}_b"):
+                    setattr(scan, f"{key}_b", t.stride(0))
+                    setattr(scan, f"{key}_t", t.stride(1))
+        scans[i] = scan
+    getattr(library, name)(scans, ctypes.c_int64(len(directions)))
 
 
 @torch.library.custom_op("mamba_forge::selective_scan_cpu", mutates_args=(), device_types="cpu")
@@ -227,34 +249,36 @@ def _selective_scan(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    u2: Tensor | None,
+    delta2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    C2: Tensor | None,
+    D2: Tensor | None,
+    z2: Tensor | None,
+    delta_bias2: Tensor | None,
     delta_softplus: bool,
     keep: bool,
     last_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out, the checkpoints (no slots unless `keep`) and the last state (empty unless `last_state`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One direction, or two: the tensors named with a 2 are scanned from the last token to the first.
+
+    Returns out, out2 (empty without a second direction), the last state (empty unless `last_state`) and the checkpoints
+    (no slots unless `keep`).
+    """
+    problems = _problems(u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2)
+    p = problems[0]
     batch, d_inner, length = u.shape
-    out = u.new_empty((batch, length, d_inner), dtype=torch.float32)
-    states = u.new_empty(_states_shape(u, A, keep), dtype=torch.float32)
-    last = u.new_empty((batch if last_state else 0, A.shape[1], d_inner), dtype=torch.float32)
-    tensors = _inputs(u, delta, A, B, C, D, z, delta_bias)
-    tensors |= {"out": out, "states": states if keep else None, "last": last if last_state else None}
-    _call("mamba_forge_scan_forward", u, A, delta_softplus, tensors)
-    return out.transpose(1, 2).to(u.dtype), states, last.transpose(1, 2)
-
-
-def _inputs(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> dict[str, Tensor | None]:
-    """What the kernel reads, by its names; the caller must keep it alive until the kernel is done."""
-    sequences = {name: _rows(t) for name, t in (("u", u), ("delta", delta), ("B", B), ("C", C), ("z", z))}
-    return {**sequences, "A": _vector(A.t()), "D": _vector(D), "bias": _vector(delta_bias)}
+    outs = [u.new_empty((batch, length, d_inner), dtype=torch.float32) for _ in problems]
+    states = u.new_empty(_states_shape(p, len(problems), keep), dtype=torch.float32)
+    last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
+    tensors = [_inputs(q) | {"out": out} for q, out in zip(problems, outs, strict=True)]
+    for direction, checkpoints in zip(tensors, states, strict=True):
+        direction["states"] = checkpoints if keep else None
+    tensors[0]["last"] = last if last_state else None
+    _call("mamba_forge_scan_forward", p, delta_softplus, tensors)
+    out, out2 = (*(out.transpose(1, 2).to(u.dtype) for out in outs), u.new_empty(0))[:2]
+    return out, out2, last.transpose(1, 2), states
 
 
 @_selective_scan.register_fake
@@ -267,18 +291,29 @@ def _(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    u2: Tensor | None,
+    delta2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    C2: Tensor | None,
+    D2: Tensor | None,
+    z2: Tensor | None,
+    delta_bias2: Tensor | None,
     delta_softplus: bool,
     keep: bool,
     last_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    states = u.new_empty(_states_shape(u, A, keep), dtype=torch.float32)
-    last = u.new_empty((u.shape[0] if last_state else 0, A.shape[1], A.shape[0]), dtype=torch.float32)
-    return _like(u), states, last.transpose(1, 2)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = Problem(u, delta, A, B, C, D, z, delta_bias)
+    states = u.new_empty(_states_shape(p, 1 if u2 is None else 2, keep), dtype=torch.float32)
+    last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
+    out2 = u.new_empty(0) if u2 is None else _like(u)
+    return _like(u), out2, last.transpose(1, 2), states
 
 
 @torch.library.custom_op("mamba_forge::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
 def _selective_scan_backward(
     dout: Tensor,
+    dout2: Tensor | None,
     d_last: Tensor | None,
     u: Tensor,
     delta: Tensor,
@@ -288,10 +323,19 @@ def _selective_scan_backward(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    u2: Tensor | None,
+    delta2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    C2: Tensor | None,
+    D2: Tensor | None,
+    z2: Tensor | None,
+    delta_bias2: Tensor | None,
     states: Tensor,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias, each in its tensor's type; empty where there is none."""
+) -> list[Tensor]:
+    """The gradients of the tensors that are there, in their order and types."""
+    problems = _problems(u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2)
     batch, d_inner, length = u.shape
     d_state = A.shape[1]
     groups = -(-d_inner // _group(batch, d_inner))
@@ -299,34 +343,46 @@ def _selective_scan_backward(
     def empty(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)
 
-    du, ddelta = empty(batch, length, d_inner), empty(batch, length, d_inner)
-    dz = None if z is None else empty(batch, length, d_inner)
-    parameters = empty(batch, d_state + 2, d_inner)
-    dB, dC = empty(batch, groups, length, d_state), empty(batch, groups, length, d_state)
-    tensors = _inputs(u, delta, A, B, C, D, z, delta_bias)
-    tensors |= {"dout": _rows(dout), "d_last": None if d_last is None else _vector(d_last.transpose(1, 2))}
-    tensors |= {"states": states, "du": du, "ddelta": ddelta, "dz": dz, "parameters": parameters, "dB": dB, "dC": dC}
-    _call("mamba_forge_scan_backward", u, A, delta_softplus, tensors)
-    shares = parameters.sum(0)
+    directions = []
+    for q, dy, checkpoints in zip(problems, (dout, dout2), states, strict=False):
+        assert dy is not None
+        directions.append(
+            _inputs(q)
+            | {name: empty(batch, length, d_inner) for name in ("du", "ddelta")}
+            | {name: empty(batch, groups, length, d_state) for name in ("dB", "dC")}
+            | {"dout": _rows(dy), "states": checkpoints, "parameters": empty(batch, d_state + 2, d_inner)}
+            | {"dz": None if q.z is None else empty(batch, length, d_inner)}
+        )
+    directions[0]["d_last"] = None if d_last is None else _vector(d_last.transpose(1, 2))
+    _call("mamba_forge_scan_backward", problems[0], delta_softplus, directions)
+    return [
+        grad
+        for q, results in zip(problems, directions, strict=True)
+        for grad in _gradients(q, results)
+        if grad is not None
+    ]
 
-    def share(t: Tensor | None, row: int) -> Tensor:
-        return u.new_empty(0) if t is None else shares[row].to(t.dtype, copy=True)
 
-    return (
-        du.transpose(1, 2).to(u.dtype),
-        ddelta.transpose(1, 2).to(delta.dtype),
-        shares[:d_state].t().to(A.dtype, copy=True),
-        dB.sum(1).transpose(1, 2).to(B.dtype),
-        dC.sum(1).transpose(1, 2).to(C.dtype),
-        share(D, d_state),
-        u.new_empty(0) if z is None or dz is None else dz.transpose(1, 2).to(z.dtype),
-        share(delta_bias, d_state + 1),
+def _gradients(p: Problem, results: dict[str, Any]) -> Problem:
+    """Partial sums added up, in the types and layouts of the interface."""
+    shares = results["parameters"].sum(0)
+    d_state = p.A.shape[1]
+    return Problem(
+        results["du"].transpose(1, 2).to(p.u.dtype),
+        results["ddelta"].transpose(1, 2).to(p.delta.dtype),
+        shares[:d_state].t().to(p.A.dtype, copy=True),
+        results["dB"].sum(1).transpose(1, 2).to(p.B.dtype),
+        results["dC"].sum(1).transpose(1, 2).to(p.C.dtype),
+        None if p.D is None else shares[d_state].to(p.D.dtype, copy=True),
+        None if p.z is None else results["dz"].transpose(1, 2).to(p.z.dtype),
+        None if p.delta_bias is None else shares[d_state + 1].to(p.delta_bias.dtype, copy=True),
     )
 
 
 @_selective_scan_backward.register_fake
 def _(
     dout: Tensor,
+    dout2: Tensor | None,
     d_last: Tensor | None,
     u: Tensor,
     delta: Tensor,
@@ -336,39 +392,59 @@ def _(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    u2: Tensor | None,
+    delta2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    C2: Tensor | None,
+    D2: Tensor | None,
+    z2: Tensor | None,
+    delta_bias2: Tensor | None,
     states: Tensor,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_inner, d_state = A.shape
-    return (
-        _like(u),
-        _like(delta),
-        A.new_empty((d_state, d_inner)).t(),
-        _like(B),
-        _like(C),
-        u.new_empty(0) if D is None else D.new_empty(d_inner),
-        u.new_empty(0) if z is None else _like(z),
-        u.new_empty(0) if delta_bias is None else delta_bias.new_empty(d_inner),
-    )
+) -> list[Tensor]:
+    grads: list[Tensor] = []
+    for p in _problems(u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2):
+        A_rows = p.A.new_empty((p.A.shape[1], p.A.shape[0])).t()
+        shapes = (_like(p.u), _like(p.delta), A_rows, _like(p.B), _like(p.C))
+        optional = (
+            None if p.D is None else p.D.new_empty(p.D.shape),
+            None if p.z is None else _like(p.z),
+            None if p.delta_bias is None else p.delta_bias.new_empty(p.delta_bias.shape),
+        )
+        grads += [*shapes, *(t for t in optional if t is not None)]
+    return grads
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.delta_softplus, ctx.keep, ctx.last_state = inputs
-    _, states, _ = output
+    *_, states = output
     ctx.mark_non_differentiable(states)
     ctx.save_for_backward(*tensors, states)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor, dout2: Tensor, d_last: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, states = ctx.saved_tensors
     if not ctx.keep:  # no checkpoints were asked for: run forward again for them
-        states = _selective_scan(*tensors, ctx.delta_softplus, True, False)[1]
-    grads = _selective_scan_backward(dout, d_last if ctx.last_state else None, *tensors, states, ctx.delta_softplus)
-    given = [grad if t is not None else None for grad, t in zip(grads, tensors, strict=True)]
-    return (*given, None, None, None)
+        *_, states = _selective_scan(*tensors, ctx.delta_softplus, True, False)
+    given = (dout, dout2 if tensors[8] is not None else None, d_last if ctx.last_state else None)
+    grads = iter(_selective_scan_backward(*given, *tensors, states, ctx.delta_softplus))
+    return (*(None if t is None else next(grads) for t in tensors), None, None, None)
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _takes(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the kernel can do it, or two_phase must."""
+    for t in tensors:
+        if t is not None and t.device.type != "cpu":
+            raise ValueError(f"the C++ scan needs tensors on a CPU, got {t.device}: use backend='auto'")
+    return not any(t is not None and t.dtype == torch.float64 for t in tensors) and available()
+
+
+def _keeps(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def selective_scan_cpu(
@@ -392,12 +468,17 @@ def selective_scan_cpu(
     Raises:
         ValueError: the tensors are not on a CPU.
     """
-    if u.device.type != "cpu":
-        raise ValueError(f"the C++ scan needs tensors on a CPU, got {u.device}: use backend='auto'")
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    if double or not available():
+    if not _takes(tensors):
         return selective_scan_two_phase(*tensors, delta_softplus, return_last_state)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out, _, last = _selective_scan(*tensors, delta_softplus, keep, return_last_state)
+    out, _, last, _ = _selective_scan(*tensors, *NONE, delta_softplus, _keeps(tensors), return_last_state)
     return (out, last) if return_last_state else out
+
+
+def bidirectional_scan_cpu(forward: Problem, backward: Problem, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+    """Both directions side by side on the threads of one call. Else as `selective_scan_cpu`."""
+    tensors = (*forward, *backward)
+    if not _takes(tensors):
+        return bidirectional_scan_by_flips(selective_scan_two_phase, forward, backward, delta_softplus)
+    out, out2, *_ = _selective_scan(*tensors, delta_softplus, _keeps(tensors), False)
+    return out, out2

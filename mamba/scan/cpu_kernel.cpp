@@ -30,6 +30,7 @@ typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 
 extern "C" struct Scan {  // mirrored in cpu.py, in this order
     int64_t batch, d_inner, length, d_state, chunk, group, threads, softplus;
+    int64_t reversed;  // scan from the last token to the first; states and the order of chunks are those of the scan
     const float *u, *delta, *A, *B, *C, *D, *z, *bias, *dout, *d_last;  // A: (d_state, d_inner); D to d_last may be null
     int64_t u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dout_b, dout_t;  // strides: batch, time
     float *out;         // (batch, length, d_inner)
@@ -132,18 +133,31 @@ struct Task {  // one batch entry, channels first to end
     }
 };
 
+// The token that is scanned as number t.
+inline int64_t token_at(const Scan &s, int64_t t) { return s.reversed ? s.length - 1 - t : t; }
+
 int64_t lanes_at(const Task &task, int64_t d) { return task.end - d < LANES ? task.end - d : LANES; }
 
-// One token: h = 2^(step A) h + drive B, for all states of LANES channels. Returns sum_n C_n h_n.
+// STATES states through a chunk of tokens: h = 2^(exponent A) h + drive B, y += h C. Tokens are the inner loop, so that a
+// state stays in a register; several states share the loads and stores of what belongs to a token.
 template <int STATES>
-inline Vec advance(Vec *h, const Vec *A, const float *B, const float *C, Vec step, Vec drive, int64_t d_state) {
-    const int64_t N = STATES ? STATES : d_state;
-    Vec y{};
-    for (int64_t n = 0; n < N; n++) {
-        h[n] = exp2(step * A[n]) * h[n] + drive * B[n];
-        y += h[n] * C[n];
+inline void advance(Vec *h, const Vec *A, const Vec *exponent, const Vec *drive, Vec *y, const float *B, const float *C,
+                    int64_t B_t, int64_t C_t, int64_t tokens) {
+    Vec state[STATES], rate[STATES];
+    for (int j = 0; j < STATES; j++) {
+        state[j] = h[j];
+        rate[j] = A[j];
     }
-    return y;
+    for (int64_t i = 0; i < tokens; i++, B += B_t, C += C_t) {
+        Vec sum = y[i];
+#pragma GCC unroll 4
+        for (int j = 0; j < STATES; j++) {
+            state[j] = exp2(exponent[i] * rate[j]) * state[j] + drive[i] * B[j];
+            sum += state[j] * C[j];
+        }
+        y[i] = sum;
+    }
+    for (int j = 0; j < STATES; j++) h[j] = state[j];
 }
 
 // What the loops of backward over one chunk and LANES channels share.
@@ -184,9 +198,15 @@ inline void retreat(Token *last, const Vec *h, const Vec *decay, const Vec *A, V
     }
 }
 
+int64_t forward_scratch(const Scan &s) { return 2 * s.d_state + 3 * s.chunk; }
+
+// In three passes over a chunk of tokens: what is done once a token waits for long chains of operations, which overlap
+// between tokens only if the recurrence is not in between.
 void forward_task(const Scan &s, const Task &task, Vec *scratch) {
-    const int64_t N = s.d_state, b = task.b;
-    Vec *A = scratch, *h = scratch + N;
+    const int64_t N = s.d_state, b = task.b, T = s.chunk;
+    const int64_t slots = (s.length + T - 1) / T - 1;
+    const int64_t B_t = s.reversed ? -s.B_t : s.B_t, C_t = s.reversed ? -s.C_t : s.C_t;
+    Vec *A = scratch, *h = A + N, *exponent = h + N, *drive = exponent + T, *y = drive + T;
     for (int64_t d = task.first; d < task.end; d += LANES) {
         const int64_t count = lanes_at(task, d);
         for (int64_t n = 0; n < N; n++) {
@@ -195,24 +215,34 @@ void forward_task(const Scan &s, const Task &task, Vec *scratch) {
         }
         const Vec bias = s.bias ? load(s.bias + d, count) : Vec{};
         const Vec skip = s.D ? load(s.D + d, count) : Vec{};
-        for (int64_t t = 0; t < s.length; t++) {
-            if (s.states && t && t % s.chunk == 0) {
-                const int64_t slots = (s.length + s.chunk - 1) / s.chunk - 1;
-                float *to = s.states + ((b * slots + t / s.chunk - 1) * N) * s.d_inner + d;
-                for (int64_t n = 0; n < N; n++) store(to + n * s.d_inner, h[n], count);
+        for (int64_t start = 0; start < s.length; start += T) {
+            const int64_t tokens = start + T < s.length ? T : s.length - start;
+            for (int64_t i = 0; i < tokens; i++) {
+                const int64_t at = token_at(s, start + i);
+                const Vec u = load(s.u + b * s.u_b + at * s.u_t + d, count);
+                Vec step = load(s.delta + b * s.delta_b + at * s.delta_t + d, count) + bias;
+                if (s.softplus) step = softplus(step);
+                exponent[i] = step * LOG2E;
+                drive[i] = step * u;
+                y[i] = skip * u;
             }
-            const Vec u = load(s.u + b * s.u_b + t * s.u_t + d, count);
-            Vec step = load(s.delta + b * s.delta_b + t * s.delta_t + d, count) + bias;
-            if (s.softplus) step = softplus(step);
-            const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
-            Vec y = N == 16 ? advance<16>(h, A, B, C, step * LOG2E, step * u, N)
-                            : advance<0>(h, A, B, C, step * LOG2E, step * u, N);
-            y += skip * u;
-            if (s.z) {
-                const Vec z = load(s.z + b * s.z_b + t * s.z_t + d, count);
-                y *= z * sigmoid(z);
+            const int64_t first = token_at(s, start);
+            const float *B = s.B + b * s.B_b + first * s.B_t, *C = s.C + b * s.C_b + first * s.C_t;
+            int64_t n = 0;
+            for (; n + 4 <= N; n += 4) advance<4>(h + n, A + n, exponent, drive, y, B + n, C + n, B_t, C_t, tokens);
+            for (; n < N; n++) advance<1>(h + n, A + n, exponent, drive, y, B + n, C + n, B_t, C_t, tokens);
+            if (s.states && start + T < s.length) {
+                float *to = s.states + (b * slots + start / T) * N * s.d_inner + d;
+                for (int64_t k = 0; k < N; k++) store(to + k * s.d_inner, h[k], count);
             }
-            store(s.out + (b * s.length + t) * s.d_inner + d, y, count);
+            for (int64_t i = 0; i < tokens; i++) {
+                const int64_t at = token_at(s, start + i);
+                if (s.z) {
+                    const Vec z = load(s.z + b * s.z_b + at * s.z_t + d, count);
+                    y[i] *= z * sigmoid(z);
+                }
+                store(s.out + (b * s.length + at) * s.d_inner + d, y[i], count);
+            }
         }
         if (s.last)
             for (int64_t n = 0; n < N; n++) store(s.last + (b * N + n) * s.d_inner + d, h[n], count);
@@ -228,6 +258,7 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
     const int64_t N = s.d_state, b = task.b, T = s.chunk;
     const int64_t chunks = (s.length + T - 1) / T;
     const int64_t blocks = (s.group + LANES - 1) / LANES;
+    const int64_t B_t = s.reversed ? -s.B_t : s.B_t, C_t = s.reversed ? -s.C_t : s.C_t;
     const auto take = [&scratch](int64_t vectors) { Vec *v = scratch; scratch += vectors; return v; };
     Vec *all_A = take(blocks * N), *all_dA = take(blocks * N), *all_carry = take(blocks * N);
     Vec *all_dD = take(blocks), *all_dbias = take(blocks);
@@ -258,7 +289,7 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
             const float *checkpoint = c ? s.states + ((b * (chunks - 1) + c - 1) * N) * s.d_inner + d : nullptr;
             for (int64_t n = 0; n < N; n++) h[n] = c ? load(checkpoint + n * s.d_inner, count) : Vec{};
             for (int64_t i = 0; i < tokens; i++) {
-                const int64_t t = start + i, at = (b * s.length + t) * s.d_inner + d;
+                const int64_t t = token_at(s, start + i), at = (b * s.length + t) * s.d_inner + d;
                 const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
                 const Vec u = load(s.u + b * s.u_b + t * s.u_t + d, count);
                 const Vec raw = load(s.delta + b * s.delta_b + t * s.delta_t + d, count) + bias;
@@ -282,15 +313,16 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
             }
 
             for (int64_t i = tokens - 1; i >= 0;) {
-                const float *B = s.B + b * s.B_b + (start + i) * s.B_t, *C = s.C + b * s.C_b + (start + i) * s.C_t;
+                const int64_t t = token_at(s, start + i);
+                const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
                 const auto back = i >= TOGETHER - 1 ? retreat<TOGETHER> : retreat<1>;
-                back(all + i, h + i * N, decay + i * N, A, dA, carry, shares_B + i * N, shares_C + i * N, B, C, s.B_t,
-                     s.C_t, N);
+                back(all + i, h + i * N, decay + i * N, A, dA, carry, shares_B + i * N, shares_C + i * N, B, C, B_t,
+                     C_t, N);
                 i -= i >= TOGETHER - 1 ? TOGETHER : 1;
             }
             for (int64_t i = 0; i < tokens; i++) {
                 const Token &token = all[i];
-                const int64_t at = (b * s.length + start + i) * s.d_inner + d;
+                const int64_t at = (b * s.length + token_at(s, start + i)) * s.d_inner + d;
                 Vec d_step = token.d_step + token.d_drive * token.u;
                 if (s.softplus) d_step *= sigmoid(token.raw);
                 store(s.ddelta + at, d_step, count);
@@ -300,11 +332,12 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
             }
         }
 
-        float *dB = s.dB + ((b * groups + task.group) * s.length + start) * N;
-        float *dC = s.dC + ((b * groups + task.group) * s.length + start) * N;
-        for (int64_t i = 0; i < tokens * N; i++) {
-            dB[i] = sum(shares_B[i]);
-            dC[i] = sum(shares_C[i]);
+        for (int64_t i = 0; i < tokens; i++) {
+            const int64_t at = ((b * groups + task.group) * s.length + token_at(s, start + i)) * N;
+            for (int64_t n = 0; n < N; n++) {
+                s.dB[at + n] = sum(shares_B[i * N + n]);
+                s.dC[at + n] = sum(shares_C[i * N + n]);
+            }
         }
     }
 
@@ -319,24 +352,28 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
 
 }  // namespace
 
-extern "C" void mamba_forge_scan_forward(const Scan *scan) {
-    const Scan &s = *scan;
-    const int64_t groups = (s.d_inner + s.group - 1) / s.group;
+// One or two scans of the same sizes, their tasks side by side.
+
+extern "C" void mamba_forge_scan_forward(const Scan *scans, int64_t count) {
+    const Scan &s = *scans;
+    const int64_t groups = (s.d_inner + s.group - 1) / s.group, tasks = s.batch * groups;
 #pragma omp parallel num_threads(s.threads)
     {
-        Buffer scratch(2 * s.d_state);
+        Buffer scratch(forward_scratch(s));
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < s.batch * groups; i++) forward_task(s, Task(s, i, groups), scratch.at);
+        for (int64_t i = 0; i < count * tasks; i++)
+            forward_task(scans[i / tasks], Task(s, i % tasks, groups), scratch.at);
     }
 }
 
-extern "C" void mamba_forge_scan_backward(const Scan *scan) {
-    const Scan &s = *scan;
-    const int64_t groups = (s.d_inner + s.group - 1) / s.group;
+extern "C" void mamba_forge_scan_backward(const Scan *scans, int64_t count) {
+    const Scan &s = *scans;
+    const int64_t groups = (s.d_inner + s.group - 1) / s.group, tasks = s.batch * groups;
 #pragma omp parallel num_threads(s.threads)
     {
         Buffer scratch(backward_scratch(s));
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < s.batch * groups; i++) backward_task(s, Task(s, i, groups), groups, scratch.at);
+        for (int64_t i = 0; i < count * tasks; i++)
+            backward_task(scans[i / tasks], Task(s, i % tasks, groups), groups, scratch.at);
     }
 }

@@ -6,9 +6,13 @@ hold on A and the Euler step on B that the paper's own code uses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mamba.scan.problem import Problem
 
 
 def selective_scan_reference(
@@ -46,3 +50,13 @@ def selective_scan_reference(
         y = y * F.silu(z.to(work))
     y = y.to(out_dtype)
     return (y, state) if return_last_state else y
+
+
+def bidirectional_scan_by_flips(
+    scan: Callable[..., Tensor | tuple[Tensor, Tensor]], forward: Problem, backward: Problem, delta_softplus: bool
+) -> tuple[Tensor, Tensor]:
+    """`mamba.scan.bidirectional_scan` as two one-way scans, the second of sequences flipped in time and back."""
+    flipped = (t.flip(-1) if t is not None and t.ndim == 3 else t for t in backward)
+    out, out2 = scan(*forward, delta_softplus), scan(*flipped, delta_softplus)
+    assert isinstance(out, Tensor) and isinstance(out2, Tensor)
+    return out, out2.flip(-1)

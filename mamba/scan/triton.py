@@ -5,8 +5,8 @@ what is computed, this file only how. How fast, and what was tried: docs/scan-no
 
 The plan
 --------
-One program is one warp. It owns one batch entry and 32 channels, one a lane, walks over time in chunks of `CHUNK`
-tokens and, inside a chunk, over the states:
+One program owns one batch entry and 32 channels, one a lane, walks over time in chunks of `CHUNK` tokens and, inside a
+chunk, over the states:
 
     for chunk:  load u, delta, z, dout                      # tiles (CHUNK, 32)
         for n in range(d_state):
@@ -18,16 +18,23 @@ computed once for both recurrences of backward, any d_state is a plain loop coun
 masks. Between chunks the state goes through memory, one state of 32 channels at a time: those are the checkpoints from
 which backward recomputes everything else. Without gradients one slot is reused and nothing is kept.
 
-Gradients with respect to B and C sum over channels, that is over lanes: see `_lane_sums`. Programs write partial sums,
-which a second kernel adds in a fixed order; the parameters' gradients are summed over the batch by torch. There are no
-atomics: **the same inputs give the same bits every time.**
+A program is one warp, or two that share the states (GROUPS): each does what is done once a token for half of the tokens
+and the recurrence for half of the states, and they exchange through shared memory once before and once after the loop
+over the states. That keeps more warps busy where programs are few; `_groups` chooses.
 
-B and C (d_state rows that all channels share) are first copied to float32 as (batch, chunk, d_state, 2, CHUNK), zero
-past the end, so that the inner loop reads them as aligned vectors without masks. u, delta, z and dout, the large
-tensors, are read in place whatever their strides; lanes run along the channels, so the (batch, length, channel) memory
-order is the fast one. Outputs have it.
+Gradients with respect to B and C sum over channels, that is over lanes: by shuffles (`_lane_sums`), or, if B and C have
+16 bits, mostly on the matrix units (`_lane_sums_by_matrix`). Programs write partial sums, which `_finish_kernel` adds
+in a fixed order. There are no atomics: **the same inputs give the same bits every time** on the same kind of device.
 
-Kept from forward to backward besides the inputs: batch x d_inner x d_state x (ceil(length / CHUNK) - 1) float32.
+`_prepare_kernel` first copies B and C (d_state rows that all channels share) to float32 as (batch, chunk, d_state, 2,
+CHUNK), zero past the end, so that the inner loop reads them as aligned vectors without masks, and A, D and the bias to
+rows of channels. u, delta, z and dout, the large tensors, are read in place whatever their strides; lanes run along the
+channels, so the (batch, length, channel) memory order is the fast one. Outputs have it.
+
+Both directions of a bidirectional scan are one launch of the same kernels: axis 1 of the grid is the direction.
+
+Kept from forward to backward besides the inputs: batch x d_inner x d_state x (ceil(length / CHUNK) - 1) float32, and
+two float32 for each number of B.
 
 Deviations: exp2 and 1 / x are the hardware's approximations (2 ulp, denormals flushed); float64 is not supported. On
 AMD, and in Triton's interpreter, the few lines of PTX are replaced; only NVIDIA has been measured.
@@ -35,6 +42,8 @@ AMD, and in Triton's interpreter, the few lines of PTX are replaced; only NVIDIA
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,7 +52,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 16  # tokens a program keeps in registers; also the distance of the checkpoints. Half of LANES: see _lane_sums
+from mamba.scan.problem import NONE, Problem
+
+CHUNK = 16  # tokens a program keeps in registers; also the distance of the checkpoints. Half of LANES
 LANES = 32
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NVIDIA = not _INTERPRETED and torch.version.hip is None
@@ -57,25 +68,25 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # ---------------------------------------------------------------- tiles whose rows are registers
-# (rows, columns) tiles keep rows in registers and columns across lanes; taking them apart and putting them together
-# by rows costs no instruction. The recursion is unrolled at compile time: shapes are constants.
+# (rows, groups, 32) tiles keep rows in registers, a group in a warp, columns across its lanes; taking them apart and
+# putting them together by rows costs no instruction. The recursion is unrolled at compile time: shapes are constants.
 
 
 @triton.jit
 def _halves(v):
-    """(2 r, c) -> the first and the last r rows."""
-    return tl.split(v.reshape(2, v.shape[0] // 2, v.shape[1]).permute(1, 2, 0))
+    """(2 r, groups, c) -> the first and the last r rows."""
+    return tl.split(v.reshape(2, v.shape[0] // 2, v.shape[1], v.shape[2]).permute(1, 2, 3, 0))
 
 
 @triton.jit
 def _stack(first, last):
-    """Two (r, c) -> (2 r, c)."""
-    return tl.join(first, last).permute(2, 0, 1).reshape(2 * first.shape[0], first.shape[1])
+    """Two (r, groups, c) -> (2 r, groups, c)."""
+    return tl.join(first, last).permute(3, 0, 1, 2).reshape(2 * first.shape[0], first.shape[1], first.shape[2])
 
 
 @triton.jit
 def _scan(a, x, h):
-    """h_t = a_t h_(t-1) + x_t down the rows, from h (1, c). Returns h_t, a_t h_(t-1) and the last row of h."""
+    """h_t = a_t h_(t-1) + x_t down the rows, from h (one row). Returns h_t, a_t h_(t-1) and the last row of h."""
     if a.shape[0] == 1:
         carried = a * h
         h_all = x + carried
@@ -92,7 +103,7 @@ def _scan(a, x, h):
 
 @triton.jit
 def _scan_back(a, v, a_next, g):
-    """g_t = v_t + a_(t+1) g_(t+1) up the rows, from a_next, g (1, c). Returns g_t and the first rows of a and g."""
+    """g_t = v_t + a_(t+1) g_(t+1) up the rows, from a_next, g (one row). Returns g_t and the first rows of a and g."""
     if a.shape[0] == 1:
         g_all = v + a_next * g
         a_first = a
@@ -107,34 +118,106 @@ def _scan_back(a, v, a_next, g):
 
 
 @triton.jit
-def _swap_lanes(v, distance: tl.constexpr):
-    """Each lane's value from the lane whose number differs in the bit `distance`."""
-    partner = (tl.arange(0, _LANES) ^ distance)[None, :].broadcast_to(v.shape)
-    return tl.gather(v, partner, 1)
+def _upper(bit: tl.constexpr):
+    """(1, 1, 32): whether the lane's number has this bit."""
+    return ((tl.arange(0, _LANES) & bit) != 0)[None, None, :]
 
 
 @triton.jit
 def _exchange(first, last, distance: tl.constexpr):
     """Add lanes in pairs: the lower lane of a pair gets the sum of `first`, the upper lane that of `last`."""
-    upper = ((tl.arange(0, _LANES) & distance) != 0)[None, :]
+    upper = _upper(distance)
     kept = tl.where(upper, last, first)
     given = tl.where(upper, first, last)
-    return kept + _swap_lanes(given, distance)
+    partner = (tl.arange(0, _LANES) ^ distance)[None, None, :].broadcast_to(given.shape)
+    return kept + tl.gather(given, partner, 2)
 
 
 @triton.jit
-def _lane_sums(v):
-    """(r, 32) -> (1, 32): the sum of row i over the lanes, short of one addition over the other bits of the lane.
+def _lane_sums(v, nearest: tl.constexpr):
+    """(r, groups, 32) -> (1, groups, 32): the sum of row i over lanes whose numbers differ in r's bits times nearest.
 
-    Lane i modulo r holds row i. Each step hands half of the rows to a partner lane and keeps the other half, so
-    r - 1 shuffles do for r rows; a butterfly for each row would take 5 r.
+    The lane with number i there holds row i. Each step hands half of the rows to a partner lane and keeps the other
+    half, so r - 1 shuffles do for r rows; a butterfly for each row would take r times as many steps.
     """
     if v.shape[0] == 1:
         sums = v
     else:
         first, last = _halves(v)
-        sums = _lane_sums(_exchange(first, last, v.shape[0] // 2))
+        sums = _lane_sums(_exchange(first, last, v.shape[0] // 2 * nearest), nearest)
     return sums
+
+
+_QUAD_SUMS = tl.constexpr(
+    "{ .reg .f32 o; mov.f32 o, 0f00000000; mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+    " {$0, $2, $1, $3}, {$4, $5, $6, $7}, {$8, $9}, {o, o, o, o}; }"
+)
+
+
+@triton.jit
+def _quad_sums(v, even, odd):
+    """(4, groups, 32) -> (4, groups, 32): each number becomes the sum of its row over the lanes 4 i to 4 i + 3.
+
+    One instruction of the matrix units, which round to tf32. Lane and register of a number say where it is in the first
+    operand of m16n8k8: registers 0 and 2 are row lane / 4, columns lane % 4 and lane % 4 + 4; 1 and 3 the same eight
+    rows below. The second operand, `even` and `odd`, has ones in the first four rows of even columns and in the last
+    four of odd ones; lane and register of the product say where in it they are, likewise.
+    """
+    first, last = _halves(v)
+    v0, v1 = _halves(first)
+    v2, v3 = _halves(last)
+    s0, s1, s2, s3 = tl.inline_asm_elementwise(
+        _QUAD_SUMS, "=f,=f,=f,=f,r,r,r,r,r,r",
+        [v.to(tl.int32, bitcast=True) for v in (v0, v1, v2, v3, even, odd)],
+        (tl.float32, tl.float32, tl.float32, tl.float32), True, 1,
+    )  # fmt: skip
+    return _stack(_stack(s0, s1), _stack(s2, s3))
+
+
+@triton.jit
+def _lane_sums_by_matrix(v):
+    """(16, groups, 32) -> (4, groups, 32): as `_quad_sums`, of rows 4 q to 4 q + 3 in lanes 4 i + q."""
+    one = tl.full([1, v.shape[1], _LANES], 1.0, tl.float32)
+    even = tl.where(_upper(4), 0.0, one)
+    odd = tl.where(_upper(4), one, 0.0)
+    first, last = _halves(v)
+    v0, v1 = _halves(first)
+    v2, v3 = _halves(last)
+    low = tl.where(_upper(1), _quad_sums(v1, even, odd), _quad_sums(v0, even, odd))
+    high = tl.where(_upper(1), _quad_sums(v3, even, odd), _quad_sums(v2, even, odd))
+    return tl.where(_upper(2), high, low)
+
+
+@triton.jit
+def _once(v, GROUPS: tl.constexpr):
+    """v, (r, c), of which each of several groups computes a part of the rows.
+
+    The maximum over one number changes nothing, but it is where the compiler stops: it would rather let every group
+    compute all rows again than exchange them.
+    """
+    if GROUPS > 1:
+        v = tl.max(v[:, :, None], 2)
+    return v
+
+
+@triton.jit
+def _to_groups(v, GROUPS: tl.constexpr):
+    """(r, c) -> (r, groups, c), handed to all groups once, for the same reason."""
+    v = v[:, None, :]
+    if GROUPS > 1:
+        v = tl.max(v.broadcast_to(v.shape[0], GROUPS, v.shape[2])[:, :, :, None], 3)
+    return v
+
+
+@triton.jit
+def _over_groups(v):
+    """(r, groups, c) -> (r, c), the sum over the groups."""
+    if v.shape[1] == 1:
+        total = v.reshape(v.shape[0], v.shape[2])
+    else:
+        first, last = tl.split(v.reshape(v.shape[0], v.shape[1] // 2, 2, v.shape[2]).permute(0, 1, 3, 2))
+        total = _over_groups(first + last)
+    return total
 
 
 # ---------------------------------------------------------------- element functions
@@ -253,92 +336,183 @@ def _time_step(delta, bias, mask, SOFTPLUS: tl.constexpr):
 
 
 # ---------------------------------------------------------------- kernels
+# Axis 1 of every grid is the direction, if there are BOTH. A reversed scan is the same code with negative time strides,
+# counted from the last token: `packed`, `states` and everything between the kernels are in the order of the scan.
+# Names with a 2 are the reversed scan's.
 
-_SIZES = ["d_inner", "d_state", "length", "chunks", "blocks"]
+_SIZES = ["batch", "d_inner", "d_state", "length", "chunks", "blocks"]
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "B_b", "B_t", "C_b", "C_t"])
-def _pack_kernel(
-    B, C, packed, d_state, length, chunks,
-    B_b, B_n, B_t, C_b, C_n, C_t,
-    T: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def _direction(BOTH: tl.constexpr):
+    """0, or 1 for a reversed scan: known at compile time where there is one direction, which saves registers."""
+    direction = 0
+    if BOTH:
+        direction = tl.program_id(1)
+    return direction
+
+
+@triton.jit
+def _one_of(forward, backward, BOTH: tl.constexpr):
+    """The pointer of this program's direction."""
+    pointer = forward
+    if BOTH:
+        pointer = tl.where(tl.program_id(1) == 0, forward, backward)
+    return pointer
+
+
+@triton.jit
+def _from_start(pointer, stride_t, length, BOTH: tl.constexpr):
+    """Pointer and stride that walk through time from the first token of the scan."""
+    if BOTH:
+        direction = tl.program_id(1)
+        pointer += direction * (length - 1).to(tl.int64) * stride_t
+        stride_t *= 1 - 2 * direction
+    return pointer, stride_t
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "A_d", "A_n", "B_b", "B_t", "C_b", "C_t"])
+def _prepare_kernel(
+    A, A2, B, B2, C, C2, D, D2, bias, bias2, packed, rows,
+    batch, d_inner, d_state, length, chunks,
+    A_d, A_n, B_b, B_n, B_t, C_b, C_n, C_t,
+    T: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """B and C, (batch, d_state, length), to float32 (batch, chunk, d_state, 2, T), zero past the end."""
-    b = (tl.program_id(0) // chunks).to(tl.int64)
-    c = tl.program_id(0) % chunks
-    t = tl.arange(0, T)
-    token = c * T + t
-    for start in range(0, d_state, ROWS):
-        n = start + tl.arange(0, ROWS)
-        mask = (n < d_state)[:, None] & (token < length)[None, :]
-        rows_B = tl.load(B + b * B_b + n[:, None] * B_n + token[None, :].to(tl.int64) * B_t, mask=mask, other=0.0)
-        rows_C = tl.load(C + b * C_b + n[:, None] * C_n + token[None, :].to(tl.int64) * C_t, mask=mask, other=0.0)
-        to = packed + (b * chunks + c) * d_state * (2 * T) + n[:, None] * (2 * T) + t[None, :]
-        tl.store(to, rows_B.to(tl.float32), mask=(n < d_state)[:, None])
-        tl.store(to + T, rows_C.to(tl.float32), mask=(n < d_state)[:, None])
+    """What all programs of a scan share, as float32 in the order in which they read it.
+
+    packed: (direction, batch, chunk, d_state, 2, T), B and C, zero past the end.
+    rows: (direction, d_state + 2, d_inner), the columns of A, then D and bias, zero where there is none.
+    """
+    direction = _direction(BOTH)
+    program = tl.program_id(0)
+    if program < batch * chunks:
+        first_B, step_B = _from_start(_one_of(B, B2, BOTH), B_t, length, BOTH)
+        first_C, step_C = _from_start(_one_of(C, C2, BOTH), C_t, length, BOTH)
+        b = (program // chunks).to(tl.int64)
+        c = program % chunks
+        t = tl.arange(0, T)
+        token = c * T + t
+        base = packed + ((direction * batch + b) * chunks + c) * d_state * (2 * T)
+        for start in range(0, d_state, ROWS):
+            n = start + tl.arange(0, ROWS)
+            mask = (n < d_state)[:, None] & (token < length)[None, :]
+            from_B = first_B + b * B_b + n[:, None] * B_n + token[None, :].to(tl.int64) * step_B
+            from_C = first_C + b * C_b + n[:, None] * C_n + token[None, :].to(tl.int64) * step_C
+            to = base + n[:, None] * (2 * T) + t[None, :]
+            tl.store(to, tl.load(from_B, mask=mask, other=0.0).to(tl.float32), mask=(n < d_state)[:, None])
+            tl.store(to + T, tl.load(from_C, mask=mask, other=0.0).to(tl.float32), mask=(n < d_state)[:, None])
+    else:
+        d = (program - batch * chunks) * _LANES + tl.arange(0, _LANES)
+        inside = d < d_inner
+        column = _one_of(A, A2, BOTH) + d * A_d
+        to = rows + direction * (d_state + 2) * d_inner + d
+        for n in range(d_state):
+            tl.store(to + n * d_inner, tl.load(column + n * A_n, mask=inside, other=0.0), mask=inside)
+        skip = tl.zeros([_LANES], tl.float32)
+        shift = tl.zeros([_LANES], tl.float32)
+        if D is not None:
+            skip = tl.load(_one_of(D, D2, BOTH) + d, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            shift = tl.load(_one_of(bias, bias2, BOTH) + d, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to + d_state * d_inner, skip, mask=inside)
+        tl.store(to + (d_state + 1) * d_inner, shift, mask=inside)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _unpack_kernel(
-    partial, dB, dC, d_state, length, chunks, blocks,
-    T: tl.constexpr, ROWS: tl.constexpr,
+def _finish_kernel(
+    partial, parameters, dA, dA2, dB, dB2, dC, dC2, dD, dD2, dbias, dbias2,
+    batch, d_inner, d_state, length, chunks, blocks,
+    T: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, MATRIX: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Add partial (batch, chunk, d_state, blocks, 2, T) over the channel blocks: dB, dC (batch, length, d_state)."""
-    b = (tl.program_id(0) // chunks).to(tl.int64)
-    c = tl.program_id(0) % chunks
-    t = tl.arange(0, T)
-    token = c * T + t
-    for start in range(0, d_state, ROWS):
-        n = start + tl.arange(0, ROWS)
-        inside = (n < d_state)[:, None]
-        sum_B = tl.zeros([ROWS, T], tl.float32)
-        sum_C = tl.zeros([ROWS, T], tl.float32)
-        row = partial + (b * chunks + c) * d_state * blocks * (2 * T)
-        offsets = n[:, None] * blocks * (2 * T) + t[None, :]
-        for k in range(blocks):
-            sum_B += tl.load(row + offsets + k * (2 * T), mask=inside, other=0.0)
-            sum_C += tl.load(row + offsets + k * (2 * T) + T, mask=inside, other=0.0)
-        to = b * length * d_state + token[None, :] * d_state + n[:, None]
-        mask = inside & (token < length)[None, :]
-        tl.store(dB + to, sum_B.to(dB.dtype.element_ty), mask=mask)
-        tl.store(dC + to, sum_C.to(dC.dtype.element_ty), mask=mask)
+    """Add what the programs of backward left, in a fixed order.
+
+    parameters (direction, batch, d_state + 2, d_inner) over the batch: dA (d_inner, d_state), dD, dbias (d_inner,).
+    partial (direction, batch, chunk, d_state, blocks, 2, T) over the blocks: dB, dC (batch, length, d_state).
+    """
+    direction = _direction(BOTH)
+    sums = (d_state + 2) * blocks  # programs that add parameters; they are the slow ones, so they come first
+    program = tl.program_id(0)
+    if program < sums:
+        n = program // blocks
+        d = (program % blocks) * _LANES + tl.arange(0, _LANES)
+        inside = d < d_inner
+        entry = tl.arange(0, ENTRIES)
+        slot = (d_state + 2) * d_inner
+        share = parameters + direction * batch.to(tl.int64) * slot + n * d_inner
+        total = tl.zeros([ENTRIES, _LANES], tl.float32)
+        for start in range(0, batch, ENTRIES):
+            b = start + entry
+            mask = (b < batch)[:, None] & inside[None, :]
+            total += tl.load(share + (b.to(tl.int64) * slot)[:, None] + d[None, :], mask=mask, other=0.0)
+        shares = tl.sum(total, 0)
+        if n < d_state:
+            tl.store(_one_of(dA, dA2, BOTH) + d * d_state + n, shares, mask=inside)
+        if dD is not None:
+            tl.store(_one_of(dD, dD2, BOTH) + d, shares, mask=d < tl.where(n == d_state, d_inner, 0))
+        if dbias is not None:
+            tl.store(_one_of(dbias, dbias2, BOTH) + d, shares, mask=d < tl.where(n == d_state + 1, d_inner, 0))
+    else:
+        b = ((program - sums) // chunks).to(tl.int64)
+        c = (program - sums) % chunks
+        column = tl.arange(0, 2 * T)
+        row = column % T  # of the tile whose sum is in this column
+        if MATRIX:
+            row = column % 4 * 4 + column // 4 % 4
+        token = c * T + row
+        time = tl.where(direction == 0, token, length - 1 - token)
+        first = partial + ((direction * batch + b) * chunks + c) * d_state * blocks * (2 * T)
+        dB = _one_of(dB, dB2, BOTH) + b * length * d_state
+        dC = _one_of(dC, dC2, BOTH) + b * length * d_state
+        for start in range(0, d_state, ROWS):
+            n = start + tl.arange(0, ROWS)
+            inside = (n < d_state)[:, None]
+            total = tl.zeros([ROWS, 2 * T], tl.float32)
+            for k in range(blocks):
+                offset = (n[:, None] * blocks + k) * (2 * T) + column[None, :]
+                total += tl.load(first + offset, mask=inside, other=0.0)
+            to = time[None, :] * d_state + n[:, None]
+            mask = inside & (token < length)[None, :]
+            tl.store(dB + to, total.to(dB.dtype.element_ty), mask=mask & (column < T)[None, :])
+            tl.store(dC + to, total.to(dC.dtype.element_ty), mask=mask & (column >= T)[None, :])
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t"])
 def _forward_kernel(
-    u, delta, A, packed, D, z, bias, out, states, last,
-    d_inner, d_state, length, chunks,
+    u, u2, delta, delta2, z, z2, out, out2, packed, rows, states, last,
+    batch, d_inner, d_state, length, chunks,
     u_b, u_d, u_t, delta_b, delta_d, delta_t, z_b, z_d, z_t,
-    SOFTPLUS: tl.constexpr, KEEP: tl.constexpr,
+    SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, GROUPS: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """One batch entry, 32 channels. A is (d_state, d_inner); D, z, bias and last may be None.
+    """One batch entry, 32 channels, one warp for each of GROUPS equal shares of the states. z and last may be None.
 
-    states: (batch, chunks - 1, d_state, d_inner), the state after every chunk but the last; without KEEP one slot.
+    states: (direction, batch, chunks - 1, d_state, d_inner), the state after every chunk but the last; without KEEP
+    one slot.
     """
     blocks = tl.cdiv(d_inner, _LANES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
+    direction = _direction(BOTH)
+    entry = direction * batch + b
     d0 = (tl.program_id(0) % blocks) * _LANES
     d = d0 + tl.arange(0, _LANES)
     wide = d.to(tl.int64)
     inside = d < d_inner
     t = tl.arange(0, _CHUNK)
-    skip = tl.zeros([_LANES], tl.float32)
-    shift = tl.zeros([_LANES], tl.float32)
-    if D is not None:
-        skip = tl.load(D + d, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     slot = d_state * d_inner
-    u += b * u_b
-    delta += b * delta_b
+    rows += direction * (slot + 2 * d_inner)
+    skip = tl.load(rows + slot + d, mask=inside, other=0.0)
+    shift = tl.load(rows + slot + d_inner + d, mask=inside, other=0.0)
+    u, u_t = _from_start(_one_of(u, u2, BOTH) + b * u_b, u_t, length, BOTH)
+    delta, delta_t = _from_start(_one_of(delta, delta2, BOTH) + b * delta_b, delta_t, length, BOTH)
     if z is not None:
-        z += b * z_b
-    out += b * length * d_inner
-    packed += b * chunks * d_state * _LANES
-    states += b * slot * ((chunks - 1) if KEEP else 1)
+        z, z_t = _from_start(_one_of(z, z2, BOTH) + b * z_b, z_t, length, BOTH)
+    out, out_t = _from_start(_one_of(out, out2, BOTH) + b * length * d_inner, d_inner, length, BOTH)
+    packed += entry * chunks * d_state * _LANES
+    states += entry * slot * ((chunks - 1) if KEEP else 1)
     if last is not None:
-        last += b * slot
+        last += entry * slot
     touched = tl.zeros([_LANES], tl.float32)
+    group = tl.arange(0, GROUPS)
+    shares = d_state // GROUPS
 
     for i in range(chunks):
         c = i + tl.zeros([], tl.int32)  # a tensor also in the interpreter
@@ -363,25 +537,29 @@ def _forward_kernel(
             _prefetch_tile(u + begin * u_t, ahead, u_t, u_d, d0, d_inner)
             _prefetch_tile(delta + begin * delta_t, ahead, delta_t, delta_d, d0, d_inner)
             _prefetch_rows(row + d_state * _LANES, d_state)
-        step = _time_step(delta_tile, shift, mask, SOFTPLUS)
-        y = skip[None, :] * u_tile
-        drive = step * u_tile
-        for n in range(d_state):
-            h = tl.load(before + n * d_inner + d, mask=earlier, other=0.0)[None, :]
-            A_n = tl.load(A + n * d_inner + d, mask=inside, other=0.0)[None, :]
-            B_n = tl.load(row + n * _LANES + t)[:, None]
-            C_n = tl.load(row + n * _LANES + _CHUNK + t)[:, None]
-            a = tl.exp2(step * (A_n * _LOG2E))
+        step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS), GROUPS)
+        drive = _to_groups(step * u_tile, GROUPS)
+        exponent = _to_groups(step, GROUPS)
+        y = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)
+        for k in range(shares):
+            n = k + group * shares
+            at = (n * d_inner)[:, None] + d[None, :]
+            h = tl.load(before + at, mask=earlier[None, :], other=0.0)[None, :, :]
+            A_n = tl.load(rows + at, mask=inside[None, :], other=0.0)[None, :, :]
+            B_n = tl.load(row + t[:, None] + (n * _LANES)[None, :])[:, :, None]
+            C_n = tl.load(row + _CHUNK + t[:, None] + (n * _LANES)[None, :])[:, :, None]
+            a = tl.exp2(exponent * (A_n * _LOG2E))
             h, _carried, end = _scan(a, drive * B_n, h)
             y += h * C_n
-            end = end.reshape(_LANES)
-            tl.store(after + n * d_inner + d, end, mask=later)
+            end = end.reshape(GROUPS, _LANES)
+            tl.store(after + at, end, mask=later[None, :])
             if last is not None:
-                tl.store(last + n * d_inner + d, end, mask=final)
+                tl.store(last + at, end, mask=final[None, :])
+        y = _over_groups(y) + skip[None, :] * u_tile
         if z is not None:
             gate = _tile(z + start * z_t + wide * z_d, near, z_t, inside)
             y *= gate * _sigmoid(gate)
-        to = (out + start * d_inner + d)[None, :] + (near * d_inner)[:, None]
+        to = (out + start * out_t + d)[None, :] + (near * out_t)[:, None]
         tl.store(to, y.to(out.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the next chunk reads the states written here
     _keep(packed, touched, length, _LANES)
@@ -389,20 +567,23 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=[*_SIZES, "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t", "dout_b", "dout_t"])
 def _backward_kernel(
-    u, delta, A, packed, D, z, bias, states, dout, carry,
-    du, ddelta, dz, parameters, partial,
-    d_inner, d_state, length, chunks,
+    u, u2, delta, delta2, z, z2, dout, dout2, du, du2, ddelta, ddelta2, dz, dz2,
+    packed, rows, states, carry, parameters, partial,
+    batch, d_inner, d_state, length, chunks,
     u_b, u_d, u_t, delta_b, delta_d, delta_t, z_b, z_d, z_t, dout_b, dout_d, dout_t,
-    SOFTPLUS: tl.constexpr, LAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LAST: tl.constexpr, MATRIX: tl.constexpr, GROUPS: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """The same program backwards: chunks from the last to the first, states recomputed inside each from `states`.
 
-    carry: (batch, d_state, d_inner), a_t dLoss/dh_t at a chunk's start, handed to the chunk before; with LAST it comes
-    filled with the gradient of the last state. parameters: (batch, d_state + 2, d_inner), the batch entry's share of
-    dA (by rows), dD and dbias. partial: (batch, chunks, d_state, blocks, 2, CHUNK), the program's share of dB and dC.
+    carry: (direction, batch, d_state, d_inner), a_t dLoss/dh_t at a chunk's start, handed to the chunk before; with
+    LAST it comes filled with the gradient of the last state. parameters: (direction, batch, d_state + 2, d_inner), the
+    batch entry's share of dA (by rows), dD and dbias. partial: (direction, batch, chunks, d_state, blocks, 2, CHUNK),
+    the program's share of dB and dC. MATRIX: see `_lane_sums_by_matrix`.
     """
     blocks = tl.cdiv(d_inner, _LANES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
+    direction = _direction(BOTH)
+    entry = direction * batch + b
     block = tl.program_id(0) % blocks
     d0 = block * _LANES
     lane = tl.arange(0, _LANES)
@@ -410,32 +591,31 @@ def _backward_kernel(
     wide = d.to(tl.int64)
     inside = d < d_inner
     t = tl.arange(0, _CHUNK)
-    skip = tl.zeros([_LANES], tl.float32)
-    shift = tl.zeros([_LANES], tl.float32)
-    if D is not None:
-        skip = tl.load(D + d, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     slot = d_state * d_inner
-    u += b * u_b
-    delta += b * delta_b
-    dout += b * dout_b
+    rows += direction * (slot + 2 * d_inner)
+    skip = tl.load(rows + slot + d, mask=inside, other=0.0)
+    shift = tl.load(rows + slot + d_inner + d, mask=inside, other=0.0)
+    u, u_t = _from_start(_one_of(u, u2, BOTH) + b * u_b, u_t, length, BOTH)
+    delta, delta_t = _from_start(_one_of(delta, delta2, BOTH) + b * delta_b, delta_t, length, BOTH)
+    dout, dout_t = _from_start(_one_of(dout, dout2, BOTH) + b * dout_b, dout_t, length, BOTH)
     flat = b * length * d_inner
-    du += flat
-    ddelta += flat
+    du, grad_t = _from_start(_one_of(du, du2, BOTH) + flat, d_inner, length, BOTH)
+    ddelta, _ = _from_start(_one_of(ddelta, ddelta2, BOTH) + flat, d_inner, length, BOTH)
     if z is not None:
-        z += b * z_b
-        dz += flat
-    packed += b * chunks * d_state * _LANES
-    partial += b * chunks * d_state * blocks * _LANES + block * _LANES
-    states += b * (chunks - 1) * slot
-    carry += b * slot
-    parameters += b * (slot + 2 * d_inner)
+        z, z_t = _from_start(_one_of(z, z2, BOTH) + b * z_b, z_t, length, BOTH)
+        dz, _ = _from_start(_one_of(dz, dz2, BOTH) + flat, d_inner, length, BOTH)
+    packed += entry * chunks * d_state * _LANES
+    partial += entry * chunks * d_state * blocks * _LANES + block * _LANES
+    states += entry * (chunks - 1) * slot
+    carry += entry * slot
+    parameters += entry * (slot + 2 * d_inner)
     touched = tl.zeros([2 * _LANES], tl.float32)
     sum_D = tl.zeros([_LANES], tl.float32)
     sum_bias = tl.zeros([_LANES], tl.float32)
-    one = tl.full([1, _LANES], 1.0, tl.float32)
-    zero = tl.program_id(1)  # the grid has one axis
+    one = tl.full([1, GROUPS, _LANES], 1.0, tl.float32)
+    group = tl.arange(0, GROUPS)
+    shares = d_state // GROUPS
+    zero = tl.program_id(2)  # the grid has two axes
 
     for i in range(chunks):
         c = chunks - 1 - i
@@ -455,53 +635,61 @@ def _backward_kernel(
         if z is not None:
             gate = _tile(z + start * z_t + wide * z_d, near, z_t, inside)
             dy *= gate * _sigmoid(gate)
-        touched += _warm(row, A, before, carry, parameters, c, d0, d_inner, d_state, 2 * _LANES)
-        step = _time_step(delta_tile, shift, mask, SOFTPLUS)
-        dy = tl.where(mask, dy, 0.0)
-        drive = step * u_tile
-        y = skip[None, :] * u_tile
-        d_drive = tl.zeros([_CHUNK, _LANES], tl.float32)  # with respect to step * u
-        d_step = tl.zeros([_CHUNK, _LANES], tl.float32)  # with respect to step, through the decay alone
-        for n in range(d_state):
-            h = tl.load(before + n * d_inner + d, mask=earlier, other=0.0)[None, :]
-            ag = tl.load(carry + n * d_inner + d, mask=resumed, other=0.0)[None, :]
-            dA = tl.load(parameters + n * d_inner + d, mask=later, other=0.0)
-            A_n = tl.load(A + n * d_inner + d, mask=inside, other=0.0)[None, :]
-            B_n = tl.load(row + n * _LANES + t)[:, None]
-            C_n = tl.load(row + n * _LANES + _CHUNK + t)[:, None]
-            a = tl.exp2(step * (A_n * _LOG2E))
+        touched += _warm(row, rows, before, carry, parameters, c, d0, d_inner, d_state, 2 * _LANES)
+        step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS), GROUPS)
+        dy = _once(tl.where(mask, dy, 0.0), GROUPS)
+        drive = _to_groups(step * u_tile, GROUPS)
+        exponent = _to_groups(step, GROUPS)
+        d_out = _to_groups(dy, GROUPS)
+        y = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)
+        d_drive = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)  # with respect to step * u
+        d_step = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)  # with respect to step, through the decay alone
+        for k in range(shares):
+            n = k + group * shares
+            at = (n * d_inner)[:, None] + d[None, :]
+            h = tl.load(before + at, mask=earlier[None, :], other=0.0)[None, :, :]
+            ag = tl.load(carry + at, mask=resumed[None, :], other=0.0)[None, :, :]
+            dA = tl.load(parameters + at, mask=later[None, :], other=0.0)
+            A_n = tl.load(rows + at, mask=inside[None, :], other=0.0)[None, :, :]
+            B_n = tl.load(row + t[:, None] + (n * _LANES)[None, :])[:, :, None]
+            C_n = tl.load(row + _CHUNK + t[:, None] + (n * _LANES)[None, :])[:, :, None]
+            a = tl.exp2(exponent * (A_n * _LOG2E))
             h, carried, _end = _scan(a, drive * B_n, h)
             if z is not None:
                 y += h * C_n
-            share_C = _lane_sums(dy * h)
-            g, a_first, g_first = _scan_back(a, dy * C_n, one, ag)
-            tl.store(carry + n * d_inner + d, (a_first * g_first).reshape(_LANES), mask=inside)
+            share_C = _lane_sums_by_matrix(d_out * h) if MATRIX else _lane_sums(d_out * h, 1)
+            g, a_first, g_first = _scan_back(a, d_out * C_n, one, ag)
+            tl.store(carry + at, (a_first * g_first).reshape(GROUPS, _LANES), mask=inside[None, :])
             d_drive += g * B_n
             d_exponent = g * carried
             d_step += d_exponent * A_n
-            dA += tl.sum(d_exponent * step, 0)
-            tl.store(parameters + n * d_inner + d, dA, mask=inside)
-            shares = _exchange(_lane_sums(g * drive), share_C, _CHUNK)
-            tl.store(sums + n * blocks * _LANES + lane, shares.reshape(_LANES))
+            dA += tl.sum(d_exponent * exponent, 0)
+            tl.store(parameters + at, dA, mask=inside[None, :])
+            share_B = _lane_sums_by_matrix(g * drive) if MATRIX else _lane_sums(g * drive, 1)
+            sums_BC = _lane_sums(_exchange(share_B, share_C, _CHUNK), 4)  # after `_lane_sums` one row is left
+            to = (n * blocks * _LANES)[:, None] + lane[None, :]
+            tl.store(sums + to, sums_BC.reshape(GROUPS, _LANES))
 
         # The registers were needed for other things: read the inputs again, from the cache. Their addresses too are
         # computed again, which the compiler would not do (it would spill them) if it knew that `zero` is zero.
         again = tl.minimum(t, rest - 1 + zero)
         u_tile = _tile(u + start * u_t + wide * u_d, again, u_t, inside)
-        d_delta = d_step + d_drive * u_tile
+        d_drive_tile = _over_groups(d_drive)
+        d_delta = _over_groups(d_step) + d_drive_tile * u_tile
         if SOFTPLUS:
             delta_tile = _tile(delta + start * delta_t + wide * delta_d, again, delta_t, inside)
-        to = (again * d_inner)[:, None] + (start * d_inner + d)[None, :]
+        to = (again * grad_t)[:, None] + (start * grad_t + d)[None, :]
         if z is not None:
             gate = _tile(z + start * z_t + wide * z_d, again, z_t, inside)
             grad = _tile(dout + start * dout_t + wide * dout_d, again, dout_t, inside)
             sigmoid = _sigmoid(gate)
-            d_gate = grad * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            y_tile = _over_groups(y) + skip[None, :] * u_tile
+            d_gate = grad * y_tile * sigmoid * (1.0 + gate * (1.0 - sigmoid))
             tl.store(dz + to, d_gate.to(dz.dtype.element_ty), mask=mask)
         if SOFTPLUS:
             d_delta *= _sigmoid(delta_tile + shift[None, :])
         tl.store(ddelta + to, d_delta.to(ddelta.dtype.element_ty), mask=mask)
-        tl.store(du + to, (d_drive * step + skip[None, :] * dy).to(du.dtype.element_ty), mask=mask)
+        tl.store(du + to, (d_drive_tile * step + skip[None, :] * dy).to(du.dtype.element_ty), mask=mask)
         sum_D += tl.sum(dy * u_tile, 0)
         sum_bias += tl.sum(tl.where(mask, d_delta, 0.0), 0)
         tl.debug_barrier()  # the next chunk reads carry and parameters
@@ -523,36 +711,76 @@ def _rows(d_state: int) -> int:
     return max(2, min(16, triton.next_power_of_2(d_state)))
 
 
-def _prepare(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, int]:
-    """A as float32 (d_state, d_inner); B and C packed; the number of chunks."""
-    batch, _, length = u.shape
-    d_state = A.shape[1]
-    chunks = triton.cdiv(length, CHUNK)
-    packed = u.new_empty((batch, chunks, d_state, 2, CHUNK), dtype=torch.float32)
-    _pack_kernel[(batch * chunks,)](
-        B, C, packed, d_state, length, chunks, *B.stride(), *C.stride(),
-        T=CHUNK, ROWS=_rows(d_state), num_warps=1,
-    )  # fmt: skip
-    return A.t().to(torch.float32).contiguous(), packed, chunks
-
-
 def _strides(t: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if t is None else t.stride()
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+def _channels_last(like: Tensor) -> Tensor:
+    """An empty (batch, channels, length) tensor of the same type whose channels are contiguous."""
+    batch, channels, length = like.shape
+    return like.new_empty((batch, length, channels)).transpose(1, 2)
 
 
-def _channels_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty (batch, d_inner, length) tensor whose channels are contiguous."""
-    batch, d_inner, length = like.shape
-    return like.new_empty((batch, length, d_inner), dtype=dtype).transpose(1, 2)
+def _dense(t: Tensor) -> Tensor:
+    """With contiguous channels."""
+    return _channels_last(t).copy_(t) if t.ndim == 3 else t.contiguous()
 
 
-def _states_shape(u: Tensor, A: Tensor, keep: bool) -> tuple[int, int, int, int]:
-    slots = (u.shape[2] + CHUNK - 1) // CHUNK - 1
-    return (u.shape[0], slots if keep else 0, A.shape[1], A.shape[0])
+@functools.cache
+def _has_tf32(device: torch.device) -> bool:
+    return _NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _schedulers(device: torch.device) -> int:
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _groups(programs: int, d_state: int, device: torch.device) -> tuple[int, int]:
+    """Warps for each program of forward and of backward, as measured (docs/scan-notes.md).
+
+    Two cost forward nothing. Backward is slower with two, unless it has the chip to itself.
+    """
+    if d_state % 2:
+        return 1, 1
+    return 2, 2 if programs <= _schedulers(device) else 1
+
+
+def _pair(tensors: Sequence[Tensor | None]) -> tuple[Problem, Problem, int]:
+    """The forward problem, the reversed one with the same strides, and how many there are.
+
+    Without a reversed problem the forward one stands in for it; nothing looks at it.
+    """
+    one, two = Problem(*tensors[:8]), Problem(*tensors[8:])  # type: ignore[arg-type]
+    directions = 1 if tensors[8] is None else 2
+    if directions == 1:
+        two = one
+    for name in Problem._fields:
+        a, b = getattr(one, name), getattr(two, name)
+        if a is not None and (a.stride() != b.stride() or a.ndim == 1):
+            one, two = one._replace(**{name: _dense(a)}), two._replace(**{name: _dense(b)})
+    return one, two, directions
+
+
+def _sizes(p: Problem) -> tuple[int, int, int, int, int]:
+    """batch, d_inner, d_state, length and the number of chunks."""
+    batch, d_inner, length = p.u.shape
+    return batch, d_inner, p.A.shape[1], length, (length + CHUNK - 1) // CHUNK
+
+
+def _states_shape(p: Problem, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
+    batch, d_inner, d_state, _, chunks = _sizes(p)
+    return directions, batch, chunks - 1 if keep else 0, d_state, d_inner
+
+
+def _last_shape(p: Problem, last_state: bool) -> tuple[int, int, int]:
+    return p.u.shape[0] if last_state else 0, p.A.shape[1], p.A.shape[0]
+
+
+def _shared_shapes(p: Problem, directions: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of `packed` and `rows`."""
+    batch, d_inner, d_state, _, chunks = _sizes(p)
+    return (directions, batch, chunks, d_state, 2, CHUNK), (directions, d_state + 2, d_inner)
 
 
 @torch.library.custom_op("mamba_forge::selective_scan", mutates_args=())
@@ -565,26 +793,49 @@ def _selective_scan(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    u2: Tensor | None,
+    delta2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    C2: Tensor | None,
+    D2: Tensor | None,
+    z2: Tensor | None,
+    delta_bias2: Tensor | None,
     delta_softplus: bool,
     keep: bool,
     last_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out, the checkpoints (no slots unless `keep`) and the last state (empty unless `last_state`)."""
-    batch, d_inner, length = u.shape
-    d_state = A.shape[1]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One direction, or two: the tensors named with a 2 are scanned from the last token to the first.
+
+    Returns out, out2 (empty without a second direction), the last state (empty unless `last_state`) and what backward
+    needs: the checkpoints (no slots unless `keep`), `packed` and `rows`.
+    """
+    p, q, directions = _pair((u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2))
+    batch, d_inner, d_state, length, chunks = _sizes(p)
+    blocks = triton.cdiv(d_inner, LANES)
     out = _channels_last(u)
-    states = u.new_empty(_states_shape(u, A, keep), dtype=torch.float32)
-    last = u.new_empty((batch if last_state else 0, d_state, d_inner), dtype=torch.float32)
+    out2 = _channels_last(u) if directions == 2 else u.new_empty(0)
+    states = u.new_empty(_states_shape(p, directions, keep), dtype=torch.float32)
+    last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
+    packed, rows = (u.new_empty(shape, dtype=torch.float32) for shape in _shared_shapes(p, directions))
+    slots = states if keep else u.new_empty((directions, batch, d_state, d_inner), dtype=torch.float32)
     with _device_of(u):
-        A_rows, packed, chunks = _prepare(u, A, B, C)
-        slots = states if keep else u.new_empty((batch if chunks > 1 else 0, d_state, d_inner), dtype=torch.float32)
-        _forward_kernel[(batch * triton.cdiv(d_inner, LANES),)](
-            u, delta, A_rows, packed, _vector(D), z, _vector(delta_bias), out, slots, last if last_state else None,
-            d_inner, d_state, length, chunks,
-            *u.stride(), *delta.stride(), *_strides(z),
-            SOFTPLUS=delta_softplus, KEEP=keep, num_warps=1, enable_fp_fusion=True, **FORWARD_OPTIONS,
+        _prepare_kernel[(batch * chunks + blocks, directions)](
+            p.A, q.A, p.B, q.B, p.C, q.C, p.D, q.D, p.delta_bias, q.delta_bias, packed, rows,
+            batch, d_inner, d_state, length, chunks,
+            *p.A.stride(), *p.B.stride(), *p.C.stride(),
+            T=CHUNK, ROWS=_rows(d_state), BOTH=directions == 2, num_warps=1,
         )  # fmt: skip
-    return out, states, last.transpose(1, 2)
+        groups, _ = _groups(batch * blocks * directions, d_state, u.device)
+        _forward_kernel[(batch * blocks, directions)](
+            p.u, q.u, p.delta, q.delta, p.z, q.z, out, out2 if directions == 2 else out,
+            packed, rows, slots, last if last_state else None,
+            batch, d_inner, d_state, length, chunks,
+            *p.u.stride(), *p.delta.stride(), *_strides(p.z),
+            SOFTPLUS=delta_softplus, KEEP=keep, GROUPS=groups, BOTH=directions == 2,
+            num_warps=groups, enable_fp_fusion=True, **FORWARD_OPTIONS,
+        )  # fmt: skip
+    return out, out2, last.transpose(1, 2), states, packed, rows
 
 
 @_selective_scan.register_fake
@@ -597,18 +848,46 @@ def _(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    u2: Tensor | None,
+    delta2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    C2: Tensor | None,
+    D2: Tensor | None,
+    z2: Tensor | None,
+    delta_bias2: Tensor | None,
     delta_softplus: bool,
     keep: bool,
     last_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    states = u.new_empty(_states_shape(u, A, keep), dtype=torch.float32)
-    last = u.new_empty((u.shape[0] if last_state else 0, A.shape[1], A.shape[0]), dtype=torch.float32)
-    return _channels_last(u), states, last.transpose(1, 2)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    p = Problem(u, delta, A, B, C, D, z, delta_bias)
+    directions = 1 if u2 is None else 2
+    states, last, packed, rows = (
+        u.new_empty(shape, dtype=torch.float32)
+        for shape in (_states_shape(p, directions, keep), _last_shape(p, last_state), *_shared_shapes(p, directions))
+    )
+    out2 = u.new_empty(0) if u2 is None else _channels_last(u)
+    return _channels_last(u), out2, last.transpose(1, 2), states, packed, rows
+
+
+def _gradients(p: Problem) -> Problem:
+    """Empty tensors for the gradients of one direction, each in its tensor's type."""
+    return Problem(
+        _channels_last(p.u),
+        _channels_last(p.delta),
+        p.A.new_empty(p.A.shape),
+        _channels_last(p.B),
+        _channels_last(p.C),
+        None if p.D is None else p.D.new_empty(p.D.shape),
+        None if p.z is None else _channels_last(p.z),
+        None if p.delta_bias is None else p.delta_bias.new_empty(p.delta_bias.shape),
+    )
 
 
 @torch.library.custom_op("mamba_forge::selective_scan_backward", mutates_args=())
 def _selective_scan_backward(
     dout: Tensor,
+    dout2: Tensor | None,
     d_last: Tensor | None,
     u: Tensor,
     delta: Tensor,
@@ -618,44 +897,59 @@ def _selective_scan_backward(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    u2: Tensor | None,
+    delta2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    C2: Tensor | None,
+    D2: Tensor | None,
+    z2: Tensor | None,
+    delta_bias2: Tensor | None,
     states: Tensor,
+    packed: Tensor,
+    rows: Tensor,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias, each in its tensor's type; empty where there is none."""
-    batch, d_inner, length = u.shape
-    d_state = A.shape[1]
+) -> list[Tensor]:
+    """The gradients of the tensors that are there, in their order and types."""
+    p, q, directions = _pair((u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2))
+    batch, d_inner, d_state, length, chunks = _sizes(p)
     blocks = triton.cdiv(d_inner, LANES)
-    du, ddelta = _channels_last(u), _channels_last(u, delta.dtype)
-    dz = u.new_empty(0) if z is None else _channels_last(u, z.dtype)
-    dB = B.new_empty((batch, length, d_state))
-    dC = C.new_empty((batch, length, d_state))
+    if dout2 is None:
+        dout2 = dout
+    elif dout2.stride() != dout.stride():
+        dout, dout2 = (_channels_last(t).copy_(t) for t in (dout, dout2))
+    grads = _gradients(p)
+    grads2 = _gradients(q) if directions == 2 else grads
+    carry = u.new_empty((directions, batch, d_state, d_inner), dtype=torch.float32)
+    if d_last is not None:
+        carry[0].copy_(d_last.transpose(1, 2))
+    parameters = u.new_empty((directions, batch, d_state + 2, d_inner), dtype=torch.float32)
+    partial = u.new_empty((directions, batch, chunks, d_state, blocks, 2, CHUNK), dtype=torch.float32)
+    _, groups = _groups(batch * blocks * directions, d_state, u.device)
+    matrix = _has_tf32(u.device) and B.dtype != torch.float32 and C.dtype != torch.float32
     with _device_of(u):
-        A_rows, packed, chunks = _prepare(u, A, B, C)
-        carry = u.new_empty((batch, d_state, d_inner), dtype=torch.float32)
-        if d_last is not None:
-            carry.copy_(d_last.transpose(1, 2))
-        parameters = u.new_empty((batch, d_state + 2, d_inner), dtype=torch.float32)
-        partial = u.new_empty((batch, chunks, d_state, blocks, 2, CHUNK), dtype=torch.float32)
-        _backward_kernel[(batch * blocks,)](
-            u, delta, A_rows, packed, _vector(D), z, _vector(delta_bias), states, dout, carry,
-            du, ddelta, None if z is None else dz, parameters, partial,
-            d_inner, d_state, length, chunks,
-            *u.stride(), *delta.stride(), *_strides(z), *dout.stride(),
-            SOFTPLUS=delta_softplus, LAST=d_last is not None, num_warps=1, enable_fp_fusion=True,
+        _backward_kernel[(batch * blocks, directions)](
+            p.u, q.u, p.delta, q.delta, p.z, q.z, dout, dout2,
+            grads.u, grads2.u, grads.delta, grads2.delta, grads.z, grads2.z,
+            packed, rows, states, carry, parameters, partial,
+            batch, d_inner, d_state, length, chunks,
+            *p.u.stride(), *p.delta.stride(), *_strides(p.z), *dout.stride(),
+            SOFTPLUS=delta_softplus, LAST=d_last is not None, MATRIX=matrix, GROUPS=groups, BOTH=directions == 2,
+            num_warps=groups, enable_fp_fusion=True,
         )  # fmt: skip
-        _unpack_kernel[(batch * chunks,)](
-            partial, dB, dC, d_state, length, chunks, blocks, T=CHUNK, ROWS=_rows(d_state), num_warps=4
-        )
-    shares = parameters.sum(0)
-    dA = shares[:d_state].t().to(A.dtype, copy=True)
-    dD = u.new_empty(0) if D is None else shares[d_state].to(D.dtype, copy=True)
-    dbias = u.new_empty(0) if delta_bias is None else shares[d_state + 1].to(delta_bias.dtype, copy=True)
-    return du, ddelta, dA, dB.transpose(1, 2), dC.transpose(1, 2), dD, dz, dbias
+        _finish_kernel[((d_state + 2) * blocks + batch * chunks, directions)](
+            partial, parameters, grads.A, grads2.A, grads.B, grads2.B, grads.C, grads2.C,
+            grads.D, grads2.D, grads.delta_bias, grads2.delta_bias,
+            batch, d_inner, d_state, length, chunks, blocks,
+            T=CHUNK, ROWS=_rows(d_state), BOTH=directions == 2, ENTRIES=64, MATRIX=matrix, num_warps=4,
+        )  # fmt: skip
+    return [t for g in (grads, grads2)[:directions] for t in g if t is not None]
 
 
 @_selective_scan_backward.register_fake
 def _(
     dout: Tensor,
+    dout2: Tensor | None,
     d_last: Tensor | None,
     u: Tensor,
     delta: Tensor,
@@ -665,39 +959,52 @@ def _(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    u2: Tensor | None,
+    delta2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    C2: Tensor | None,
+    D2: Tensor | None,
+    z2: Tensor | None,
+    delta_bias2: Tensor | None,
     states: Tensor,
+    packed: Tensor,
+    rows: Tensor,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_inner, d_state = A.shape
-    return (
-        _channels_last(u),
-        _channels_last(u, delta.dtype),
-        A.new_empty((d_state, d_inner)).t(),
-        _channels_last(B),
-        _channels_last(C),
-        u.new_empty(0) if D is None else D.new_empty(d_inner),
-        u.new_empty(0) if z is None else _channels_last(u, z.dtype),
-        u.new_empty(0) if delta_bias is None else delta_bias.new_empty(d_inner),
-    )
+) -> list[Tensor]:
+    grads = list(_gradients(Problem(u, delta, A, B, C, D, z, delta_bias)))
+    if u2 is not None:
+        grads += _gradients(Problem(u2, delta2, A2, B2, C2, D2, z2, delta_bias2))  # type: ignore[arg-type]
+    return [t for t in grads if t is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.delta_softplus, ctx.keep, ctx.last_state = inputs
-    _, states, _ = output
-    ctx.mark_non_differentiable(states)
-    ctx.save_for_backward(*tensors, states)
+    _, _, _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*tensors, *kept)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, states = ctx.saved_tensors
+def _backward(ctx: Any, dout: Tensor, dout2: Tensor, d_last: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, states, packed, rows = ctx.saved_tensors
     if not ctx.keep:  # no checkpoints were asked for: run forward again for them
-        states = _selective_scan(*tensors, ctx.delta_softplus, True, False)[1]
-    grads = _selective_scan_backward(dout, d_last if ctx.last_state else None, *tensors, states, ctx.delta_softplus)
-    given = [grad if t is not None else None for grad, t in zip(grads, tensors, strict=True)]
-    return (*given, None, None, None)
+        _, _, _, states, packed, rows = _selective_scan(*tensors, ctx.delta_softplus, True, False)
+    given = (dout, dout2 if tensors[8] is not None else None, d_last if ctx.last_state else None)
+    grads = iter(_selective_scan_backward(*given, *tensors, states, packed, rows, ctx.delta_softplus))
+    return (*(None if t is None else next(grads) for t in tensors), None, None, None)
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether gradients are wanted; raises for what the kernels do not take."""
+    for t in tensors:
+        if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"the triton scan takes float32, bfloat16 and float16, got {t.dtype}: use backend='auto'")
+        if t is not None and not (t.is_cuda or _INTERPRETED):
+            raise ValueError(f"the triton scan needs tensors on a GPU, got {t.device}: use backend='auto'")
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def selective_scan_triton(
@@ -722,11 +1029,17 @@ def selective_scan_triton(
         ValueError: the tensors are not on a GPU.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    for t in tensors:
-        if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"the triton scan takes float32, bfloat16 and float16, got {t.dtype}: use backend='auto'")
-    if not (u.is_cuda or _INTERPRETED):
-        raise ValueError(f"the triton scan needs tensors on a GPU, got {u.device}: use backend='auto'")
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out, _, last = _selective_scan(*tensors, delta_softplus, keep, return_last_state)
+    keep = _check(tensors)
+    out, _, last, *_ = _selective_scan(*tensors, *NONE, delta_softplus, keep, return_last_state)
     return (out, last) if return_last_state else out
+
+
+def bidirectional_scan_triton(forward: Problem, backward: Problem, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+    """Both directions in one launch of each kernel. Else as `selective_scan_triton`.
+
+    `backward` takes the types of `forward`; a sequence whose strides differ from those of its partner is copied.
+    """
+    alike = [b if a is None or b is None else b.to(a.dtype) for a, b in zip(forward, backward, strict=True)]
+    keep = _check([*forward, *alike])
+    out, out2, *_ = _selective_scan(*forward, *alike, delta_softplus, keep, False)
+    return out, out2

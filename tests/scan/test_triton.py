@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mamba.scan import BACKENDS, selective_scan
+from mamba.scan.problem import NONE
 
 ROOT = Path(__file__).parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -71,6 +72,7 @@ def test_scan_works_where_triton_is_missing():
     code = """
 import sys; sys.modules["triton"] = None
 import torch; from mamba.scan import BACKENDS, selective_scan
+from mamba.scan.problem import NONE
 assert "triton" not in BACKENDS
 x = torch.ones(1, 2, 3); selective_scan(x, x, -torch.ones(2, 4), torch.ones(1, 4, 3), torch.ones(1, 4, 3))
 """
@@ -118,11 +120,12 @@ def test_operator_contract(keep):
     from mamba.scan.triton import _selective_scan
 
     tensors = [v.requires_grad_() for v in make_inputs(2, 40, 37, 7, torch.bfloat16, mixed=True).values()]
-    torch.library.opcheck(_selective_scan, (*tensors, True, keep, True), atol=2e-2, rtol=2e-2)
+    torch.library.opcheck(_selective_scan, (*tensors, *NONE, True, keep, True), atol=2e-2, rtol=2e-2)
     for optional in (5, 6, 7):
         tensors[optional] = None
     tensors[1] = tensors[1].detach().abs().requires_grad_()  # without softplus a negative step makes the state grow
-    torch.library.opcheck(_selective_scan, (*tensors, False, keep, False), atol=2e-2, rtol=2e-2)
+    second = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(_selective_scan, (*tensors, *second, False, keep, False), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu
