@@ -151,16 +151,21 @@ def study_figures(folder: Path, told: experiment.Experiment) -> dict[str, Figure
     finished = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
     if len(finished) < 4:
         return {}
-    objective = next(iter(told.space.objectives))
+    objective, mode = next(iter(told.space.objectives.items()))
 
     def first(trial: optuna.trial.FrozenTrial) -> float:
         return trial.values[0]
 
+    def importances(study: optuna.Study, target: Any, target_name: str) -> Any:
+        """Of reaching good values; Optuna's evaluator takes low ones for good."""
+        sign = -1 if mode == "max" else 1
+        return plots.plot_param_importances(study, target=lambda t: sign * target(t), target_name=target_name)
+
     figures: dict[str, Figure] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # experimental plots, and the evaluator's word about low values
         for name, plot in (
-            ("importance", plots.plot_param_importances),
+            ("importance", importances),
             ("parallel", plots.plot_parallel_coordinate),
         ):
             try:

@@ -98,7 +98,7 @@ def load_space(path: str | Path) -> Space:
         ConfigError: the file, the key, what was wrong, what is valid.
     """
     file = Path(path)
-    if not file.exists() and (FOLDER / f"{path}.yaml").exists():
+    if not file.is_file() and (FOLDER / f"{path}.yaml").exists():
         file = FOLDER / f"{path}.yaml"
     try:
         tree = yaml.safe_load(file.read_text())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,7 +148,9 @@ def open_study(space: Space, folder: Path, storage: str | None, seed: int) -> op
     done = len(study.get_trials(deepcopy=False))
     # a continued study must not draw its first points again
     study.sampler = optuna.samplers.TPESampler(seed=seed + done, constant_liar=True, n_startup_trials=8)
-    study.set_metric_names(list(space.objectives))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(space.objectives))
     return study
 
 

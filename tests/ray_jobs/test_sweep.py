@@ -1,0 +1,295 @@
+"""Sweeps: trials without a cluster, studies that survive, and real sweeps under Tune, killed and continued."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from mamba import checkpoint as ckpt
+from mamba.config import RunConfig
+from mamba.data import load_data
+from mamba.errors import ConfigError
+from pruning import measure as meter
+from pruning import prune_multiple
+from ray_jobs import experiment
+from ray_jobs.ablate import main as ablate
+from ray_jobs.cluster import Cluster
+from ray_jobs.compare import main as compare
+from ray_jobs.findings import findings
+from ray_jobs.report import pareto_front
+from ray_jobs.spaces import expand, load_space
+from ray_jobs.sweep import Drawn, open_study
+from ray_jobs.train import main as train
+from ray_jobs.trials import Shared, run_trial
+from ray_jobs.tune import main as tune
+
+ROOT = Path(__file__).parent.parent.parent
+FAST = [
+    *("--model.d-model", "12", "--model.depth", "2", "--model.d-state", "4", "--data.batch-size", "128"),
+    *("--optim.warmup-epochs", "1", "--optim.epochs", "3"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _a_cluster_of_its_own(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    assert train([*FAST, "--scaling.num-workers", "0", "--out", str(out), "--trial", "one"]) == 0
+    return out / "quickstart" / "one"
+
+
+def shared_of(trained, folder, kind="measure"):
+    config = RunConfig.from_yaml(trained / "config.yaml")
+    data = load_data(config.data, config.seed)
+    baseline = {"val/accuracy": meter.accuracy(ckpt.load_model(trained)[0], data, data.val)}
+    return Shared(kind, folder, config.model_dump(mode="json"), data, trained, baseline, 1, 1, False)
+
+
+# --- without a cluster -----------------------------------------------------------------------------------------------
+
+
+def test_a_measure_trial_is_the_prune_done_by_hand(trained, tmp_path):
+    shared = shared_of(trained, tmp_path / "runs" / "exp")
+    model, _ = ckpt.load_model(trained)
+    for trial in expand(load_space("layer_sensitivity"), 2) + expand(load_space("joint_pruning"), 2):
+        result = run_trial(shared, trial.name, trial.values, lambda _: None)
+        rates = {k.removeprefix("prune."): v for k, v in trial.values.items() if isinstance(v, float)}
+        layer = trial.values.get("prune.layer")
+        layers = None if layer is None else [layer]
+        by_hand = prune_multiple(model, rates, shrink="prune.structured" in trial.values, layers=layers)
+        drop = shared.baseline["val/accuracy"] - meter.accuracy(by_hand, shared.data, shared.data.val)
+        assert result["metrics"]["val/drop"] == pytest.approx(drop, abs=1e-6)
+        assert result["metrics"]["model/params"] == sum(p.numel() for p in by_hand.parameters())
+        assert ("bench/images_per_s" in result["metrics"]) == ("prune.structured" in trial.values)
+
+
+def test_a_trial_that_is_done_is_read_not_run(trained, tmp_path):
+    shared = shared_of(trained, tmp_path / "runs" / "exp")
+    first = run_trial(shared, "a", {"prune.mlp": 0.5}, lambda _: None)
+    assert run_trial(shared, "a", {"prune.mlp": 0.9}, lambda _: None) == json.loads(json.dumps(first))
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({"prune.linear_B_C": 0.9, "prune.structured": True}, "a floor of 1"),
+        ({"prune.mlp": 0.5, "prune.layer": 7}, "there is no block 7; valid: 0 to 1"),
+        ({"seed": 1}, "nothing is cut"),
+    ],
+)
+def test_a_trial_that_cannot_be_is_a_result_with_its_reason(trained, tmp_path, values, reason):
+    shared = shared_of(trained, tmp_path / "runs" / "exp")
+    result = run_trial(shared, "bad", values, lambda _: None)
+    assert result["status"] == "failed" and reason in result["reason"]
+    assert (tmp_path / "runs" / "exp" / "bad" / "error.log").exists()
+
+
+def test_a_cut_can_be_fine_tuned(trained, tmp_path):
+    shared = shared_of(trained, tmp_path / "runs" / "exp")
+    values = {"prune.mlp": 0.9, "prune.linear_in": 0.7}
+    at_once = run_trial(shared, "cut", values, lambda _: None)
+    epochs = []
+    tuned = run_trial(shared, "tuned", {**values, "prune.finetune_epochs": 2}, epochs.append)
+    assert len(epochs) == 2 and tuned["metrics"]["val/accuracy"] > at_once["metrics"]["val/accuracy"]
+    assert tuned["metrics"]["model/nonzero"] == at_once["metrics"]["model/nonzero"], "cut weights came back"
+
+
+def test_a_training_trial_reports_every_epoch_and_repeats_itself(trained, tmp_path):
+    shared = shared_of(trained, tmp_path / "runs" / "exp", "train")
+    told = []
+    a = run_trial(shared, "a", {"optim.lr": 1e-3}, told.append)
+    b = run_trial(shared, "b", {"optim.lr": 1e-3}, lambda _: None)
+    assert len(told) == 3 and told[-1]["val/best_accuracy"] >= told[0]["val/best_accuracy"]
+    same = ("val/loss", "val/best_accuracy", "test/accuracy", "train/loss")
+    assert [a["metrics"][k] for k in same] == [b["metrics"][k] for k in same]
+
+
+def test_a_study_goes_on_after_its_sweep_died(tmp_path):
+    """Rows that were running: one whose trial had left its result counts, the other runs again, as it was."""
+    space = load_space("quickstart")
+    study = open_study(space, tmp_path, None, 0)
+    first = Drawn(space, study, tmp_path, 4)
+    handed = [first.suggest(str(i)) for i in range(3)]
+    for i, status in enumerate(["finished", "finished"]):
+        folder = tmp_path / handed[i]["trial"]
+        folder.mkdir()
+        result = {"status": status, "metrics": {"val/best_accuracy": 90.0 + i}, "values": handed[i]["values"]}
+        (folder / "result.json").write_text(json.dumps(result))
+    first.on_trial_complete("0")  # the sweep dies before it hears of the second
+    again = Drawn(space, open_study(space, tmp_path, None, 0), tmp_path, 4)
+    states = [t.state.name for t in again.study.trials]
+    assert states == ["COMPLETE", "COMPLETE", "RUNNING"]
+    assert again.suggest("x") == handed[2], "an interrupted trial got other parameters"
+    fresh = again.suggest("y")
+    assert fresh["trial"] == "trial-0003" and fresh["values"] != handed[0]["values"]
+    assert again.suggest("z") == "FINISHED" and again.exhausted()
+    urls = optuna.study.get_all_study_names(f"sqlite:///{tmp_path / 'study.db'}")
+    assert urls == [tmp_path.name]
+
+
+def test_concurrent_trials_never_hold_more_than_there_is(small_config):
+    def held(cluster, kind="train", workers=0, share=None, cpus=None):
+        config = small_config(scaling__num_workers=workers, scaling__cpus_per_worker=cpus)
+        space = load_space("quickstart" if kind == "train" else "component_ablation")
+        return experiment.resources(experiment.Experiment(space, [], config, None, share, None, 1), cluster)
+
+    two = held(Cluster(2, 0, "here"), workers=2, cpus=1)
+    assert two.concurrent == 1 and two.cpus < 0.1, "two nested runs of two workers would wait for each other"
+    assert held(Cluster(8, 0, "here"), workers=2, cpus=2).concurrent == 2
+    assert held(Cluster(2, 0, "here")).concurrent == 2
+    gpu = held(Cluster(32, 2, "there"), kind="measure")
+    assert gpu.gpus == 0.25 and gpu.concurrent == 8
+    assert held(Cluster(32, 2, "there"), share=0.5).concurrent == 4
+    with pytest.raises(ConfigError, match="needs 4 GPUs or CPUs and the cluster has 2"):
+        held(Cluster(2, 0, "here"), workers=4, cpus=1)
+    with pytest.raises(ConfigError, match="the cluster has no GPU"):
+        held(Cluster(2, 0, "here"), share=0.5)
+
+
+def test_findings_say_what_the_numbers_say():
+    def row(values, drop, **metrics):
+        return {
+            "status": "finished",
+            "values": values,
+            "metrics": {"val/drop": drop, "val/accuracy": 90 - drop, **metrics},
+        }
+
+    rows = [
+        row({"prune.mlp": 0.5}, 0.2),
+        row({"prune.mlp": 0.7}, 0.9),
+        row({"prune.mlp": 0.9}, 7.0),
+        row({"prune.conv1d": 0.3}, 6.0),
+        *(row({"prune.layer": i, "prune.mlp": 0.7}, float(i)) for i in range(5)),
+        row({"prune.mlp": 0.7, "prune.linear_out": 0.7}, 3.0, **{"model/params": 50, "bench/images_per_s": 30.0}),
+        {"status": "failed", "values": {"prune.mlp": 0.95}, "metrics": {}},
+    ]
+    text = findings(rows, {"val/accuracy": 90.0, "model/params": 100, "bench/images_per_s": 20.0})
+    assert "prune first: mlp at 0.7 costs 0.90 points" in text
+    assert "careful: conv1d costs 6.00 points already at 0.3" in text
+    assert "matter least, points lost: 0 (0.00), 1 (1.00), 2 (2.00)" in text
+    assert "not to touch, points lost: 4 (4.00), 3 (3.00), 2 (2.00)" in text
+    assert "3.00 points, 50 % of the parameters, 1.50 times the throughput" in text
+
+
+def test_the_pareto_front_by_hand():
+    points = [(1, 5), (2, 7), (3, 6), (2, 4), (4, 7)]
+    assert pareto_front(points, more=False) == [(1, 5), (2, 7)]
+    assert pareto_front(points, more=True) == [(4, 7)]
+
+
+@pytest.mark.parametrize(
+    "script, words, message",
+    [
+        (tune, [], "--space is missing"),
+        (tune, ["--space", "nowhere"], "no search space nowhere"),
+        (tune, ["--space", "pruning"], "give --checkpoint"),
+        (tune, ["--space", "quickstart", "--trials", "many"], "--trials many: a number is needed"),
+        (
+            ablate,
+            ["--grid", "everything", "--checkpoint", "CHECKPOINT"],
+            "unknown grid 'everything'; valid:",
+        ),
+        (ablate, ["--checkpoint", "/nowhere"], "/nowhere is neither a checkpoint"),
+        (ablate, ["--resume", "/nowhere"], "config.yaml cannot be read"),
+    ],
+)
+def test_bad_input_is_named_before_anything_starts(trained, tmp_path, capsys, script, words, message):
+    words = [str(trained) if w == "CHECKPOINT" else w for w in words]
+    assert script([*words, *([] if "--resume" in words else ["--out", str(tmp_path / "runs")])]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+# --- under Tune ------------------------------------------------------------------------------------------------------
+
+
+def start(script, *words):
+    return subprocess.Popen(
+        [sys.executable, f"ray_jobs/{script}.py", *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.cluster
+def test_an_ablation_killed_and_continued(trained, tmp_path, capsys):
+    """SIGKILL for the driver in the middle; --resume runs what is left, and nothing twice; then the outcome is read."""
+    driver = start("ablate", "--checkpoint", str(trained), "--out", str(tmp_path))
+    folder = tmp_path / "ablation"
+    ends = time.monotonic() + 150
+    while len(list(folder.glob("*/result.json"))) < 5:
+        assert time.monotonic() < ends and driver.poll() is None
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    time.sleep(3)  # its actors end
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*/result.json")}
+    assert 5 <= len(stamps) < 33
+    done = start("ablate", "--resume", str(folder))
+    out, _ = done.communicate(timeout=200)
+    assert done.returncode == 0, out
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items()), "a finished trial ran again"
+    with (folder / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len({r["trial"] for r in table}) == 28 + 2 + 3
+    assert all(r["status"] == "finished" for r in table)
+    assert "Traceback" not in out and "prune" in out and f"report: {folder}/report/index.html" in out
+    assert {p.name for p in (folder / "report").glob("*.png")} >= {"components.png", "layers.png", "joint.png"}
+    page = (folder / "report" / "index.html").read_text()
+    assert page.count("data:image/png;base64") >= 3 and "ray_jobs/ablate.py" in page
+    assert ablate(["--checkpoint", str(trained), "--out", str(tmp_path)]) == 2
+    assert "holds an experiment already" in capsys.readouterr().err
+    assert compare([str(folder), "--csv", str(tmp_path / "all.csv")]) == 0
+    assert "components-mlp-0.3" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.cluster
+def test_a_search_stopped_and_continued(tmp_path):
+    """SIGTERM, as `ray job stop` sends it: an orderly end with results so far; then the rest, with the same study."""
+    words = [*FAST[:8], "--space", "quickstart", "--trials", "5", "--out", str(tmp_path)]
+    driver = start("tune", *words)
+    folder = tmp_path / "search"
+    ends = time.monotonic() + 150
+    while not list(folder.glob("trial-*/result.json")):
+        assert time.monotonic() < ends and driver.poll() is None
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGTERM)
+    out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130 and f"--resume {folder}" in out, out
+    assert (folder / "results.csv").exists()
+    done = start("tune", "--resume", str(folder))
+    out, _ = done.communicate(timeout=200)
+    assert done.returncode == 0, out
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{folder / 'study.db'}")
+    assert len(study.trials) == 5 and {t.state.name for t in study.trials} <= {"COMPLETE", "PRUNED"}
+    for t in study.trials:
+        result = json.loads((folder / f"trial-{t.number:04d}" / "result.json").read_text())
+        assert result["values"]["optim.lr"] == pytest.approx(t.params["optim.lr"])
+        assert result["status"] == ("finished" if t.state.name == "COMPLETE" else "stopped early")
+    assert torch.tensor(study.best_value).isfinite()
+
+
+@pytest.mark.cluster
+def test_trials_that_train_with_two_workers_do_not_wait_for_each_other(tmp_path):
+    """Two trials of two workers on a cluster of two CPUs: one after the other."""
+    words = [*FAST, "--space", "quickstart", "--trials", "2", "--out", str(tmp_path)]
+    workers = ["--scaling.num-workers", "2", "--scaling.cpus-per-worker", "1"]
+    done = start("tune", *words, *workers)
+    out, _ = done.communicate(timeout=230)
+    assert done.returncode == 0, out
+    results = [json.loads(p.read_text()) for p in sorted((tmp_path / "search").glob("trial-*/result.json"))]
+    assert len(results) == 2
+    assert all(r["status"] == "stopped early" or r["world_size"] == 2 for r in results)
