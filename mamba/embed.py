@@ -15,4 +15,5 @@ class PatchEmbed(nn.Conv2d):
         super().__init__(in_chans, d_model, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).flatten(2).transpose(1, 2)
+        # contiguous: every later tensor of the residual stream takes its memory order from this one
+        return super().forward(images).flatten(2).transpose(1, 2).contiguous()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba.conv import causal_conv1d, causal_conv_silu
 from mamba.scan import selective_scan
 
 
@@ -62,30 +63,16 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Depthwise causal convolution of a channels-last sequence, as shifted multiply-adds.
-
-    A few taps over a short sequence do not fill a convolution routine, and in this form a compiler can fuse them with
-    what surrounds them. x: (batch, length, channels); weight: (channels, 1, taps), the last tap meets the current
-    token; returns (batch, length, channels).
-    """
-    taps = weight.shape[-1]
-    length = x.shape[1]
-    padded = F.pad(x, (0, 0, taps - 1, 0))
-    out = padded[:, :length] * weight[:, 0, 0]
-    for k in range(1, taps):
-        out = out + padded[:, k : k + length] * weight[:, 0, k]
-    return out if bias is None else out + bias
-
-
 class CausalConv1d(nn.Conv1d):
-    """`causal_conv1d` with nn.Conv1d's parameters: (batch, length, channels) -> the same."""
+    """Causal depthwise convolution, (batch, length, channels) -> the same; with SiLU (fused, on a GPU) if asked."""
 
-    def __init__(self, channels: int, taps: int) -> None:
+    def __init__(self, channels: int, taps: int, silu: bool) -> None:
         super().__init__(channels, channels, taps, groups=channels, padding=taps - 1)
+        self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return causal_conv1d(x, self.weight, self.bias)
+        assert self.bias is not None
+        return (causal_conv_silu if self.silu else causal_conv1d)(x, self.weight, self.bias)
 
 
 class SelectiveSSM(nn.Module):
@@ -110,7 +97,7 @@ class SelectiveSSM(nn.Module):
         d_inner, d_state = shape.d_inner, shape.d_state
         self.shared_bc = shape.shared_bc
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        self.conv1d = CausalConv1d(d_inner, shape.d_conv)
+        self.conv1d = CausalConv1d(d_inner, shape.d_conv, silu=not shape.separable_conv)
         self.pointwise = nn.Linear(d_inner, d_inner, bias=False) if shape.separable_conv else None
         delta_rows = d_inner if shape.dt_rank is None else shape.dt_rank
         self.x_proj = nn.Linear(d_inner, (1 if shape.shared_bc else 2) * d_state + delta_rows, bias=False)
@@ -135,8 +122,7 @@ class SelectiveSSM(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = self.conv1d(x)
         if self.pointwise is not None:
-            x = self.pointwise(x)
-        x = F.silu(x)
+            x = F.silu(self.pointwise(x))
         B, *C, delta = self.x_proj(x).split(tuple(self.segments()["x_proj.weight"].values()), dim=-1)
         if self.dt_proj is not None:
             delta = self.dt_proj(delta)

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mamba.layers import BlockShape, DropPath, causal_conv1d
+from mamba.conv import causal_conv1d
+from mamba.layers import BlockShape, DropPath
 from mamba.model import Architecture, MambaModel, count_parameters, mamba_base, mamba_small, mamba_tiny
 
 TINY = Architecture(8, 2, 3, 5, 12, 0.0, (BlockShape(24, 4, 4, 48),) * 2)
