@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -36,10 +37,21 @@ class ModelEma(Generic[Model]):
 
         Where `counts` (a value on the device) is false, nothing moves and the update is not counted.
         """
-        mine, theirs = zip(*self.averaged, strict=True)
-        way = torch._foreach_sub(theirs, mine)
-        torch._foreach_mul_(way, (1 - self.decay_now()) * counts)
-        torch._foreach_add_(mine, way)
+        self.move(self.averaged, counts)
+        self.count(counts)
+
+    @torch.no_grad()
+    def move(self, pairs: Sequence[tuple[Tensor, Tensor]], counts: Tensor | bool) -> None:
+        """Move the first of each pair towards the second by this update's share."""
+        if pairs:
+            mine, theirs = zip(*pairs, strict=True)
+            way = torch._foreach_sub(theirs, mine)
+            torch._foreach_mul_(way, (1 - self.decay_now()) * counts)
+            torch._foreach_add_(mine, way)
+
+    @torch.no_grad()
+    def count(self, counts: Tensor | bool) -> None:
+        """End an update: copy what is not averaged, and count it."""
         for a, b in self.copied:
             a.copy_(b)
         self.updates += counts
