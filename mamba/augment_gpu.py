@@ -5,12 +5,13 @@ depends neither on how the batch is shared out nor on which images are worked on
 operation at the same magnitude lie next to each other while torchvision's batched function is applied to them: the
 policies, magnitudes and operations are torchvision's own, only the order of the work differs.
 
-Against the single-image path: operations are torchvision's for tensors instead of Pillow's, which differ by rounding, and
-the random numbers are others. The distributions are the same (tests/test_augment_gpu.py).
+Against the single-image path: operations are torchvision's for tensors instead of Pillow's, which differ by rounding,
+and the random numbers are others. The distributions are the same (tests/test_augment_gpu.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ class Policy:
             sub_policies = self.transform._policies  # ((operation, probability, magnitude index), ...) a slot
             rows = [[self._entry(op, 10, index) for op, _, index in pair] for pair in sub_policies]
             self.codes = np.array(rows)  # (sub-policy, slot, sign)
-            self.probabilities = np.array([[p for _, p, _ in pair] for pair in sub_policies])
+            chances = [[p for _, p, _ in pair] for pair in sub_policies]
+            self.probabilities: NDArray[np.float64] | None = np.array(chances)
         else:
             bins, magnitude = self.transform.num_magnitude_bins, self.transform.magnitude
             table = [self._entry(op, bins, magnitude) for op in self.transform._AUGMENTATION_SPACE]
@@ -151,7 +153,7 @@ class BatchAugment:
             codes = draws.codes[order, slot]
             edges = np.flatnonzero(np.diff(codes, prepend=-1, append=-1)).tolist()
             images = images[forth]
-            for lo, hi in zip(edges, edges[1:], strict=False):
+            for lo, hi in itertools.pairwise(edges):
                 operation = self.policy.operations[codes[lo]]
                 if operation.name != "Identity":
                     images[lo:hi] = self.policy.apply(images[lo:hi], operation)

@@ -77,9 +77,7 @@ def _backward_pre_kernel(
 
 
 @triton.jit
-def _backward_x_kernel(
-    dpre, weight, dx, L, D, chunks, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _backward_x_kernel(dpre, weight, dx, L, D, chunks, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     batch, rows, columns = _tile(L, D, chunks, ROWS, COLUMNS)
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in tl.static_range(TAPS):

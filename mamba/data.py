@@ -458,9 +458,7 @@ def make_train_batches(
         total = torch.cuda.get_device_properties(worker.device).total_memory
         on_device = len(data.train) * side * side * 3 <= GPU_SHARE * total
     if not on_device:
-        return make_train_loader(
-            data, config, seed, accumulate, worker.rank, worker.world_size, worker.cpus, pin=gpu
-        )
+        return make_train_loader(data, config, seed, accumulate, worker.rank, worker.world_size, worker.cpus, pin=gpu)
     check_batch_size(len(data.train), config)
     sampler = ShardSampler(len(data.train), config.batch_size, accumulate, worker.rank, worker.world_size, seed)
     return DeviceBatches(data, config, seed, sampler, worker.device)

@@ -1,9 +1,9 @@
 """Clipping, AdamW and the weights' moving average over all parameters in two kernel launches.
 
-torch's fused AdamW takes one learning rate a call, and layer-wise rates make 51 groups of mamba_small; each call fills a
-fraction of a GPU for 20 us. Here a table says where every parameter, gradient, moment and average lies and which rate and
-decay it has; one program takes `BLOCK` elements of one of them. Rate, norm and verdict are read from device memory, so
-the launches can be recorded in a CUDA graph and serve every later step.
+torch's fused AdamW takes one learning rate a call, and layer-wise rates make 51 groups of mamba_small; each call fills
+a fraction of a GPU for 20 us. Here a table says where every parameter, gradient, moment and average lies and which rate
+and decay it has; one program takes `BLOCK` elements of one of them. Rate, norm and verdict are read from device memory,
+so the launches can be recorded in a CUDA graph and serve every later step.
 
 The reference is `torch.optim.AdamW`, `clip_grad_norm_` and `ModelEma.update`, which other devices use. The optimizer's
 own state is worked on in place: a checkpoint cannot tell the two apart.
@@ -73,7 +73,9 @@ class FusedUpdate:
     Make it after their state was restored: it keeps the addresses. A step is `norm()`, then `apply()`.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, ema: ModelEma | None, named: dict[str, Tensor], clip: float | None):
+    def __init__(
+        self, optimizer: torch.optim.AdamW, ema: ModelEma | None, named: dict[str, Tensor], clip: float | None
+    ):
         self.params: list[Tensor] = []
         scales, decays = [], []
         for group in optimizer.param_groups:
@@ -113,24 +115,24 @@ class FusedUpdate:
         self.tables = [torch.tensor([t.data_ptr() for t in ts], device=self.device) for ts in fixed]
         self.grads = torch.zeros(len(self.params), dtype=torch.int64, device=self.device)
         self.partial = torch.zeros(len(owner), device=self.device)
-
-    def addresses(self) -> Tensor:
-        """Where the gradients lie now, on the host; 0 for a parameter without one."""
-        grads = [p.grad for p in self.params]
-        for p, g in zip(self.params, grads, strict=True):
-            if g is not None and (g.dtype != torch.float32 or g.stride() != p.stride()):
-                raise RuntimeError(f"a gradient is {g.dtype} with strides {g.stride()}, its parameter has {p.stride()}")
-        return torch.tensor([0 if g is None else g.data_ptr() for g in grads])
+        self.recorded: Tensor | None = None
 
     def norm(self) -> Tensor:
-        """The norm of all gradients together. While a graph records, the addresses are filled in later: `recorded`."""
-        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            addresses = self.addresses()
+        """The norm of all gradients together."""
+        addresses = torch.tensor([_address(p) for p in self.params])
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.recorded = addresses  # in the graph's own memory: `fill_in` writes them when recording is over
+        else:
             addresses = addresses.pin_memory() if self.device.type == "cuda" else addresses
             self.grads.copy_(addresses, non_blocking=True)
         grid = (len(self.partial),)
         _squares_kernel[grid](self.grads, self.owner, self.start, self.numel, self.partial, BLOCK=BLOCK, num_warps=4)
         return self.partial.sum().sqrt()
+
+    def fill_in(self) -> None:
+        """Before recorded launches run: tell them where their gradients lie. A plain step in between moves them."""
+        assert self.recorded is not None
+        self.grads.copy_(self.recorded)
 
     def apply(self, rate: Tensor, norm: Tensor, finite: Tensor) -> None:
         """Clip to the norm, step every parameter at `rate` times its scale and move the average, where `finite`."""
@@ -139,18 +141,22 @@ class FusedUpdate:
         corrections = -torch.expm1(self.log_betas * self.steps[0].double())
         clip = (self.clip / (norm + 1e-6)).clamp_max(1.0)
         way = 1 - self.ema.decay_now() if self.ema else counts
-        scalars = torch.stack(
-            (counts, rate, clip, corrections[0].float(), corrections[1].sqrt().float(), way.float())
-        )
+        scalars = torch.stack((counts, rate, clip, corrections[0].float(), corrections[1].sqrt().float(), way.float()))
         weights, firsts, seconds, averages = self.tables
         _update_kernel[(len(self.partial),)](
-            weights, self.grads, firsts, seconds, averages, self.scales, self.decays, self.owner, self.start, self.numel,
-            scalars, *self.betas, self.eps, BLOCK=BLOCK, AVERAGE=self.ema is not None, num_warps=4,
+            weights, self.grads, firsts, seconds, averages, self.scales, self.decays, self.owner, self.start,
+            self.numel, scalars, *self.betas, self.eps, BLOCK=BLOCK, AVERAGE=self.ema is not None, num_warps=4,
         )  # fmt: skip
         if self.ema:
             self.ema.move(self.rest, counts)
             self.ema.count(counts)
 
-    def recorded(self, addresses: Tensor) -> None:
-        """Tell the recorded launches where the gradients lie in the graph's memory."""
-        self.grads.copy_(addresses)
+
+def _address(p: Tensor) -> int:
+    """Where a parameter's gradient lies; 0 without one."""
+    g = p.grad
+    if g is None:
+        return 0
+    if g.dtype != torch.float32 or g.stride() != p.stride():
+        raise RuntimeError(f"a gradient is {g.dtype} with strides {g.stride()}, its parameter has {p.stride()}")
+    return g.data_ptr()

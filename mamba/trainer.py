@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +21,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mamba import checkpoint as ckpt
 from mamba.augment import BatchMix, tta_views
+from mamba.compilation import compile_blocks
 from mamba.config import RunConfig
-from mamba.data import ImageData, ImageSet, eval_batches, load_data, make_train_loader
+from mamba.conv import HAS_TRITON
+from mamba.data import ImageData, ImageSet, eval_batches, load_data, make_train_batches
 from mamba.ema import ModelEma
 from mamba.errors import ForgeError, TrainingError
+from mamba.graph import Batches, RecordedStep
 from mamba.hooks import TrainHook
 from mamba.model import Architecture, MambaModel, count_parameters
 from mamba.optim import make_optimizer
+from mamba.parallel import FlatGradients
 from mamba.schedule import learning_rate, set_learning_rate
+from mamba.stopwatch import Stopwatch
 from mamba.tracking import Tracker, environment
 from mamba.worker import Worker
 
 LOG_EVERY_S = 0.5
 """Seconds between two lines of step metrics, and between two looks for a request to stop."""
 LOOK_EVERY_STEPS = 10
-"""Steps between two looks at the flags that live on a GPU (skipped steps, stop): each look waits for the device."""
+"""Steps between two looks at what lives on a GPU (skipped steps, a request to stop, the loss). A look starts a copy and
+reads the one before, so that the device always has work in its queue."""
+
+
+class Look(NamedTuple):
+    """What the device showed after an optimizer step: skipped steps in a row, stop, loss, gradient norm."""
+
+    step: int
+    values: Tensor
+    ready: torch.cuda.Event | None
 
 
 def fit(
@@ -82,10 +97,8 @@ class Trainer:
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
         self.optimizer = make_optimizer(self.model, optim)
         self.mix = BatchMix(config.data.mixup, config.data.cutmix, config.data.mix_prob, len(data.classes), config.seed)
-        self.loader = make_train_loader(
-            data, config.data, config.seed, optim.accumulate, worker.rank, worker.world_size, worker.cpus, pin=gpu
-        )
-        self.steps_per_epoch = self.loader.sampler.steps
+        self.batches = make_train_batches(data, config.data, config.seed, optim.accumulate, worker)
+        self.steps_per_epoch = self.batches.sampler.steps
         self.amp = resolve_amp(optim.amp, worker.device)
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=self.amp is torch.float16)
 
@@ -94,9 +107,13 @@ class Trainer:
         self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # this epoch's loss sum and count
         self.seconds = {"epoch": 0.0, "run": 0.0, "waiting": 0.0}  # training, validation left out; for data
         self.skipped = torch.zeros(2, device=worker.device)  # non-finite steps: in all, and in a row
-        self.stop = torch.zeros((), device=worker.device)  # above 0 once a stop was requested
-        self.off_on = torch.zeros((), device=worker.device), torch.ones((), device=worker.device)
+        self.stop_asked = torch.zeros((), device=worker.device)  # 1 once this rank saw the request to stop
+        self.stop = torch.zeros((), device=worker.device)  # above 0 once any rank did
         self.looked_for_stop = 0.0
+        self.rate = torch.zeros((), device=worker.device)  # the learning rate, where a recorded step reads it
+        self.waiting = Stopwatch(worker.device)
+        self.looks: list[Look] = []  # begun and not yet read
+        self.logged, self.logged_step = 0.0, 0  # when, and after which step of the epoch
         self.best: dict[str, Any] = {"accuracy": -math.inf, "epoch": 0, "weights": "ema" if self.ema else "raw"}
         self.metrics: dict[str, float] = {}
         torch.manual_seed(config.seed + 1000 * (worker.rank + 1))  # drop path differs between ranks
@@ -104,11 +121,22 @@ class Trainer:
         for hook in hooks:
             hook.attach(self.model, self.ema, self.optimizer, config.seed)
 
-        if optim.compile:  # block by block: one graph serves all of one shape; in place: names stay as they are
-            for block in self.model.blocks:
-                block.compile()
+        if optim.compile:
+            compile_blocks(self.model)
         self.forward: nn.Module = self.model
-        if worker.world_size > 1:
+        self.flat: FlatGradients | None = None
+        self.fused = None
+        if gpu and HAS_TRITON and not self.scaler.is_enabled():
+            from mamba.fused_update import FusedUpdate  # needs triton
+
+            named: dict[str, Tensor] = dict(self.model.named_parameters())
+            self.fused = FusedUpdate(self.optimizer, self.ema, named, optim.grad_clip)
+        self.take_step: Callable[[Batches], tuple[Tensor, Tensor]] = self._optimizer_step
+        self.recorded: RecordedStep | None = None
+        if self._may_record() and self.fused is not None:
+            self.recorded = self.take_step = RecordedStep(self._optimizer_step, self.fused.fill_in)
+            self.flat = FlatGradients(list(self.model.parameters()), worker) if worker.world_size > 1 else None
+        elif worker.world_size > 1:
             device_ids = [worker.device.index] if gpu else None
             self.forward = DistributedDataParallel(self.model, device_ids=device_ids)
         self.tracker = Tracker(folder, config, self.epoch, self.global_step) if worker.rank == 0 else None
@@ -155,46 +183,54 @@ class Trainer:
     def _train_epoch(self) -> str:
         """Train what is left of the current epoch. Returns "stop" if the run was asked to stop, else "done"."""
         began, seconds_before = time.perf_counter(), self.seconds["epoch"]
-        logged, logged_step = began, self.step
+        self.logged, self.logged_step = began, self.step
         for micro_batches in self._steps():
             loss, norm = self._train_step(micro_batches)
             self.step += 1
             last = self.step == self.steps_per_epoch
-            now = time.perf_counter()
-            if self.tracker and (now - logged >= LOG_EVERY_S or last):
-                self._log_step(loss, norm, (self.step - logged_step) * self.config.data.batch_size / (now - logged))
-                logged, logged_step = now, self.step
             if self.worker.device.type == "cpu" or last or self.step % LOOK_EVERY_STEPS == 0:
-                self._check_skipped()
+                stop = self._look(loss, norm, last)
                 self.seconds["epoch"] = seconds_before + time.perf_counter() - began
-                if not last and self.stop.item():
-                    return "stop"
-        return "done"
+                if stop and not last:
+                    break
+        self.looks.clear()
+        self.seconds["waiting"] += self.waiting.read()
+        return "done" if self.step == self.steps_per_epoch else "stop"
 
     def _steps(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """The rest of the epoch's optimizer steps, each a list of micro-batches on the device, mixed."""
         config, device = self.config, self.worker.device
-        batches = self.loader.epoch(self.epoch, self.step)
+        batches = self.batches.epoch(self.epoch, self.step)
         for step in range(self.step, self.steps_per_epoch):
             micro = []
             for _ in range(config.optim.accumulate):
-                asked = time.perf_counter()
-                images, labels = next(batches)
-                self.seconds["waiting"] += time.perf_counter() - asked
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                with self.waiting.running():
+                    images, labels = next(batches)
+                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 micro.append(self.mix(images, labels, self.epoch, step))
             if self.tracker and self.epoch == 0 and step == 0:
                 self.tracker.samples(micro[0][0], self.data.mean, self.data.std)
             yield micro
 
-    def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _train_step(self, micro_batches: Batches) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns the loss (mean over this rank's images) and the gradient norm, on the device.
 
-        A step whose loss or gradient is not finite on any rank changes nothing on any of them and is counted. No
-        value is read back by the host.
+        Both may be overwritten by the next step.
+        """
+        rate = learning_rate(self.config.optim, self.global_step, self.steps_per_epoch)
+        set_learning_rate(self.optimizer, rate)
+        self.rate.fill_(rate)
+        if self._stop_requested():
+            self.stop_asked.fill_(1)
+        return self.take_step(micro_batches)
+
+    def _optimizer_step(self, micro_batches: Batches) -> tuple[Tensor, Tensor]:
+        """The part of a step that happens on the device, which can be recorded: no value is read back by the host, and
+        what lasts longer than the step is changed in place.
+
+        A step whose loss or gradient is not finite on any rank changes nothing on any of them and is counted.
         """
         optim = self.config.optim
-        set_learning_rate(self.optimizer, learning_rate(optim, self.global_step, self.steps_per_epoch))
         loss = torch.zeros((), device=self.worker.device)
         for i, (images, targets) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
@@ -206,24 +242,31 @@ class Trainer:
                 part = part / len(micro_batches)
                 self.scaler.scale(part).backward()
             loss += part.detach()
+        if self.flat:
+            self.flat.average()
         self.scaler.unscale_(self.optimizer)
         for hook in self.hooks:
             hook.gradients()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        norm = self.fused.norm() if self.fused else self._clip()
         # gradients are averaged over the ranks, so their norm is the same everywhere; losses are not
-        flags = self.worker.sum(torch.stack(((~loss.isfinite()).float(), self.off_on[self._stop_requested()])))
+        flags = self.worker.sum(torch.stack(((~loss.isfinite()).float(), self.stop_asked)))
         finite = (flags[0] == 0) & norm.isfinite()
         self.stop += flags[1]
-        self._apply(finite)
+        self._apply(norm, finite)
         bad = (~finite).float()
         self.skipped[0] += bad
         self.skipped[1] = (self.skipped[1] + 1) * bad
         self.totals += torch.stack((torch.where(finite, loss, 0.0).double(), finite.double()))
         return loss, norm
 
-    def _apply(self, finite: Tensor) -> None:
+    def _clip(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip or math.inf)
+
+    def _apply(self, norm: Tensor, finite: Tensor) -> None:
         """Step the optimizer where `finite`, and the average with it."""
-        if self.scaler.is_enabled():  # the scaler reads its own verdict on the host anyway
+        if self.fused:  # clips as well
+            self.fused.apply(self.rate, norm, finite)
+        elif self.scaler.is_enabled():  # the scaler reads its own verdict on the host anyway
             if finite.item():
                 self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -231,8 +274,22 @@ class Trainer:
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
+        if self.ema and not self.fused:
             self.ema.update(finite)
+
+    def _may_record(self) -> bool:
+        """Whether steps are recorded; a warning where that was asked for and cannot be."""
+        optim = self.config.optim
+        wanted = optim.compile if optim.cuda_graph is None else optim.cuda_graph
+        if not wanted or self.worker.device.type != "cuda":
+            return False
+        if self.scaler.is_enabled():
+            warnings.warn("optim.cuda_graph: fp16 cannot be recorded, steps are launched one by one", stacklevel=2)
+        elif not HAS_TRITON:
+            warnings.warn("optim.cuda_graph: triton is missing, steps are launched one by one", stacklevel=2)
+        else:
+            return True
+        return False
 
     # --- validation and the end --------------------------------------------------------------------------------------
 
@@ -255,6 +312,12 @@ class Trainer:
 
         With several views, the class probabilities of each image's views are averaged.
         """
+        if self.config.optim.compile:  # for the training batch alone: more graphs would cost more than they save here
+            with torch.compiler.set_stance("force_eager"):
+                return self._evaluate(model, split, views)
+        return self._evaluate(model, split, views)
+
+    def _evaluate(self, model: nn.Module, split: ImageSet, views: int) -> tuple[float, float]:
         worker = self.worker
         model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
@@ -307,6 +370,8 @@ class Trainer:
         return result
 
     def close(self) -> None:
+        if self.recorded:
+            self.recorded.close()
         if self.tracker:
             with suppress(OSError):  # a full disk has been reported by then
                 self.tracker.close()
@@ -405,25 +470,53 @@ class Trainer:
             "train/images_per_s": self.steps_per_epoch * self.config.data.batch_size / max(seconds, 1e-9),
             "train/data_wait_percent": 100 * waiting / max(seconds, 1e-9),
             "train/skipped_steps": float(self.skipped[0].item()),
+            **peak_memory(self.worker.device),
         }
 
     def _rates(self) -> dict[str, float]:
         return {str(g["name"]): float(g["lr"]) for g in self.optimizer.param_groups}
 
-    def _log_step(self, loss: Tensor, norm: Tensor, images_per_s: float) -> None:
-        assert self.tracker
-        values = {"loss": float(loss), "grad_norm": float(norm), "images_per_s": images_per_s}
-        self.tracker.step(self.global_step, values)
+    def _look(self, loss: Tensor, norm: Tensor, now: bool) -> bool:
+        """Begin a look at the device, and act on the one before, or with `now` on this one. Returns whether to stop.
+
+        Which look is acted on depends on the step alone, so all ranks stop at the same one.
+        """
+        gpu = self.worker.device.type == "cuda"
+        values = torch.stack((self.skipped[1], self.stop, loss, norm))
+        ready = None
+        if gpu:
+            values = torch.empty(4, pin_memory=True).copy_(values, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self.looks.append(Look(self.step, values, ready))
+        if gpu and not now and len(self.looks) == 1:
+            return False
+        look = self.looks[-1] if now else self.looks[0]
+        self.looks = [] if now or not gpu else self.looks[1:]
+        if look.ready:
+            look.ready.synchronize()
+        in_a_row, stop, loss_value, norm_value = look.values.tolist()
+        self._log_step(look.step, loss_value, norm_value, always=now)
+        self._check_skipped(int(in_a_row))
+        return stop > 0
+
+    def _log_step(self, step: int, loss: float, norm: float, always: bool) -> None:
+        now = time.perf_counter()
+        if not self.tracker or not (always or now - self.logged >= LOG_EVERY_S):
+            return
+        images = (step - self.logged_step) * self.config.data.batch_size
+        values = {"loss": loss, "grad_norm": norm, "images_per_s": images / (now - self.logged)}
+        self.logged, self.logged_step = now, step
+        self.tracker.step(self.epoch * self.steps_per_epoch + step, values)
         self.tracker.progress(
             epoch=self.epoch,
             epochs=self.config.optim.epochs,
-            step=self.step,
+            step=step,
             steps_per_epoch=self.steps_per_epoch,
             **values,
         )
 
-    def _check_skipped(self) -> None:
-        in_a_row = int(self.skipped[1].item())
+    def _check_skipped(self, in_a_row: int) -> None:
         if in_a_row >= self.config.optim.max_skipped:
             newest = ckpt.newest_checkpoint(self.folder)
             raise TrainingError(
@@ -440,6 +533,13 @@ class Trainer:
             return False
         self.looked_for_stop = now
         return (self.folder / "STOP").exists()
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most GPU memory that tensors have taken in this process so far, in MiB."""
+    if device.type != "cuda":
+        return {}
+    return {"train/peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
 
 
 def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:

@@ -22,9 +22,12 @@ def pictures(n, side=32):
 def recorded_operations(transform, n, monkeypatch):
     """The operations that torchvision's own transform applies to each of n images."""
     seen = []
-    monkeypatch.setattr(
-        type(transform), "_apply_image_or_video_transform", lambda self, image, name, m, **_: seen[-1].append((name, m)) or image
-    )  # fmt: skip
+
+    def record(self, image, name, magnitude, **_):
+        seen[-1].append((name, magnitude))
+        return image
+
+    monkeypatch.setattr(type(transform), "_apply_image_or_video_transform", record)
     image = pictures(1)[0]
     torch.manual_seed(0)
     for _ in range(n):
