@@ -56,14 +56,57 @@ def test_resumes(small_fit, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
 
 
-def test_compiled_run_follows_the_plain_one(small_fit, tmp_path):
+FAST = {
+    "recorded": {"optim__cuda_graph": True},
+    "in parts": {"optim__cuda_graph": True, "optim__accumulate": 2},
+    "compiled": {"optim__compile": True, "optim__cuda_graph": False},
+    "both": {"optim__compile": True},
+}
+
+
+def test_fast_runs_follow_the_plain_one(small_fit, tmp_path):
+    """The same loss curve, recorded, compiled or both; mixing and augmentation are on."""
     curves = {}
-    for name, on in (("plain", False), ("compiled", True)):
+    settings = {"optim__amp": "off", "model__drop_path": 0, "data__augment": "autoaugment", "data__mixup": 0.8}
+    for name, values in {"plain": {}, **FAST}.items():
         (tmp_path / name).mkdir()
-        small_fit(name, optim__compile=on, optim__amp="off", model__drop_path=0)
+        small_fit(name, **settings, **values)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         curves[name] = [json.loads(line)["train/loss"] for line in lines]
-    assert curves["plain"] == pytest.approx(curves["compiled"], rel=1e-3)
+    for name in FAST:
+        assert curves[name] == pytest.approx(curves["plain"], rel=1e-3), name
+
+
+def test_a_recorded_run_resumes(small_fit, tmp_path):
+    """Drop path draws the same numbers in a recorded step as in a plain one, and goes on where the checkpoint was."""
+    (tmp_path / "whole").mkdir()
+    settings = {"optim__cuda_graph": True, "checkpoint__keep": 3, "optim__amp": "off"}
+    small_fit("whole", **settings)
+    small_fit("run", **settings)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    checkpoints[-1].rename(tmp_path / "removed")
+    small_fit("run", **settings)
+    a, b = (load_file(ckpt.newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("whole", "run"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_recorded_step_skips_what_is_not_finite(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(optim__cuda_graph=True), local_worker(), tmp_path, small_data)
+    images, targets = torch.randn(16, 3, 8, 8, device="cuda"), torch.full((16, 3), 1 / 3, device="cuda")
+    trainer.model.train()
+    for _ in range(6):
+        trainer._train_step([(images, targets)])
+    assert trainer.recorded.graph is not None
+    before = copy.deepcopy(trainer.model.state_dict())
+    average = copy.deepcopy(trainer.ema.model.state_dict())
+    trainer._train_step([(images * float("nan"), targets)])
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    assert all(torch.equal(v, average[k]) for k, v in trainer.ema.model.state_dict().items())
+    assert trainer.skipped.tolist() == [1, 1] and trainer.ema.updates.item() == 6
+    trainer._train_step([(images, targets)])
+    assert trainer.skipped.tolist() == [1, 0]
+    assert not torch.equal(trainer.model.head.weight, before["head.weight"])
 
 
 def test_model_on_the_gpu_equals_the_model_on_the_cpu():

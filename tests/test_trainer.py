@@ -292,7 +292,7 @@ def test_gradients_are_clipped_to_the_norm(small_config, small_data, tmp_path, m
     monkeypatch.setattr(
         trainer,
         "_apply",
-        lambda _: seen.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()),
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()),
     )
     _, norm = trainer._train_step([(torch.randn(16, 3, 8, 8), torch.eye(3)[torch.arange(16) % 3])])
     assert norm > 0.01  # what is reported is the norm before clipping
