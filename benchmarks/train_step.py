@@ -7,10 +7,10 @@
 Every case is a process of its own: preset v2, its first epoch for compilation and warm-up, then `--epochs` epochs that
 are timed with validation left out. `images/s` is the median epoch, with the slowest and the fastest. `wait` is the part
 of the time that the device spends on making batches or waiting for them. `first step` counts from the making of the
-trainer to the end of the first optimizer step (importing torch left out), the data already decoded. `memory` is the most
-that tensors took. Modes: `recorded` (compiled blocks in a CUDA graph), `compiled`, `graph` (recorded, not compiled),
-`plain`; `uneven` is `recorded` with different widths in every block, as pruning leaves them. `--profile N` prints the N
-kernels that take the most time in three steps.
+trainer to the end of the first optimizer step (importing torch left out), the data already decoded. `memory` is the
+most that tensors took. Modes: `recorded` (compiled blocks in a CUDA graph), `compiled`, `graph` (recorded, not
+compiled), `plain`; `uneven` is `compiled` with different widths in every block, as pruning leaves them. `--profile N`
+prints the N kernels that take the most time in three steps.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from typing import Any
 
 import torch
 
+from mamba.worker import Worker, local_worker
+
 MODES = {
-    "recorded": {"optim.compile": True},
+    "recorded": {"optim.compile": True, "optim.cuda_graph": True},
     "uneven": {"optim.compile": True},
-    "compiled": {"optim.compile": True, "optim.cuda_graph": False},
-    "graph": {"optim.compile": False, "optim.cuda_graph": True},
-    "plain": {"optim.compile": False, "optim.cuda_graph": False},
+    "compiled": {"optim.compile": True},
+    "graph": {"optim.cuda_graph": True},
+    "plain": {},
 }
 
 
@@ -58,12 +60,11 @@ def uneven_checkpoint(folder: Path, model: str, classes: int, side: int) -> Path
     return save_checkpoint(folder / "uneven", model_, None, description, None)
 
 
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """One case in this process."""
+def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """One case in this process, which may be one of several that train together."""
     from mamba.data import load_data
     from mamba.presets import get_preset
     from mamba.trainer import Trainer
-    from mamba.worker import local_worker
 
     values = {
         "data.dataset": case["dataset"],
@@ -74,7 +75,6 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         **MODES[case["mode"]],
         **case["overrides"],
     }
-    worker = local_worker()
     gpu = worker.device.type == "cuda"
     with tempfile.TemporaryDirectory() as scratch:
         config = get_preset("v2").with_values({**values, "out": Path(scratch)}).resolve()
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(run_case(json.loads(args.case))))
+        print(json.dumps(run_case(json.loads(args.case), local_worker())))
         return
 
     report: dict[str, Any] = {"hardware": hardware(), "command": " ".join(sys.argv), "rows": []}
@@ -184,7 +184,7 @@ def main() -> None:
                         "overrides": overrides}  # fmt: skip
                 with tempfile.TemporaryDirectory() as empty:
                     caches = ("MAMBA_FORGE_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-                    env = {**os.environ, **({name: empty for name in caches} if args.cold else {})}
+                    env = {**os.environ, **(dict.fromkeys(caches, empty) if args.cold else {})}
                     done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], env=env,
                                           capture_output=True, text=True)  # fmt: skip
                 if done.returncode:

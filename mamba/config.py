@@ -132,9 +132,9 @@ class OptimConfig(_Group):
     """Mixed precision; auto: bf16 on GPUs that have it, fp16 on other GPUs, off on CPU."""
     compile: bool = False
     """Compile the model's blocks with torch.compile."""
-    cuda_graph: bool | None = None
-    """Record the whole optimizer step as a CUDA graph and replay it, so that launches cost no time; None: on GPUs where
-    `optim.compile` is on. fp16 cannot be recorded (its loss scale is decided on the host)."""
+    cuda_graph: bool = False
+    """Record the whole optimizer step as a CUDA graph and replay it, so that launches cost no time; best together with
+    `optim.compile`. Needs a GPU; fp16 cannot be recorded (its loss scale is decided on the host)."""
     max_skipped: int = Field(20, ge=1)
     """Stop after this many optimizer steps in a row with a non-finite loss or gradient (each is skipped)."""
 
@@ -343,7 +343,7 @@ class RunConfig(_Group):
         if self.data.device == "gpu" and not gpu:
             raise ConfigError("data.device 'gpu' needs a GPU and there is none; valid on CPU: auto, cpu")
         if self.optim.cuda_graph and not gpu:
-            raise ConfigError("optim.cuda_graph needs a GPU and there is none; valid on CPU: None, False")
+            raise ConfigError("optim.cuda_graph needs a GPU and there is none; valid on CPU: False")
         if self.optim.cuda_graph and self.optim.amp == "fp16":
             raise ConfigError("optim.cuda_graph cannot record optim.amp 'fp16'; turn one off, or choose bf16")
         if self.optim.amp == "fp16" and not gpu:

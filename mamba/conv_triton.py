@@ -24,7 +24,7 @@ MOST_ROWS = 64  # tokens of a tile
 
 
 @triton.jit
-def _tile(L, D, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _tile(chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """This program's batch entry, token numbers (ROWS, 1) and channel numbers (1, COLUMNS)."""
     batch = (tl.program_id(0) // chunks).to(tl.int64)
     rows = (tl.program_id(0) % chunks) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -52,7 +52,7 @@ def _convolve(x, weight, bias, batch, rows, columns, L, D, stride_b, stride_l, T
 def _forward_kernel(
     x, weight, bias, y, L, D, chunks, stride_b, stride_l, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    batch, rows, columns = _tile(L, D, chunks, ROWS, COLUMNS)
+    batch, rows, columns = _tile(chunks, ROWS, COLUMNS)
     pre = _convolve(x, weight, bias, batch, rows, columns, L, D, stride_b, stride_l, TAPS)
     tl.store(y + (batch * L + rows) * D + columns, pre * tl.sigmoid(pre), mask=(rows < L) & (columns < D))
 
@@ -63,7 +63,7 @@ def _backward_pre_kernel(
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """d(pre), and this tile's sums for the gradients of the taps and, last, of the bias."""
-    batch, rows, columns = _tile(L, D, chunks, ROWS, COLUMNS)
+    batch, rows, columns = _tile(chunks, ROWS, COLUMNS)
     pre = _convolve(x, weight, bias, batch, rows, columns, L, D, stride_b, stride_l, TAPS)
     s = tl.sigmoid(pre)
     d = _load(dy, batch, rows, columns, L, D, dy_stride_b, dy_stride_l) * s * (1 + pre * (1 - s))
@@ -78,11 +78,11 @@ def _backward_pre_kernel(
 
 @triton.jit
 def _backward_x_kernel(dpre, weight, dx, L, D, chunks, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    batch, rows, columns = _tile(L, D, chunks, ROWS, COLUMNS)
+    batch, rows, columns = _tile(chunks, ROWS, COLUMNS)
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in tl.static_range(TAPS):
         w = tl.load(weight + columns * TAPS + k, mask=columns < D, other=0.0).to(tl.float32)
-        out += w * _load(dpre, batch, rows + (TAPS - 1 - k), columns, L, D, L.to(tl.int64) * D, D)
+        out += w * _load(dpre, batch, rows + (TAPS - 1 - k), columns, L, D, L * D, D)
     tl.store(dx + (batch * L + rows) * D + columns, out, mask=(rows < L) & (columns < D))
 
 

@@ -12,6 +12,7 @@ own state is worked on in place: a checkpoint cannot tell the two apart.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -74,7 +75,7 @@ class FusedUpdate:
     """
 
     def __init__(
-        self, optimizer: torch.optim.AdamW, ema: ModelEma | None, named: dict[str, Tensor], clip: float | None
+        self, optimizer: torch.optim.AdamW, ema: ModelEma | None, named: Mapping[str, Tensor], clip: float | None
     ):
         self.params: list[Tensor] = []
         scales, decays = [], []
@@ -137,7 +138,7 @@ class FusedUpdate:
     def apply(self, rate: Tensor, norm: Tensor, finite: Tensor) -> None:
         """Clip to the norm, step every parameter at `rate` times its scale and move the average, where `finite`."""
         counts = finite.float()
-        torch._foreach_add_(self.steps, counts)
+        torch._foreach_add_(self.steps, [counts] * len(self.steps))  # with a lone tensor, the host would read it
         corrections = -torch.expm1(self.log_betas * self.steps[0].double())
         clip = (self.clip / (norm + 1e-6)).clamp_max(1.0)
         way = 1 - self.ema.decay_now() if self.ema else counts

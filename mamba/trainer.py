@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ from mamba.schedule import learning_rate, set_learning_rate
 from mamba.stopwatch import Stopwatch
 from mamba.tracking import Tracker, environment
 from mamba.worker import Worker
+
+if TYPE_CHECKING:
+    from mamba.fused_update import FusedUpdate
 
 LOG_EVERY_S = 0.5
 """Seconds between two lines of step metrics, and between two looks for a request to stop."""
@@ -124,18 +127,17 @@ class Trainer:
         if optim.compile:
             compile_blocks(self.model)
         self.forward: nn.Module = self.model
-        self.flat: FlatGradients | None = None
-        self.fused = None
-        if gpu and HAS_TRITON and not self.scaler.is_enabled():
-            from mamba.fused_update import FusedUpdate  # needs triton
-
-            named: dict[str, Tensor] = dict(self.model.named_parameters())
-            self.fused = FusedUpdate(self.optimizer, self.ema, named, optim.grad_clip)
         self.take_step: Callable[[Batches], tuple[Tensor, Tensor]] = self._optimizer_step
         self.recorded: RecordedStep | None = None
-        if self._may_record() and self.fused is not None:
+        self.fused: FusedUpdate | None = None
+        self.flat: FlatGradients | None = None
+        if optim.cuda_graph and self._may_record():
+            from mamba.fused_update import FusedUpdate  # needs triton
+
+            parameters = dict(self.model.named_parameters())
+            self.fused = FusedUpdate(self.optimizer, self.ema, parameters, optim.grad_clip)
+            self.flat = FlatGradients(list(parameters.values()), worker) if worker.world_size > 1 else None
             self.recorded = self.take_step = RecordedStep(self._optimizer_step, self.fused.fill_in)
-            self.flat = FlatGradients(list(self.model.parameters()), worker) if worker.world_size > 1 else None
         elif worker.world_size > 1:
             device_ids = [worker.device.index] if gpu else None
             self.forward = DistributedDataParallel(self.model, device_ids=device_ids)
@@ -256,7 +258,7 @@ class Trainer:
         bad = (~finite).float()
         self.skipped[0] += bad
         self.skipped[1] = (self.skipped[1] + 1) * bad
-        self.totals += torch.stack((torch.where(finite, loss, 0.0).double(), finite.double()))
+        self.totals += torch.stack((loss.masked_fill(~finite, 0.0).double(), finite.double()))
         return loss, norm
 
     def _clip(self) -> Tensor:
@@ -278,18 +280,12 @@ class Trainer:
             self.ema.update(finite)
 
     def _may_record(self) -> bool:
-        """Whether steps are recorded; a warning where that was asked for and cannot be."""
-        optim = self.config.optim
-        wanted = optim.compile if optim.cuda_graph is None else optim.cuda_graph
-        if not wanted or self.worker.device.type != "cuda":
-            return False
-        if self.scaler.is_enabled():
+        """Whether what `optim.cuda_graph` asks for is possible here; a warning where it is not."""
+        if self.scaler.is_enabled():  # auto chose it: this GPU has no bfloat16
             warnings.warn("optim.cuda_graph: fp16 cannot be recorded, steps are launched one by one", stacklevel=2)
         elif not HAS_TRITON:
             warnings.warn("optim.cuda_graph: triton is missing, steps are launched one by one", stacklevel=2)
-        else:
-            return True
-        return False
+        return HAS_TRITON and not self.scaler.is_enabled()
 
     # --- validation and the end --------------------------------------------------------------------------------------
 

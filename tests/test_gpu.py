@@ -59,8 +59,8 @@ def test_resumes(small_fit, tmp_path):
 FAST = {
     "recorded": {"optim__cuda_graph": True},
     "in parts": {"optim__cuda_graph": True, "optim__accumulate": 2},
-    "compiled": {"optim__compile": True, "optim__cuda_graph": False},
-    "both": {"optim__compile": True},
+    "compiled": {"optim__compile": True},
+    "both": {"optim__compile": True, "optim__cuda_graph": True},
 }
 
 

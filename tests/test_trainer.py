@@ -337,7 +337,7 @@ def test_bf16_and_compile_run(small_fit, tmp_path):
 def test_compiled_run_keeps_names_and_follows_the_plain_one(small_fit, tmp_path, monkeypatch):
     compile_in_place = torch.nn.Module.compile
     options = {"backend": "eager", "fullgraph": True}
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_in_place(self, **options))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **mine: compile_in_place(self, **(mine | options)))
     for name, on in (("plain", False), ("compiled", True)):
         (tmp_path / name).mkdir()
         small_fit(name, optim__compile=on, model__drop_path=0)
