@@ -91,7 +91,7 @@ def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
             result = take(batches)
             result[0].item()
             first.append(time.perf_counter() - began)
-            trainer._train_step = take
+            del trainer._train_step  # the class's own again; a bound method kept here would be a cycle
             return result
 
         trainer._train_step = first_step

@@ -61,7 +61,3 @@ class RecordedStep:
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.outputs = self.step(self.inputs)
         self.graph = graph
-
-    def close(self) -> None:
-        """Let go of the graph; it must not outlive the process group whose collectives it holds."""
-        self.graph = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -127,7 +127,6 @@ class Trainer:
         if optim.compile:
             compile_blocks(self.model)
         self.forward: nn.Module = self.model
-        self.take_step: Callable[[Batches], tuple[Tensor, Tensor]] = self._optimizer_step
         self.recorded: RecordedStep | None = None
         self.fused: FusedUpdate | None = None
         self.flat: FlatGradients | None = None
@@ -137,7 +136,7 @@ class Trainer:
             parameters = dict(self.model.named_parameters())
             self.fused = FusedUpdate(self.optimizer, self.ema, parameters, optim.grad_clip)
             self.flat = FlatGradients(list(parameters.values()), worker) if worker.world_size > 1 else None
-            self.recorded = self.take_step = RecordedStep(self._optimizer_step, self.fused.fill_in)
+            self.recorded = RecordedStep(self._optimizer_step, self.fused.fill_in)
         elif worker.world_size > 1:
             device_ids = [worker.device.index] if gpu else None
             self.forward = DistributedDataParallel(self.model, device_ids=device_ids)
@@ -224,7 +223,7 @@ class Trainer:
         self.rate.fill_(rate)
         if self._stop_requested():
             self.stop_asked.fill_(1)
-        return self.take_step(micro_batches)
+        return self.recorded(micro_batches) if self.recorded else self._optimizer_step(micro_batches)
 
     def _optimizer_step(self, micro_batches: Batches) -> tuple[Tensor, Tensor]:
         """The part of a step that happens on the device, which can be recorded: no value is read back by the host, and
@@ -366,8 +365,7 @@ class Trainer:
         return result
 
     def close(self) -> None:
-        if self.recorded:
-            self.recorded.close()
+        self.recorded = None  # it refers to this trainer; a graph must not outlive the process group it talks through
         if self.tracker:
             with suppress(OSError):  # a full disk has been reported by then
                 self.tracker.close()
