@@ -158,6 +158,6 @@ def _address(p: Tensor) -> int:
     g = p.grad
     if g is None:
         return 0
-    if g.dtype != torch.float32 or g.stride() != p.stride():
-        raise RuntimeError(f"a gradient is {g.dtype} with strides {g.stride()}, its parameter has {p.stride()}")
+    if g.dtype != torch.float32 or not g.is_contiguous():
+        raise RuntimeError(f"a gradient is {g.dtype} with strides {g.stride()}, its parameter float32 and contiguous")
     return g.data_ptr()

@@ -150,3 +150,17 @@ def test_every_choice_can_be_typed():
         for choice in [a for a in getattr(annotation, "__args__", ()) if isinstance(a, str)]:
             assert parse_train_args([f"--{key}", choice]).config.flat()[key] == choice
     assert parse_train_args(["--optim.grad-clip", "none"]).config.optim.grad_clip is None
+
+
+@pytest.mark.parametrize(
+    "values, gpu, message",
+    [
+        ({"data.device": "gpu"}, False, "data.device 'gpu' needs a GPU and there is none; valid on CPU: auto, cpu"),
+        ({"optim.cuda_graph": True}, False, "optim.cuda_graph needs a GPU and there is none; valid on CPU: False"),
+        ({"optim.cuda_graph": True, "optim.amp": "fp16"}, True, "optim.cuda_graph cannot record optim.amp 'fp16'"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(values, gpu, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig().with_values(values).check_workers(1, gpu)
+    RunConfig().with_values(values | {"optim.amp": "bf16"}).check_workers(1, gpu=True)
