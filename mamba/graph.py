@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mamba.errors import TrainingError
+
 Batches = list[tuple[Tensor, Tensor]]
 WARM_UP = 3
 """Steps taken as they are before one is recorded. The first compiles, and the allocator settles. NCCL communicators are
@@ -57,7 +59,18 @@ class RecordedStep:
     def _record(self, batches: Batches) -> None:
         self.inputs = [(images.clone(), targets.clone()) for images, targets in batches]
         graph = torch.cuda.CUDAGraph()
+        try:
+            self._capture(graph)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the process cannot go on: its random numbers are in the middle of a recording
+            cause = str(error.__context__ or error).splitlines()[0]
+            raise TrainingError(
+                f"the optimizer step could not be recorded ({cause}); turn optim.cuda_graph off", every_rank=True
+            ) from error
+        self.graph = graph
+
+    def _capture(self, graph: torch.cuda.CUDAGraph) -> None:
         # thread_local: NCCL's watchdog and the loader's pinning thread may call CUDA meanwhile
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.outputs = self.step(self.inputs)
-        self.graph = graph
