@@ -71,6 +71,7 @@ def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
         "data.root": Path(case["root"]),
         "data.img_size": 32,
         "data.batch_size": case["batch"],
+        "data.device": "auto",
         "model.name": case["model"],
         **MODES[case["mode"]],
         **case["overrides"],

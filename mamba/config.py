@@ -68,9 +68,10 @@ class DataConfig(_Group):
     """Alpha of cutmix's Beta distribution; 0: off. With both on, each mixed batch takes one of them at random."""
     mix_prob: float = Field(0.5, ge=0, le=1)
     """Part of the batches that mixup or cutmix is applied to."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = "cpu"
     """Where images are augmented: cpu, by loader processes; gpu, where the training set then lies in GPU memory; auto:
-    gpu where there is one and the decoded images take at most an eighth of its memory (CIFAR: 150 MB)."""
+    gpu where there is one and the decoded images take at most an eighth of its memory (CIFAR: 150 MB). Training with
+    gpu was not measured yet (docs/BENCHMARKS.md), hence the default."""
     loader_workers: int | None = Field(None, ge=0)
     """Loader processes per training worker; None: its CPUs less one (16 at most), 0 where nothing is augmented."""
 

@@ -49,6 +49,8 @@ def trials_under(folder: Path) -> list[dict[str, Any]]:
     defaults = RunConfig().flat()
     rows = []
     for path in sorted(folder.rglob("result.json")):
+        if ".ray" in path.parts:  # Tune's own
+            continue
         result = json.loads(path.read_text())
         values = result.get("values")
         config = path.parent / "config.yaml"

@@ -105,8 +105,7 @@ def resources(experiment: Experiment, cluster: Cluster) -> Resources:
         there = cluster.gpus or cluster.cpus
         if needed > there:
             raise ConfigError(f"scaling.num_workers {workers} needs {needed} GPUs or CPUs and the cluster has {there}")
-        # the trial itself holds next to nothing, and only as many run as have all their workers
-        return Resources(0.01, 0.0, there // needed)
+        return Resources(0, 0.0, there // needed)  # only as many as have all their workers
     if cluster.gpus:
         default = 1.0 / MEASURES_PER_GPU if experiment.space.kind == "measure" else 1.0
         share = default if share is None else share
@@ -148,13 +147,14 @@ def run(folder: Path, say: Callable[[str], None]) -> tuple[bool, list[dict[str, 
             data,
             experiment.checkpoint,
             baseline,
-            max(1, int(held.cpus)) if held.cpus >= 1 else (config.scaling.cpus_per_worker or 1),
+            int(held.cpus) or config.scaling.cpus_per_worker or 1,
             config.scaling.num_workers or 1,
             cluster.gpus > 0,
         )
         search = _search(experiment, folder)
         done = len(rows(folder))
-        kind = f"{held.gpus:g} GPU" if held.gpus else f"{max(1, int(held.cpus))} CPU"
+        kind = f"{held.gpus:g} GPU" if held.gpus else f"{int(held.cpus)} CPU"
+        kind = kind if held.cpus else f"{shared.workers} workers"
         say(
             f"{experiment.space.question}\n"
             f"{experiment.count} trials, {done} done, {held.concurrent} at once ({kind} each)"

@@ -64,7 +64,10 @@ class Listed(Searcher):
         return not self.left
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing to learn from a grid's trials."""
+        """Nothing: Tune says so before a trial that was stopped has its result; see `settled`."""
+
+    def settled(self, name: str, result: dict[str, Any]) -> None:
+        """A trial has left its result. A grid learns nothing from it."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles what it is given; nothing of it is needed again."""
@@ -117,11 +120,11 @@ class Drawn(Listed):
         if not others and objective in result and trial_id in self.active:
             self.active[trial_id].report(result[objective], result["training_iteration"])
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        trial = self.active.pop(trial_id, None)
-        left = None if trial is None else finished_result(self.folder / _name(trial))
-        if trial is not None and left is not None:
-            self.tell(trial, left)
+    def settled(self, name: str, result: dict[str, Any]) -> None:
+        for trial_id, trial in list(self.active.items()):
+            if _name(trial) == name:
+                del self.active[trial_id]
+                self.tell(trial, result)
 
     def tell(self, trial: optuna.trial.Trial, result: dict[str, Any]) -> None:
         values = [result["metrics"].get(objective) for objective in self.space.objectives]
@@ -157,8 +160,8 @@ def open_study(space: Space, folder: Path, storage: str | None, seed: int) -> op
 class Watcher(tune.Callback):
     """Keeps the folder complete: trials that Tune stopped early or gave up get a result too."""
 
-    def __init__(self, folder: Path, changed: Callable[[str, dict[str, Any]], None]) -> None:
-        self.folder, self.changed = folder, changed
+    def __init__(self, folder: Path, search: Listed, changed: Callable[[str, dict[str, Any]], None]) -> None:
+        self.folder, self.search, self.changed = folder, search, changed
         self.running: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,6 +187,7 @@ class Watcher(tune.Callback):
             result = {"status": status, "reason": reason, "metrics": metrics, "values": trial.config["values"]}
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / name / "result.json", result)
+        self.search.settled(name, result)
         self.changed(name, result)
 
 
@@ -224,8 +228,9 @@ def run_sweep(
             reduction_factor=space.early_stop.reduction,
         )
 
-    held = {"CPU": resources.cpus, "GPU": resources.gpus}
-    watcher = Watcher(shared.folder, changed)
+    # a trial whose work happens in workers of its own must not take what they need; nothing at all is refused by Tune
+    held = {"CPU": resources.cpus, "GPU": resources.gpus} if resources.cpus else {"memory": 1}
+    watcher = Watcher(shared.folder, search, changed)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trainable, shared=shared), held),
         tune_config=tune.TuneConfig(

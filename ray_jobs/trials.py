@@ -23,7 +23,7 @@ from mamba.data import ImageData
 from mamba.errors import ConfigError, ForgeError
 from mamba.model import MambaModel
 from mamba.tracking import Tracker, environment, finished_result, write_json
-from mamba.trainer import fit, resolve_amp
+from mamba.trainer import fit, request_stop, resolve_amp
 from mamba.worker import Worker
 from pruning import measure as meter
 from pruning.cut import cut
@@ -191,13 +191,17 @@ def _train_nested(shared: Shared, config: RunConfig, folder: Path, told: Report)
     seen = 0
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(work)
-        while True:
-            done = wait([running], timeout=0.5).done
-            for metrics in epochs_of(folder)[seen:]:
-                told(metrics)
-                seen += 1
-            if done:
-                return running.result()
+        try:
+            while True:
+                done = wait([running], timeout=0.5).done
+                for metrics in epochs_of(folder)[seen:]:
+                    told(metrics)
+                    seen += 1
+                if done:
+                    return running.result()
+        except BaseException:  # Tune stops a trial where it reports
+            request_stop(folder)
+            raise
 
 
 def epochs_of(folder: Path) -> list[dict[str, float]]:
