@@ -91,6 +91,8 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
     except (ForgeError, torch.OutOfMemoryError) as error:
         result = {"status": "failed", "reason": str(error).splitlines()[0], "metrics": {}}
         (folder / "error.log").write_text(traceback.format_exc())
+        if not list(folder.glob("events*")) and (folder / "config.yaml").exists():
+            Tracker(folder, config, 0, 0).close()  # listed in TensorBoard's table, without metrics
     result = {**result, "values": values, "trial_seconds": round(time.perf_counter() - began, 3)}
     write_json(folder / "result.json", result)
     return result
