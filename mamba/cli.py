@@ -160,7 +160,7 @@ def _recipe_of(path: Path) -> RunConfig:
     tree = read_description(folder).get("config")
     if tree is None:
         raise ConfigError(f"{folder} does not say how it was trained: give --preset, or the data.* keys with one")
-    return RunConfig(**tree)
+    return RunConfig(**tree).with_values({"out": RunConfig().out, "prune.round": 0})
 
 
 def _split(words: list[str], options: set[str], short: dict[str, str]) -> tuple[dict[str, str], dict[str, str | None]]:

@@ -111,7 +111,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 def finished_result(folder: Path) -> dict[str, Any] | None:
     """What a finished run left in result.json, None for one that is not finished."""
     path = folder / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it to finish the run again") from None
 
 
 def prepare_resume(folder: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, cast
 
 from torch import Tensor, nn
@@ -252,7 +253,7 @@ def parse_target(target: str, *, structured: bool = False) -> tuple[str, str]:
 
 def check_rate(name: str, rate: float) -> None:
     """Raises ConfigError where a rate is not in [0, 1)."""
-    if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < 1:
+    if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 <= rate < 1:
         raise ConfigError(f"the rate of '{name}' must be in [0, 1), got {rate!r}")
 
 

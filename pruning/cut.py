@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,10 @@ from pruning.components import (
 )
 from pruning.importance import SCORES, Batches, element_scores, unit_scores
 from pruning.masks import Masks, apply_mask_mamba, combine, gone_units, unit_masks
-from pruning.replace import REPLACEMENTS
+from pruning.replace import REPLACEMENTS, REWRITES
 from pruning.select import check_scope, choose_elements, choose_units
-from pruning.shrink import Shrunk, Slices, rebuild, shrink
+from pruning.shrink import Shrunk, Slices, rebuild
+from pruning.shrink import shrink as remove_units
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,35 @@ class How:
     calibration: Batches | None = None
     """Batches of (images, labels) for taylor and wanda; a list, where several cuts read it."""
     floor: int = 1
-    """Units that each layer keeps."""
+    """Units that each layer keeps. Single weights and replacements have no floor."""
     multiple: int = 1
-    """What kept widths are rounded to; 8 suits a GPU's matrix units. Above 1 a rate is no longer exact."""
+    """What kept widths are rounded to (taps and blocks are not); 8 suits a GPU's matrix units. Above 1 a rate is no
+    longer exact."""
     layers: Sequence[int] | None = None
     """Blocks to cut; None: all."""
     seed: int = 0
     """Of score `random`."""
+    masks: Mapping[str, Tensor] | None = None
+    """What is cut already and stays cut: its units go along where the model is shrunk."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> How:
+        """Raises ConfigError where an option is none."""
+        unknown = [name for name in given if name not in cls.__dataclass_fields__]
+        if unknown:
+            raise ConfigError(f"unknown option '{unknown[0]}'; valid: {', '.join(cls.__dataclass_fields__)}")
+        return cls(**given)
 
     def check(self, model: nn.Module) -> None:
         """Raises ConfigError before anything is computed."""
         check_scope(self.scope)
+        if self.floor < 1 or self.multiple < 1:
+            raise ConfigError(
+                f"floor and multiple must be at least 1, got floor {self.floor} and multiple {self.multiple}"
+            )
         depth = len(blocks_of(model))
+        if self.layers is not None and not len(self.layers):
+            raise ConfigError(f"layers is empty: nothing to cut; valid: blocks from 0 to {depth - 1}, or None for all")
         for layer in self.layers or ():
             if not 0 <= layer < depth:
                 raise ConfigError(f"there is no block {layer}; valid: 0 to {depth - 1}")
@@ -65,7 +84,7 @@ class How:
             raise ConfigError(f"unknown score '{self.score}'; valid: {', '.join(SCORES)}")
 
 
-def prune_mamba_unstructured(model: nn.Module, rates: Mapping[str, float], **how: object) -> Masks:
+def prune_mamba_unstructured(model: nn.Module, rates: Mapping[str, float], **how: Any) -> Masks:
     """Masks that zero single weights: of each component exactly round(rate n) of the n weights that it covers.
 
     Args:
@@ -81,7 +100,7 @@ def prune_mamba_unstructured(model: nn.Module, rates: Mapping[str, float], **how
 
     Source: global magnitude pruning, Han et al. 2015 (https://arxiv.org/abs/1506.02626).
     """
-    options = How(**how)  # type: ignore[arg-type]
+    options = How.of(how)
     cuts = _parse(model, rates, options)
     for name, granularity, _ in cuts:
         if granularity != ELEMENT:
@@ -89,7 +108,7 @@ def prune_mamba_unstructured(model: nn.Module, rates: Mapping[str, float], **how
     return _masks(model, cuts, options)
 
 
-def prune_mamba_structured(model: MambaModel, rates: Mapping[str, float], **how: object) -> MambaModel:
+def prune_mamba_structured(model: MambaModel, rates: Mapping[str, float], **how: Any) -> MambaModel:
     """A smaller model without round(rate n) of each component's n units; what is coupled goes along.
 
     Args:
@@ -111,7 +130,7 @@ def prune_mamba_structured(model: MambaModel, rates: Mapping[str, float], **how:
 
 
 def prune_component(
-    model: MambaModel, component: str, rate: float, granularity: str | None = None, shrink: bool = False, **how: object
+    model: MambaModel, component: str, rate: float, granularity: str | None = None, shrink: bool = False, **how: Any
 ) -> MambaModel:
     """A pruned copy of a model: one component at one rate.
 
@@ -134,7 +153,7 @@ def prune_component(
     return prune_multiple(model, {f"{component}:{granularity}" if granularity else component: rate}, shrink, **how)
 
 
-def prune_multiple(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **how: object) -> MambaModel:
+def prune_multiple(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **how: Any) -> MambaModel:
     """A pruned copy of a model: several components at once, scored before any of them is cut, in any order.
 
     Arguments and errors as `prune_component`; keys may name granularities: {"mlp:neuron": 0.7, "linear_gate": 0.5}.
@@ -142,14 +161,14 @@ def prune_multiple(model: MambaModel, rates: Mapping[str, float], shrink: bool =
     return cut(model, rates, shrink, **how).model
 
 
-def cut(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **how: object) -> Shrunk:
+def cut(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **how: Any) -> Shrunk:
     """What `prune_multiple` does, with the masks that hold it in training (`MaskHook`) and, of a smaller model, the map
     of its tensors onto the larger one's."""
-    options = How(**how)  # type: ignore[arg-type]
+    options = How.of(how)
     cuts = _parse(model, rates, options, structured=shrink)
     masks = _masks(model, [c for c in cuts if c[1] not in REPLACEMENTS], options)
     if shrink:
-        result = shrink_model(model, masks)
+        result = remove_units(model, masks)
     else:
         result = Shrunk(copy.deepcopy(model), masks, Slices({name: (name, {}) for name in model.state_dict()}))
         apply_mask_mamba(result.model, masks)
@@ -157,11 +176,6 @@ def cut(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **h
         if granularity in REPLACEMENTS and rate > 0:
             result = _replace(result, granularity, rate, options.layers, shrink)
     return result
-
-
-def shrink_model(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
-    """`pruning.shrink.shrink` under a name that no argument hides."""
-    return shrink(model, masks)
 
 
 def _parse(
@@ -175,11 +189,22 @@ def _parse(
         name, granularity = parse_target(target, structured=structured and not target.endswith(f":{ELEMENT}"))
         check_rate(target, rate)
         cuts.append((name, granularity, rate))
+    for _, replacement, rate in cuts:
+        rewritten = REWRITES.get(replacement)
+        for other, granularity, _ in cuts if rewritten and rate > 0 else ():
+            parts = COMPONENTS[other].covers if granularity == ELEMENT else ()
+            if granularity == "width" or any(part.tensor == rewritten for part in parts):
+                if granularity == "width" and replacement != "separable":
+                    continue
+                raise ConfigError(
+                    f"'{other}:{granularity}' and '{replacement}' both change {rewritten}, and the second rewrites it; "
+                    "cut one, then the other"
+                )
     return cuts
 
 
 def _masks(model: nn.Module, cuts: Sequence[tuple[str, str, float]], how: How) -> Masks:
-    masks: Masks = {}
+    masks: Masks = combine(how.masks or {})
     cuts = [c for c in cuts if c[2] > 0]
     if not cuts:
         return masks
@@ -224,8 +249,11 @@ def _unit_choice(
         return keep
     if GROUPS[group].order == "first":
         scores = [torch.arange(len(s), dtype=torch.float64) for s in scores]
-    unit = f"{GROUPS[group].unit}s"
-    chosen = choose_units([scores[i].cpu() for i in picked], rate, how.scope, how.floor, how.multiple, unit)
+    unit, ranked = f"{GROUPS[group].unit}s", [scores[i].cpu() for i in picked]
+    multiple = 1 if GROUPS[group].order == "first" else how.multiple
+    chosen = choose_units(ranked, rate, how.scope, how.floor, multiple, unit)
+    if multiple > 1 and round(rate * sum(map(len, ranked))) and all(bool(keep.all()) for keep in chosen):
+        raise ConfigError(f"rounding to multiple {multiple} keeps all {unit}: lower the multiple or raise the rate")
     for i, one in zip(picked, chosen, strict=True):
         keep[i] = one
     return keep
@@ -247,11 +275,15 @@ def _replace(before: Shrunk, granularity: str, rate: float, layers: Sequence[int
     other.load_state_dict(state)
     channels = GROUPS["d_inner"]
     keep = [~gone_units(before.masks, f"blocks.{i}.", parts_of(b, channels)) for i, b in enumerate(blocks_of(model))]
-    sizes = {name: p.shape for name, p in other.named_parameters()}
-    masks = {name: mask for name, mask in before.masks.items() if sizes.get(name) == mask.shape}
-    masks = combine(masks, unit_masks(other, "d_inner", list(keep)))
+    old, new = model.state_dict(), other.state_dict()
+    same = {name for name, tensor in new.items() if name in old and old[name].shape == tensor.shape}
+    lost = [n for n in before.masks if n not in same and new_shape]
+    if lost:
+        raise ConfigError(f"'{granularity}' rewrites {lost[0]}, of which single weights are masked; replace it first")
+    masks = combine({n: m for n, m in before.masks.items() if n in same}, unit_masks(other, "d_inner", list(keep)))
     apply_mask_mamba(other, masks)
-    entries = {new: old for new, old in before.slices.entries.items() if new in sizes}
+    rewritten = {name for name in new if name.endswith(REWRITES[granularity])}
+    entries = {n: place for n, place in before.slices.entries.items() if n in same - rewritten}
     return Shrunk(other, masks, Slices(entries))
 
 

@@ -84,6 +84,10 @@ def _check_fits(model: nn.Module, shape: BlockShape, depth: int) -> None:
     blocks = blocks_of(model)
     if not 1 <= depth <= len(blocks):
         raise ConfigError(f"depth {depth} does not fit a model of {len(blocks)} blocks; valid: 1 to {len(blocks)}")
+    plain = BlockShape(1, 1, 1, 1)
+    for field in ("out_channels", "dt_rank", "shared_bc", "separable_conv"):
+        if any(getattr(b.shape, field) != getattr(plain, field) for b in blocks):
+            raise ConfigError(f"the model was cut already ({field}), which a plain smaller model cannot take over")
     for field in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
         width, most = getattr(shape, field), min(getattr(b.shape, field) for b in blocks)
         if not 1 <= width <= most:

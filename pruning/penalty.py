@@ -17,7 +17,7 @@ from mamba.ema import ModelEma
 from mamba.errors import ConfigError
 from mamba.hooks import TrainHook
 from pruning.components import GROUPS, blocks_of, parts_of
-from pruning.masks import MaskHook, Masks, combine
+from pruning.masks import MaskHook, Masks
 
 TARGETS: dict[str, tuple[str, ...]] = {"ssm": ("d_inner",), "mlp": ("mlp_hidden",), "both": ("d_inner", "mlp_hidden")}
 """What is regularised and refilled: the groups whose units are whole channels of the mixer or neurons of the MLP."""
@@ -132,11 +132,14 @@ class PenaltyHook(TrainHook):
 
 
 class GrowingDecay(MaskHook):
-    """Decays the units that are to go by a growing lambda, then cuts them; keeps what is cut already at zero.
+    """Decays the units that are to go by a growing lambda, then cuts them.
+
+    What trains while lambda grows is what global pruning left (current) and the units that stay as a whole (refill);
+    after the cut it is the latter, as many weights as Refill keeps.
 
     Args:
         masks: the current masks, as global pruning left them.
-        stay: unit masks: which weights are to stay (`pruning.refill`). Weights under `masks` and not under `stay` get
+        stay: unit masks: which weights are to stay (`pruning.refill`). Weights with refill = 0 and current = 1 get
             lambda w added to their gradient, A_log excepted.
         ceiling: lambda in the last epoch of growth.
         schedule, exponent: see `growing_lambda`.
@@ -153,8 +156,8 @@ class GrowingDecay(MaskHook):
         grow_epochs: int,
     ) -> None:
         growing_lambda(0, grow_epochs, ceiling, schedule, exponent)  # refuses what is unknown
-        whole: Masks = {name: torch.ones_like(keep) for name, keep in stay.items()}
-        super().__init__(combine(whole, masks))
+        trained: Masks = {n: keep | masks.get(n, torch.ones_like(keep)) for n, keep in stay.items()}
+        super().__init__({**{n: keep for n, keep in masks.items() if n not in stay}, **trained})
         self.stay = dict(stay)
         self.ceiling, self.schedule, self.exponent, self.grow_epochs = ceiling, schedule, exponent, grow_epochs
 

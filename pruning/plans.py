@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from mamba.errors import ConfigError
 from mamba.model import MambaModel
 from pruning.cut import cut
 from pruning.importance import Batches
 from pruning.lite import build_mamba_lite, transfer_pruned_weights
-from pruning.shrink import Shrunk, Slices
+from pruning.shrink import Shrunk, Slices, shrink
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,24 @@ def get_plan(name: str) -> Plan:
 
 
 def apply_plan(
-    model: MambaModel, name: str, score: str = "l1", calibration: Batches | None = None, seed: int = 0
+    model: MambaModel,
+    name: str,
+    score: str = "l1",
+    calibration: Batches | None = None,
+    seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Shrunk:
     """The model that a plan makes, and the masks that hold it in training; the argument is left as it was.
+
+    `masks`: what is cut already and stays cut.
 
     Raises:
         ConfigError: an unknown plan, or one that does not fit the model.
     """
     plan = get_plan(name)
     if plan.lite:
+        model = shrink(model, masks or {}).model
         lite = build_mamba_lite(model, **plan.lite)
         transfer_pruned_weights(model, lite, score, calibration)
         return Shrunk(lite, {}, Slices({}))
-    return cut(model, plan.rates, plan.shrink, score=score, calibration=calibration, seed=seed, **plan.how)
+    return cut(model, plan.rates, plan.shrink, score=score, calibration=calibration, seed=seed, masks=masks, **plan.how)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mamba.errors import ConfigError
 from mamba.layers import MambaBlock
-from pruning.components import Part, blocks_of, find
+from pruning.components import GROUPS, Part, blocks_of, find, parts_of
 from pruning.importance import Batches, element_scores
-from pruning.masks import Masks, unit_masks
+from pruning.masks import Masks, gone_units, unit_masks
 from pruning.penalty import groups_of
 from pruning.select import lowest
 
@@ -88,6 +88,7 @@ def refill_masks(
     score: str = "remain",
     calibration: Batches | None = None,
     seed: int = 0,
+    among: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Masks of whole units from masks of single weights: in each layer the best n units stay, as a whole.
 
@@ -100,6 +101,7 @@ def refill_masks(
             weights, gone or not), `saliency` (|w dL/dw| summed; needs calibration), `random`.
         calibration: batches of (images, labels) for `saliency`.
         seed: of `random`.
+        among: unit masks of an earlier round: a unit that they take does not come back.
 
     Returns:
         masks over all parameters of the groups, for `shrink`, `MaskHook` or `GrowingDecay`.
@@ -129,6 +131,9 @@ def refill_masks(
                 unit = (values * remain).sum(1)
             else:
                 unit = values.sum(1)
+            if among:
+                gone = gone_units(among, f"blocks.{i}.", parts_of(block, GROUPS[group]))
+                unit[gone] = -torch.inf
             keep.append(~lowest(unit, len(unit) - n))
         result |= unit_masks(model, group, keep)
     return result

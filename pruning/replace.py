@@ -1,7 +1,8 @@
 """Cuts that rewrite weights instead of removing some: a low-rank time step, B and C shared, a separable convolution.
 
-Each works on a model in place and in two forms that compute the same: in the old shape (to measure what the cut costs)
-and in the new one. No mask holds such a cut while a model trains in the old shape: train the new one.
+Each takes a block and gives what it is rebuilt from, in two forms that compute the same: in the old shape (to measure
+what the cut costs) and in the new one. No mask holds such a cut while a model trains in the old shape: train the new
+one. Scope, floor and multiple do not concern them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def low_rank(block: MambaBlock, rate: float, new_shape: bool) -> tuple[BlockShap
     weight, span = hit
     full = weight[span].double()
     budget = max(1, int((full != 0).any(1).sum()) // 2)  # rows that are masked do not count
-    rank = max(1, budget - round(rate * budget))
+    rank = budget - round(rate * budget)
+    if rank < 1:
+        raise ConfigError(f"linear_delta:low_rank: rate {rate:g} leaves no rank of {budget}; lower it")
     u, s, vh = torch.linalg.svd(full, full_matrices=False)
     left, right = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * vh[:rank]
     state = _state(block)
@@ -76,7 +79,9 @@ def separable(block: MambaBlock, rate: float, new_shape: bool) -> tuple[BlockSha
     state = _state(block)
     weight = state["ssm.conv1d.weight"]
     taps = weight.shape[-1]
-    gone = min(taps - 1, round(rate * taps))
+    gone = round(rate * taps)
+    if gone >= taps:
+        raise ConfigError(f"conv1d:separable: rate {rate:g} leaves none of {taps} taps; lower it")
     weight[..., :gone] = 0
     state["ssm.pointwise.weight"] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     if new_shape:
@@ -84,6 +89,8 @@ def separable(block: MambaBlock, rate: float, new_shape: bool) -> tuple[BlockSha
     return replace(block.shape, separable_conv=True, d_conv=taps - gone * new_shape), state
 
 
+REWRITES = {"low_rank": "ssm.x_proj.weight", "shared": "ssm.x_proj.weight", "separable": "ssm.conv1d.weight"}
+"""The tensor that each rewrites."""
 REPLACEMENTS: dict[str, Replacement] = {"low_rank": low_rank, "shared": shared, "separable": separable}
 
 

@@ -32,6 +32,7 @@ from mamba import checkpoint as ckpt
 from mamba.config import RunConfig
 from mamba.data import ImageData, eval_batches
 from mamba.ema import ModelEma
+from mamba.errors import CheckpointError, ConfigError
 from mamba.hooks import TrainHook
 from mamba.model import Architecture, MambaModel
 from mamba.tracking import write_json
@@ -69,6 +70,7 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
     """
     if not (folder / "start").exists():
         _make_start(config, folder, data)
+    check_series(folder, config)
     rows = []
     for number in range(config.prune.rounds + 1):
         here = folder / f"round-{number:02d}"
@@ -80,7 +82,7 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
             if row is None:
                 return None
             write_json(here / "row.json", row)
-        rows.append(json.loads((here / "row.json").read_text()))
+        rows.append(_read_json(here / "row.json"))
         write_table(folder, rows)
         row = rows[-1]
         engine.say(
@@ -88,6 +90,31 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
             f"{row['test_accuracy']:.2f} % test, {row['images_per_s']:,.0f} images/s"
         )
     return rows
+
+
+def check_rounds(config: RunConfig) -> None:
+    """What a series of rounds cannot be; raises ConfigError or CheckpointError before anything is written."""
+    prune, start = config.prune, config.model.checkpoint
+    if prune.method == "none":
+        raise ConfigError("prune.method 'none' prunes nothing; valid here: magnitude, refill, rsst")
+    if start is not None and prune.rewind_epoch:
+        raise ConfigError(
+            f"prune.rewind_epoch {prune.rewind_epoch} does not go with a trained model (model.checkpoint): rounds "
+            "rewind to that model; give one of both"
+        )
+    if start is not None and (ckpt.find_checkpoint(start) / MASKS).exists():
+        model, _ = ckpt.load_model(start)
+        if shrink(model, load_masks(ckpt.find_checkpoint(start) / MASKS)).masks:
+            raise ConfigError(
+                f"model.checkpoint {start} holds masks of single weights, which rounds would not keep; start from a "
+                "dense model, or one that only lost whole units"
+            )
+
+
+def check_series(folder: Path, config: RunConfig) -> None:
+    """Raises ConfigError where a folder is no series of rounds: a plan's, or one of a series' own runs."""
+    if config.prune.method == "none" or config.prune.round or (folder / "pruned.json").exists():
+        raise ConfigError(f"{folder} is no series of rounds, but one run or what a plan left; nothing to continue")
 
 
 def hooks_for(config: RunConfig, rank: int = 0) -> list[TrainHook]:
@@ -102,8 +129,10 @@ def hooks_for(config: RunConfig, rank: int = 0) -> list[TrainHook]:
         hooks.append(PenaltyHook(prune.penalty_strength, prune.exponent, prune.target, prune.penalty))
     if config.model.checkpoint is not None:
         start = ckpt.find_checkpoint(config.model.checkpoint)
-        masks = load_masks(start / MASKS) if (start / MASKS).exists() else {}
-        if (start / STAY).exists():
+        later = prune.round > 0
+        needed = later and prune.method in ("magnitude", "rsst")
+        masks = load_masks(start / MASKS) if needed or (start / MASKS).exists() else {}
+        if (later and prune.method == "rsst") or (start / STAY).exists():
             stay = load_masks(start / STAY)
             hooks.append(GrowingDecay(masks, stay, prune.ceiling, prune.schedule, prune.exponent, config.grow_epochs()))
         elif masks:
@@ -134,6 +163,9 @@ def _make_start(config: RunConfig, folder: Path, data: ImageData) -> None:
     """The dense weights of round 0: a checkpoint's, or new ones, the same that a run with this seed would draw."""
     if config.model.checkpoint is not None:
         model, description = ckpt.load_model(config.model.checkpoint, drop_path=config.model.drop_path)
+        masks = ckpt.find_checkpoint(config.model.checkpoint) / MASKS
+        if masks.exists():  # whole units only: see check_rounds
+            model = shrink(model, load_masks(masks)).model
         ckpt.save_checkpoint(folder / "start", model, None, {**description, "weights": "raw"}, None)
         return
     with torch.random.fork_rng(devices=[]):
@@ -160,7 +192,9 @@ def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> 
     else:
         (here / "config.yaml").write_text(own.to_yaml())
         result = engine.train(own, here)
-        if result["status"] != "finished":
+        stop = here / "STOP"
+        if result["status"] != "finished" or stop.exists():  # asked for after the last step: the next call goes on
+            stop.unlink(missing_ok=True)
             return None
         best = ckpt.find_checkpoint(here)
         measured, seconds = engine.measure(own, best), result["seconds"]
@@ -195,9 +229,10 @@ def _prepare(config: RunConfig, folder: Path, number: int, data: ImageData) -> N
     units: Masks = {}
     if prune.method != "magnitude":
         batches = calibration_batches(data, config.seed) if prune.score == "saliency" else None
-        units = refill_masks(
-            trained, survivors, prune.target, prune.fillback_rate, prune.score, batches, config.seed + number
-        )
+        before = folder / f"round-{number - 1:02d}" / "start" / (UNITS if prune.method == "refill" else STAY)
+        among = load_masks(before) if number > 1 else None
+        seed = config.seed + number
+        units = refill_masks(trained, survivors, prune.target, prune.fillback_rate, prune.score, batches, seed, among)
     extra: dict[str, dict[str, Tensor]] = {SURVIVORS: survivors}
     model = dense
     if prune.method == "refill":
@@ -214,13 +249,15 @@ def _trained(config: RunConfig, folder: Path, number: int) -> tuple[MambaModel, 
     """A round's trained weights at their places in the dense model, zero where a unit is gone, and its survivors."""
     here = folder / f"round-{number:02d}"
     newest = ckpt.newest_checkpoint(here)
-    if newest is None:  # round 0 of a checkpoint that was trained already
+    if number == 0 and config.model.checkpoint is not None:  # trained already
         return ckpt.load_model(folder / "start", weights="raw")[0], {}
+    if newest is None:
+        raise CheckpointError(f"{here / 'checkpoints'} is missing: the next round is pruned by its weights")
     model, _ = ckpt.load_model(newest, weights="raw")
     if number == 0:
         return model, {}
     survivors = load_masks(here / "start" / SURVIVORS)
-    if not (here / "start" / UNITS).exists():
+    if config.prune.method != "refill":
         return model, survivors
     dense, _ = ckpt.load_model(folder / "start", weights="raw")
     slices = shrink(dense, load_masks(here / "start" / UNITS)).slices
@@ -243,6 +280,13 @@ def calibration_batches(data: ImageData, seed: int) -> Batches:
     rows = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_IMAGES]
     part = type(data.train)(data.train.images, data.train.labels, data.train.index[rows.numpy()])
     return list(eval_batches(data, part, 128, 0, 1, torch.device("cpu")))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it to measure that round again") from None
 
 
 def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:

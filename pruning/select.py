@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,12 +75,12 @@ def choose_units(
             )
         keep = [~part for part in lowest(flat, count).split([len(s) for s in scores])]
     if multiple > 1:
-        keep = [_round_width(s, k, multiple) for s, k in zip(scores, keep, strict=True)]
+        keep = [_round_width(s, k, floor, multiple) for s, k in zip(scores, keep, strict=True)]
     return keep
 
 
 def _keep(scores: Tensor, count: int, floor: int, what: str) -> Tensor:
-    if len(scores) and len(scores) - count < floor:
+    if count and len(scores) - count < floor:
         raise ConfigError(
             f"removing {count} of a layer's {len(scores)} {what} leaves less than the floor of {floor}; lower the rate "
             "or the floor"
@@ -91,8 +92,9 @@ def _highest(scores: Tensor, count: int) -> Tensor:
     return ~lowest(scores, len(scores) - min(count, len(scores)))
 
 
-def _round_width(scores: Tensor, keep: Tensor, multiple: int) -> Tensor:
+def _round_width(scores: Tensor, keep: Tensor, floor: int, multiple: int) -> Tensor:
     if not len(scores):
         return keep
-    width = min(len(scores), max(1, round(int(keep.sum()) / multiple)) * multiple)
+    least = math.ceil(floor / multiple)
+    width = min(len(scores), max(least, round(int(keep.sum()) / multiple)) * multiple)
     return _highest(scores.double(), width)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba.ema import ModelEma
+from mamba.errors import ConfigError
 from mamba.layers import BlockShape, MambaBlock
 from mamba.model import MambaModel
 from pruning.components import GROUPS, blocks_of, parts_of, tensors_of, units_of
@@ -100,7 +101,12 @@ def rebuild(model: MambaModel, shapes: list[BlockShape]) -> MambaModel:
 
 
 def shrink_ema(ema: ModelEma[MambaModel], shrunk: Shrunk) -> ModelEma[MambaModel]:
-    """The average of the smaller model, where it stood."""
+    """The average of the smaller model, where it stood.
+
+    Raises:
+        ConfigError: a replacement rewrote tensors, whose average nobody knows.
+    """
+    _check_heirs(shrunk)
     smaller = ModelEma(shrunk.model, ema.decay)
     smaller.model.load_state_dict(shrunk.slices.take_all(_with_indices(ema.model, shrunk)))
     apply_mask_mamba(smaller.model, shrunk.masks)
@@ -115,7 +121,11 @@ def shrink_optimizer(optimizer: torch.optim.AdamW, model: MambaModel, shrunk: Sh
         optimizer: of `model`.
         model: the larger model.
         shrunk: what `shrink` made of it.
+
+    Raises:
+        ConfigError: a replacement rewrote tensors, whose moments nobody knows.
     """
+    _check_heirs(shrunk)
     larger = dict(model.named_parameters())
     smaller = dict(shrunk.model.named_parameters())
     heir: dict[Tensor, tuple[str, nn.Parameter]] = {
@@ -135,6 +145,12 @@ def shrink_optimizer(optimizer: torch.optim.AdamW, model: MambaModel, shrunk: Sh
                 for key, value in values.items()
             }
     return result
+
+
+def _check_heirs(shrunk: Shrunk) -> None:
+    new = [name for name in shrunk.model.state_dict() if name not in shrunk.slices.entries]
+    if new:
+        raise ConfigError(f"{new[0]} was rewritten by a replacement: there is no state of the larger model to slice")
 
 
 def _is_gone(masks: Mapping[str, Tensor], prefix: str, block: MambaBlock) -> bool:

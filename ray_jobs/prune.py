@@ -41,16 +41,21 @@ def _rounds(args: PruneArgs) -> int:
     from mamba.data import load_data
     from mamba.tracking import create_run, discard_if_unused, exclusive
     from pruning.report import rounds_figure, rounds_table
-    from pruning.rounds import Engine, run_rounds
+    from pruning.rounds import Engine, check_rounds, check_series, run_rounds
     from ray_jobs.cluster import connected_if
     from ray_jobs.launch import preflight
     from ray_jobs.measure import measure
 
     config = args.config.resolve()
-    if config.prune.method == "none":
-        raise ConfigError("prune.method 'none' prunes nothing; valid here: magnitude, refill, rsst")
-    preflight(config)
-    folder = create_run(config) if args.resume is None else args.resume.absolute()
+    if args.resume is None:
+        check_rounds(config)
+        preflight(config)
+        folder = create_run(config)
+    else:
+        folder = args.resume.absolute()
+        check_series(folder, config)
+        start = folder / "start"  # a series is complete by itself, wherever its model came from
+        preflight(config.with_values({"model.checkpoint": start if start.exists() else config.model.checkpoint}))
     console = Console(highlight=False, soft_wrap=True)
     say = lambda text: console.print(text, markup=False)  # noqa: E731
     say(f"folder: {folder}")
@@ -67,6 +72,7 @@ def _rounds(args: PruneArgs) -> int:
         return 130
     console.print(rounds_table(rows))
     say(f"table: {folder / 'rounds.csv'}\nfigure: {rounds_figure(folder, rows)}")
+    say(f"train on: python ray_jobs/train.py --model.checkpoint {folder / f'round-{config.prune.rounds:02d}'} ...")
     return 0
 
 
@@ -90,7 +96,7 @@ def _plan(args: PruneArgs) -> int:
     from mamba import checkpoint as ckpt
     from mamba.tracking import create_run, exclusive, write_json
     from pruning.lite import describe
-    from pruning.masks import FILE
+    from pruning.masks import FILE, load_masks
     from pruning.plans import apply_plan, get_plan
     from pruning.report import before_after_table
     from ray_jobs.cluster import connected_if
@@ -104,8 +110,10 @@ def _plan(args: PruneArgs) -> int:
         raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
     model, description = ckpt.load_model(config.model.checkpoint)
     preflight(config)
-    pruned = apply_plan(model, args.plan, seed=config.seed)
-    folder = create_run(config)
+    masks = ckpt.find_checkpoint(config.model.checkpoint) / FILE
+    already = load_masks(masks) if masks.exists() else None
+    pruned = apply_plan(model, args.plan, seed=config.seed, masks=already)
+    folder = create_run(config.with_values({"prune.method": "none"}))
     with exclusive(folder):
         extra = {FILE: pruned.masks} if pruned.masks else {}
         description = {**description, "weights": "raw", "plan": args.plan}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mamba.cli import TrainArgs, parse_train_args
-from mamba.errors import ForgeError
+from mamba.errors import ConfigError, ForgeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,10 +53,14 @@ def _train(args: TrainArgs) -> int:
 
     config = args.config.resolve()
     if args.resume is None:
+        if config.prune.method != "none":
+            raise ConfigError(f"prune.method '{config.prune.method}' is for ray_jobs/prune.py; valid here: none")
         preflight(config)
         folder = create_run(config)
     else:
         folder = args.resume.absolute()
+        if (folder / "round-00").exists():
+            raise ConfigError(f"{folder} is a series of pruning rounds: continue it with ray_jobs/prune.py --resume")
 
     with exclusive(folder), Display(folder) as display, stop_on_signal(folder, display):
         display.say(f"run folder: {folder}")

@@ -27,7 +27,7 @@ from mamba.trainer import fit, request_stop, resolve_amp
 from mamba.worker import Worker
 from pruning import measure as meter
 from pruning.cut import cut
-from pruning.masks import FILE
+from pruning.masks import FILE, load_masks
 from pruning.rounds import calibration_batches, hooks_for
 
 Report = Callable[[Mapping[str, float]], None]
@@ -131,6 +131,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     if prune.criterion in ("taylor", "wanda"):
         batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(data, config.seed)]
     layers = None if prune.layer is None else [prune.layer]
+    masks = ckpt.find_checkpoint(shared.checkpoint) / FILE
     pruned = cut(
         model,
         config.cuts(),
@@ -140,6 +141,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
         calibration=batches,
         layers=layers,
         seed=config.seed,
+        masks=load_masks(masks) if masks.exists() else None,
     )
     smaller = pruned.model
     if prune.finetune_epochs:

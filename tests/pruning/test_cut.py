@@ -339,3 +339,103 @@ def test_sharing_takes_half_or_nothing(model):
         prune_component(model, "linear_B_C", 0.3, "shared")
     smaller = prune_component(model, "linear_B_C", 0.5, "shared", shrink=True)
     assert count_parameters(model) - count_parameters(smaller) == 3 * 5 * 12
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"conv1d:width": 0.5, "conv1d:separable": 0.5},
+        {"conv1d:element": 0.5, "conv1d:separable": 0.5},
+        {"linear_B_C:element": 0.5, "linear_B_C:shared": 0.5},
+        {"linear_delta:element": 0.5, "linear_delta:low_rank": 0.4},
+        {"linear_B_C:element": 0.5, "linear_delta:low_rank": 0.4},
+    ],
+)
+def test_a_replacement_beside_a_cut_of_the_same_tensor_is_refused(model, rates):
+    for smaller in (False, True):
+        with pytest.raises(ConfigError, match="the second rewrites it; cut one, then the other"):
+            prune_multiple(model, rates, shrink=smaller)
+
+
+def test_new_tensors_of_a_replacement_are_masked_with_their_channels(model):
+    result = cut(model, {"linear_in:expand": 0.4, "conv1d:separable": 0.5, "linear_delta:low_rank": 0.4})
+    for i, block in enumerate(result.model.blocks):
+        gone = ~result.masks[f"blocks.{i}.ssm.D"]
+        pointwise = result.masks[f"blocks.{i}.ssm.pointwise.weight"]
+        assert bool(gone.any()) and not pointwise[gone].any() and not pointwise[:, gone].any()
+        rows = block.ssm.x_proj.weight[10:][gone]
+        assert bool((rows == 0).all()), "the rewritten rows of a masked channel are not zero"
+
+
+def test_masks_that_were_there_before_stay(model, images):
+    first = cut(model, {"mlp:element": 0.5, "linear_out:element": 0.6})
+    second = cut(first.model, {"mlp:neuron": 0.4, "linear_in:expand": 0.3}, shrink=True, masks=first.masks)
+    masked = cut(first.model, {"mlp:neuron": 0.4, "linear_in:expand": 0.3}, masks=first.masks)
+    assert close(second.model(images), masked.model(images))
+    for name, p in second.model.named_parameters():
+        if name.endswith(("fc1.weight", "fc2.weight", "out_proj.weight")):
+            assert torch.equal(second.masks[name], p != 0), "zeros that no mask holds"
+
+
+def test_state_of_a_rewritten_tensor_is_not_made_up(model):
+    from mamba.ema import ModelEma
+    from pruning.shrink import shrink_ema
+
+    for target in ("linear_delta:low_rank", "conv1d:separable", "linear_B_C:shared"):
+        result = cut(model, {target: 0.5}, shrink=True)
+        with pytest.raises(ConfigError, match="was rewritten by a replacement"):
+            shrink_ema(ModelEma(model, 0.9), result)
+
+
+def test_an_average_is_zero_where_masks_are_left(model):
+    from mamba.ema import ModelEma
+    from pruning.shrink import shrink_ema
+
+    result = cut(model, {"mlp:neuron": 0.3, "linear_gate:element": 0.5}, shrink=True)
+    ema = shrink_ema(ModelEma(model, 0.9), result)  # the average knows of no mask
+    for name, keep in result.masks.items():
+        assert bool((dict(ema.model.named_parameters())[name][~keep] == 0).all())
+
+
+def test_something_always_stays(model, images):
+    blocks = [(name, p) for name, p in model.named_parameters() if name.startswith("blocks.")]
+    everything = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in blocks}
+    result = shrink(model, everything)
+    assert len(result.model.blocks) == 1
+    masked = copy.deepcopy(model)
+    apply_mask_mamba(masked, everything)
+    assert close(result.model(images), masked(images))
+
+
+def test_rounding_keeps_the_floor_and_does_not_undo_a_cut(model):
+    rounded = prune_mamba_structured(model, {"mlp": 0.3}, floor=9, multiple=4)
+    widths = [b.mlp_hidden for b in rounded.architecture.blocks]
+    assert min(widths) >= 9 and all(w % 4 == 0 or w == 14 for w in widths)
+    with pytest.raises(ConfigError, match="rounding to multiple 8 keeps all states"):
+        prune_mamba_structured(model, {"linear_B_C": 0.4}, multiple=8)
+    taps = prune_mamba_structured(model, {"conv1d": 0.5}, multiple=8)
+    assert {b.d_conv for b in taps.architecture.blocks} == {2}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"layers": []}, "layers is empty"),
+        ({"scop": "global"}, "unknown option 'scop'; valid: scope, score"),
+        ({"multiple": 0}, "floor and multiple must be at least 1"),
+    ],
+)
+def test_options_that_mean_nothing(model, options, words):
+    with pytest.raises(ConfigError, match=words):
+        prune_component(model, "mlp", 0.5, **options)
+
+
+@pytest.mark.parametrize("target, rate", [("linear_delta:low_rank", 0.95), ("conv1d:separable", 0.9)])
+def test_replacements_that_would_leave_nothing_are_refused(model, target, rate):
+    with pytest.raises(ConfigError, match=r"leaves (no rank|none of 4 taps)"):
+        prune_multiple(model, {target: rate})
+
+
+def test_layers_limit_replacements_too(model):
+    smaller = prune_component(model, "linear_delta", 0.5, "low_rank", shrink=True, layers=[2])
+    assert [b.dt_rank for b in smaller.architecture.blocks] == [None, None, 3]

@@ -8,7 +8,14 @@ from small_models import PLAIN, build
 
 from mamba.errors import ConfigError
 from mamba.model import count_parameters, mamba_small
-from pruning import PLANS, apply_plan, build_mamba_lite, check_sparsity_mamba, transfer_pruned_weights
+from pruning import (
+    PLANS,
+    apply_plan,
+    build_mamba_lite,
+    check_sparsity_mamba,
+    prune_multiple,
+    transfer_pruned_weights,
+)
 from pruning.importance import element_scores, unit_scores
 from pruning.lite import describe
 
@@ -50,6 +57,13 @@ def test_a_larger_lite_model_is_refused(model, values, words):
         build_mamba_lite(model, **{"expand": 1.0, "d_state": 2, "depth": 2, "mlp_ratio": 1.0, **values})
 
 
+def test_a_model_that_lost_more_than_widths_is_refused(model):
+    for target in ("linear_delta:low_rank", "linear_B_C:shared", "linear_out:output"):
+        other = prune_multiple(model, {target: 0.5}, shrink=True)
+        with pytest.raises(ConfigError, match="was cut already"):
+            build_mamba_lite(other, expand=0.5, d_state=2, depth=2, mlp_ratio=0.5)
+
+
 def test_stages():
     model = mamba_small(depth=16, d_model=16)
     for name in PLANS:
@@ -64,5 +78,7 @@ def test_stages():
             shapes = set(result.model.architecture.blocks)
             assert len(shapes) == 1 and all(s.d_inner % 8 == 0 and s.mlp_hidden % 8 == 0 for s in shapes)
             assert set(result.masks) == {f"blocks.{i}.ssm.in_proj.weight" for i in range(16)}
+            (shape,) = shapes  # of 32 channels half; of 64 neurons 45 go and 19 are rounded to 16
+            assert (shape.d_inner, shape.mlp_hidden, shape.d_state) == (16, 16, 16)
     with pytest.raises(ConfigError, match="unknown plan 'stage4'; valid: stage1, stage2, stage3"):
         apply_plan(model, "stage4")

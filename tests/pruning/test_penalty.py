@@ -15,6 +15,7 @@ from pruning import compute_rsst_loss, refill_masks, rsst_schedule_exp
 from pruning.components import blocks_of
 from pruning.masks import unit_masks
 from pruning.penalty import SCHEDULES, GrowingDecay, PenaltyHook, growing_lambda
+from pruning.refill import prune_survivors
 
 
 def test_the_schedule_of_the_notes():
@@ -115,3 +116,22 @@ def test_refill_and_growing_decay_agree_on_names(model):
     stay = refill_masks(model, {}, "both", 0.5)
     hook = GrowingDecay({}, stay, 1.0, "exp", 4.0, 2)
     assert set(hook.masks) == set(stay) and all(bool(m.all()) for m in hook.masks.values())
+
+
+def test_shapes_of_growth_by_hand():
+    assert growing_lambda(0, 2, 1.0, "exp") == pytest.approx((2.718281828**0.5 - 1) / 1.718281828)
+    assert growing_lambda(0, 2, 1.0, "power", 3.0) == pytest.approx(0.125)
+
+
+def test_what_trains_while_lambda_grows(model):
+    """The survivors and the units that stay, as a whole; decayed are the survivors outside of those; never A_log."""
+    survivors = prune_survivors(model, {}, "both", 0.5)
+    stay = refill_masks(model, survivors, "both")
+    hook = GrowingDecay(survivors, stay, 1.0, "linear", 4.0, 2)
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(hook.masks[name], survivors[name] | stay[name])
+    hook.attach(model, None, torch.optim.AdamW(model.parameters()), 0)
+    parameters = {id(p): n for n, p in model.named_parameters()}
+    decayed = {parameters[id(p)]: going.bool() for p, going in hook.decayed}
+    assert torch.equal(decayed[name], survivors[name] & ~stay[name])
+    assert decayed and not any(n.endswith("A_log") for n in decayed)

@@ -10,15 +10,26 @@ import pytest
 import torch
 
 from mamba import checkpoint as ckpt
-from mamba.errors import ConfigError
+from mamba.errors import CheckpointError, ConfigError
 from mamba.hooks import TrainHook
 from mamba.model import count_parameters
 from mamba.tracking import finished_result
 from mamba.trainer import fit, request_stop
 from mamba.worker import local_worker
-from pruning import load_masks, measure
+from pruning import load_masks, measure, prune_mamba_unstructured, refill_masks
+from pruning.masks import FILE
+from pruning.refill import prune_survivors
 from pruning.report import before_after_table, rounds_figure, rounds_table
-from pruning.rounds import SURVIVORS, UNITS, Engine, hooks_for, run_rounds
+from pruning.rounds import (
+    SURVIVORS,
+    UNITS,
+    Engine,
+    calibration_batches,
+    check_rounds,
+    expand,
+    hooks_for,
+    run_rounds,
+)
 from pruning.shrink import shrink
 
 
@@ -195,3 +206,112 @@ def test_measurements_of_a_model(small_data, small_fit, tmp_path):
     assert "bench/peak_memory_mib" not in speed, "nobody measured it on a CPU"
     table = before_after_table({**size, **speed, "test/accuracy": 90.0}, {**size, **speed, "test/accuracy": 45.0})
     assert "not measured" in list(table.columns[1].cells) and "0.500" in list(table.columns[3].cells)
+
+
+@pytest.mark.parametrize("score, fillback", [("saliency", 0.25), ("l2", 0.0), ("random", 0.1)])
+def test_a_round_refills_as_its_config_says(series, score, fillback):
+    """Units of round 2 by hand, from the last raw weights of round 1 at their places in the dense model."""
+    s = series(prune__method="refill", prune__score=score, prune__fillback_rate=fillback, prune__rounds=2)
+    s.run()
+    first = s.folder / "round-01"
+    units = load_masks(first / "start" / UNITS)
+    dense = ckpt.load_model(s.folder / "start", "raw")[0]
+    trained = expand(ckpt.load_model(ckpt.newest_checkpoint(first), "raw")[0], dense, shrink(dense, units).slices)
+    gone = ~units["blocks.0.mlp.fc1.bias"]
+    assert bool(gone.any()) and bool((trained.blocks[0].mlp.fc1.weight[gone] == 0).all())
+    survivors = prune_survivors(trained, load_masks(first / "start" / SURVIVORS), "both", 0.6**2)
+    batches = calibration_batches(s.data, s.config.seed)
+    expected = refill_masks(trained, survivors, "both", fillback, score, batches, s.config.seed + 2, units)
+    found = load_masks(s.folder / "round-02" / "start" / UNITS)
+    assert all(torch.equal(found[n], m) for n, m in expected.items())
+    assert all(not bool((found[n] & ~units[n]).any()) for n in units if n in found), "a unit came back"
+
+
+def test_rsst_keeps_as_many_weights_as_refill(series):
+    s = series(prune__method="rsst", prune__rounds=2)
+    rows = s.run()
+    assert all(row["nonzero"] == pytest.approx(row["params"], rel=1e-3) for row in rows), "holes in units that stay"
+
+
+def test_hooks_carry_the_config(series, small_config):
+    s = series(prune__method="rsst", prune__rounds=1)
+    s.run()
+    start = s.folder / "round-01" / "start"
+    config = small_config(
+        model__checkpoint=start, prune__method="rsst", prune__round=1, prune__schedule="x3", prune__exponent=2.0,
+        prune__ceiling=0.7, prune__penalty="l1", prune__penalty_strength=0.5,
+    )  # fmt: skip
+    penalty, hook = hooks_for(config)
+    assert (penalty.base, penalty.exponent, penalty.norm) == (0.5, 2.0, "l1")
+    assert (hook.schedule, hook.exponent, hook.ceiling, hook.grow_epochs) == ("x3", 2.0, 0.7, 2)
+    survivors = load_masks(start / SURVIVORS)
+    assert all(torch.equal(hook.masks[n] & ~hook.stay[n], m & ~hook.stay[n]) for n, m in survivors.items())
+    (start / "stay.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"stay.safetensors is missing"):
+        hooks_for(config)
+
+
+def test_a_series_needs_nothing_but_its_folder(series, small_fit, tmp_path):
+    small_fit(optim__epochs=1)
+    s = series(prune__method="refill", prune__rounds=2, model__checkpoint=tmp_path / "run")
+    measure_once = s.measure
+
+    def interrupted(config, path):
+        if "round-02" in str(path):
+            raise KeyboardInterrupt
+        return measure_once(config, path)
+
+    s.measure = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        s.run()
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    s.measure = measure_once
+    assert len(s.run()) == 3
+
+
+def test_what_is_missing_or_damaged_is_said(series):
+    s = series(prune__method="refill", prune__rounds=1)
+    s.run()
+    (s.folder / "round-01" / "row.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"row.json is damaged"):
+        s.run()
+    (s.folder / "round-01" / "row.json").unlink()
+    (s.folder / "round-01" / "start").rename(s.folder / "away")
+    (s.folder / "round-01" / "result.json").unlink()
+    (s.folder / "round-00" / "checkpoints").rename(s.folder / "gone")
+    with pytest.raises(CheckpointError, match=r"round-00/checkpoints is missing"):
+        s.run()
+
+
+def test_a_stop_after_the_last_step_is_heard(series):
+    s = series(prune__method="refill", prune__rounds=2)
+    train = s.train
+
+    def late(config, folder):
+        result = train(config, folder)
+        if folder.name == "round-01" and not (s.folder / "asked").exists():
+            (s.folder / "asked").touch()
+            request_stop(folder)
+        return result
+
+    s.train = late
+    assert s.run() is None and s.trained == ["round-00", "round-01"]
+    assert len(s.run()) == 3 and s.trained == ["round-00", "round-01", "round-02"]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"prune__method": "none"}, "prunes nothing"),
+        ({"prune__rewind_epoch": 1}, "does not go with a trained model"),
+        ({}, "holds masks of single weights"),
+    ],
+)
+def test_series_that_cannot_be(small_config, small_fit, tmp_path, values, words):
+    small_fit(optim__epochs=1)
+    model, description = ckpt.load_model(tmp_path / "run")
+    masks = {FILE: prune_mamba_unstructured(model, {"mlp": 0.5})}
+    description = {**description, "weights": "raw"}
+    start = ckpt.save_checkpoint(tmp_path / "masked", model, None, description, None, masks)
+    with pytest.raises(ConfigError, match=words):
+        check_rounds(small_config(model__checkpoint=start, **{"prune__method": "refill", **values}))
