@@ -71,13 +71,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     used = [c for c in COLUMNS if any(c in row["metrics"] for row in rows)]
     for name in ("trial", "status", *used):
-        table.add_column(name, justify="left" if name in ("trial", "status") else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in ("trial", "status") else "right", no_wrap=True)
     for row in rows:
         values = [row["metrics"].get(c) for c in used]
         table.add_row(
             row["trial"], row["status"], *("" if v is None else f"{v:,.2f}".removesuffix(".00") for v in values)
         )
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=160)
+    console.print(table)
 
 
 if __name__ == "__main__":

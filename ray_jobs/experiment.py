@@ -22,7 +22,7 @@ from ray_jobs.console import SweepDisplay
 from ray_jobs.measure import measure
 from ray_jobs.spaces import Space, Trial
 from ray_jobs.sweep import Drawn, Listed, Resources, open_study, run_sweep
-from ray_jobs.trials import Shared
+from ray_jobs.trials import Shared, time_trials
 
 FILE = "experiment.json"
 MEASURES_PER_GPU = 4
@@ -163,7 +163,39 @@ def run(folder: Path, say: Callable[[str], None]) -> tuple[bool, list[dict[str, 
             experiment.count, rows(folder), next(iter(experiment.space.objectives), "val/accuracy")
         ) as display:
             ended = run_sweep(shared, experiment.space, search, held, experiment.count, display.changed)
+        if ended and experiment.space.kind == "measure":
+            _time(shared, say)
     return ended, rows(folder)
+
+
+def _time(shared: Shared, say: Callable[[str], None]) -> None:
+    """Measure the speed of the trials that changed it, alone on one GPU or in this process, and add it to their
+    results. Trials that ran side by side would have measured each other."""
+    import ray
+
+    changed = [
+        (row["trial"], row["values"])
+        for row in rows(shared.folder)
+        if row["status"] == "finished" and row["values"].get("prune.structured")
+    ]
+    timed = [name for name, _ in changed if "bench/images_per_s" in _result(shared, name)["metrics"]]
+    if not changed or len(timed) == len(changed):
+        return
+    say(f"timing {len(changed)} smaller models and the dense one, one after the other")
+    if shared.gpu:
+        speeds = ray.get(ray.remote(num_gpus=1)(time_trials).remote(shared, changed))
+    else:
+        speeds = time_trials(shared, changed)
+    baseline = shared.folder / "baseline.json"
+    write_json(baseline, {**json.loads(baseline.read_text()), **speeds[0]})
+    for (name, _), speed in zip(changed, speeds[1:], strict=True):
+        result = _result(shared, name)
+        result["metrics"] |= speed
+        write_json(shared.folder / name / "result.json", result)
+
+
+def _result(shared: Shared, name: str) -> dict[str, Any]:
+    return json.loads((shared.folder / name / "result.json").read_text())
 
 
 def _search(experiment: Experiment, folder: Path) -> Listed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from pruning import measure as meter
 from pruning.cut import cut
 from pruning.masks import FILE, load_masks
 from pruning.rounds import calibration_batches, hooks_for
+from pruning.shrink import Shrunk
 
 Report = Callable[[Mapping[str, float]], None]
 BENCH_SECONDS = 0.2
@@ -117,32 +118,51 @@ def trained_model(path: Path, device: torch.device) -> tuple[MambaModel, dict[st
     return _loaded[key]
 
 
-def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
-    """Cut the trained model as `prune.*` says, fine-tune it if asked to, and measure what is left."""
+def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk:
+    """The trained model, cut as `prune.*` says; what its checkpoint had masked stays masked."""
     assert shared.checkpoint is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, description = trained_model(shared.checkpoint, device)
-    prune, data = config.prune, shared.data
-    if not config.cuts():
-        raise ConfigError("prune.*: nothing is cut; set at least one component's rate above 0")
-    if data.val is None:
-        raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
+    model, _ = trained_model(shared.checkpoint, device)
+    prune = config.prune
     batches = None
     if prune.criterion in ("taylor", "wanda"):
-        batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(data, config.seed)]
-    layers = None if prune.layer is None else [prune.layer]
+        batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(shared.data, config.seed)]
     masks = ckpt.find_checkpoint(shared.checkpoint) / FILE
-    pruned = cut(
+    return cut(
         model,
         config.cuts(),
         shrink=prune.structured,
         scope=prune.scope,
         score=prune.criterion,
         calibration=batches,
-        layers=layers,
+        layers=None if prune.layer is None else [prune.layer],
         seed=config.seed,
         masks=load_masks(masks) if masks.exists() else None,
     )
+
+
+def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, float]]:
+    """Speed of the dense model and of each trial's, one after the other with nothing beside them: dense first."""
+    assert shared.checkpoint is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dense, _ = trained_model(shared.checkpoint, device)
+    configs = [trial_config(shared, name, values) for name, values in trials]
+    models = (dense, *(cut_model(shared, config, device).model for config in configs))
+    amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
+    batch_size = 1024 if device.type == "cuda" else 128
+    return [meter.speed(model, batch_size, BENCH_SECONDS, amp) for model in models]
+
+
+def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
+    """Cut the trained model as `prune.*` says, fine-tune it if asked to, and measure what is left."""
+    assert shared.checkpoint is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, description = trained_model(shared.checkpoint, device)
+    prune, data = config.prune, shared.data
+    if not config.cuts():
+        raise ConfigError("prune.*: nothing is cut; set at least one component's rate above 0")
+    if data.val is None:
+        raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
+    pruned = cut_model(shared, config, device)
     smaller = pruned.model
     if prune.finetune_epochs:
         extra = {FILE: pruned.masks} if pruned.masks else {}
@@ -160,8 +180,6 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     accuracy = meter.accuracy(smaller, data, data.val, config.eval.batch_size, amp)
     metrics |= meter.size(smaller)
     metrics |= {"val/accuracy": accuracy, "val/drop": shared.baseline["val/accuracy"] - accuracy}
-    if prune.structured:  # single zeros change no speed
-        metrics |= meter.speed(smaller, 1024 if device.type == "cuda" else 128, BENCH_SECONDS, amp)
     result = {"status": "finished", "metrics": metrics, "seed": config.seed, **environment(device)}
     if not prune.finetune_epochs:
         tracker = Tracker(folder, config, 0, 0)
