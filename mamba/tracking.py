@@ -20,6 +20,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+@cache
 def _revision() -> str:
     """The commit of the code that runs, `+changes` where the tree differs from it, `unknown` outside a checkout."""
     here = Path(__file__).parent
