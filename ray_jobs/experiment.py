@@ -119,8 +119,8 @@ def resources(experiment: Experiment, cluster: Cluster) -> Resources:
     return Resources(1, 0.0, cluster.cpus)
 
 
-def run(folder: Path, say: Callable[[str], None]) -> tuple[bool, list[dict[str, Any]]]:
-    """Run what is left of the experiment in `folder`.
+def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -> tuple[bool, list[dict[str, Any]]]:
+    """Run what is left of the experiment in `folder`; `settled` is called whenever a trial has left its result.
 
     Returns:
         whether it ran to its end (False: interrupted), and a row for every trial that has a result.
@@ -162,7 +162,16 @@ def run(folder: Path, say: Callable[[str], None]) -> tuple[bool, list[dict[str, 
         with SweepDisplay(
             experiment.count, rows(folder), next(iter(experiment.space.objectives), "val/accuracy")
         ) as display:
-            ended = run_sweep(shared, experiment.space, search, held, experiment.count, display.changed)
+
+            def changed(name: str, result: dict[str, Any]) -> None:
+                display.changed(name, result)
+                if result["status"] != "running":
+                    settled()
+
+            def stopping() -> None:
+                say(f"stopping; results so far are kept: continue with --resume {folder}")
+
+            ended = run_sweep(shared, experiment.space, search, held, experiment.count, changed, stopping)
         if ended and experiment.space.kind == "measure":
             _time(shared, say)
     return ended, rows(folder)

@@ -28,8 +28,15 @@ def conclude(folder: Path, script: str) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"folder: {folder}", markup=False)
-    ended, rows = experiment.run(folder, lambda text: console.print(text, markup=False))
-    write_csv(folder / "results.csv", rows)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    def write_table() -> None:
+        write_csv(folder / "results.csv", experiment.rows(folder))
+
+    ended, rows = experiment.run(folder, say, write_table)
+    write_table()
     failed = [row for row in rows if row["status"] == "failed"]
     told = experiment.load(folder)
     objective, mode = next(iter(told.space.objectives.items()), ("val/accuracy", "max"))

@@ -198,6 +198,7 @@ def run_sweep(
     resources: Resources,
     trials: int,
     changed: Callable[[str, dict[str, Any]], None],
+    stopping: Callable[[], None],
 ) -> bool:
     """Run what is left of an experiment on the connected cluster.
 
@@ -208,6 +209,7 @@ def run_sweep(
         resources: of a trial.
         trials: how many at most.
         changed: called with a trial's name and result whenever one starts or ends.
+        stopping: called when SIGTERM asks for the end.
 
     Returns:
         whether it ran to its end; False after Ctrl-C or SIGTERM.
@@ -248,15 +250,21 @@ def run_sweep(
             verbose=0,
         ),
     )
-    with sigterm_as_sigint():
+    with sigterm_as_sigint(stopping):
         tuner.fit()
     return search.exhausted() and not watcher.running
 
 
 @contextmanager
-def sigterm_as_sigint() -> Iterator[None]:
-    """Tune ends in order on SIGINT alone; `ray job stop` sends SIGTERM."""
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+def sigterm_as_sigint(stopping: Callable[[], None]) -> Iterator[None]:
+    """Tune ends in order on SIGINT alone; `ray job stop` sends SIGTERM, and SIGKILL three seconds later: what has to be
+    said is said at once."""
+
+    def handle(number: int, frame: object) -> None:
+        stopping()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
