@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -108,17 +109,19 @@ def load_model(
     return model.to(device).eval(), description
 
 
-def check_start(path: Path, num_classes: int, img_size: int) -> None:
-    """See that a run on data of so many classes and pixels can start from a checkpoint.
+def check_start(path: Path, num_classes: int, img_size: int, key: str = "model.checkpoint") -> None:
+    """See that a run on data of so many classes and pixels can start from a checkpoint, or use it as `key` says.
 
     Raises:
         CheckpointError: there is none, or its model is for other data.
     """
-    folder = find_checkpoint(path)
-    own = read_description(folder).get("architecture", {})
+    try:
+        own = read_description(find_checkpoint(path)).get("architecture", {})
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}", every_rank=error.every_rank) from None
     if (own.get("num_classes"), own.get("img_size")) != (num_classes, img_size):
         raise CheckpointError(
-            f"model.checkpoint {path} is for {own.get('num_classes')} classes at {own.get('img_size')} pixels, and the "
+            f"{key} {path} is for {own.get('num_classes')} classes at {own.get('img_size')} pixels, and the "
             f"data has {num_classes} classes at {img_size} pixels",
             every_rank=True,
         )
@@ -137,13 +140,22 @@ def load_weights(model: nn.Module, folder: Path, file: str = WEIGHTS) -> None:
         raise CheckpointError(f"{path} is missing; the folder holds {_listing(folder)}") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from None
+    load_tensors(model, tensors, str(path))
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Load a state dict whose names and shapes are all the model's; `where` says whence it is, for the error.
+
+    Raises:
+        CheckpointError: of another architecture (the first difference is named).
+    """
     own = model.state_dict()
     for name in [*own, *tensors]:
         if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
             ours = tuple(own[name].shape) if name in own else "absent"
             theirs = tuple(tensors[name].shape) if name in tensors else "absent"
             raise CheckpointError(
-                f"{path} is of another architecture: {name} is {theirs} there and {ours} in this run's model"
+                f"{where} is of another architecture: {name} is {theirs} there and {ours} in this run's model"
             )
     model.load_state_dict(tensors)
 

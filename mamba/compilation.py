@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from mamba.layers import MambaBlock
 from mamba.model import MambaModel
 
 MOST_STATIC_SHAPES = 2
@@ -31,7 +30,7 @@ def share_compile_cache() -> None:
 def compile_blocks(model: MambaModel, **options: Any) -> None:
     """Compile every block in place; names of parameters stay. `options` go to torch.compile (tests)."""
     share_compile_cache()
-    blocks = [block for block in model.blocks if isinstance(block, MambaBlock)]
+    blocks = model.stack
     rates = [block.drop_path.active for block in blocks]
     varied = len({block.shape for block in blocks}) > MOST_STATIC_SHAPES
     if varied:  # process-wide, and read when the first block runs

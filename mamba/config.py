@@ -18,12 +18,15 @@ from mamba.errors import ConfigError
 DATASET_SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "folder": 224}
 """Side in pixels that `data.img_size` takes when it is not given."""
 
-SizeName = Literal["mamba_tiny", "mamba_small", "mamba_base"]
+SizeName = Literal["mamba_tiny", "mamba_small", "mamba_base", "vim_tiny", "vim_small", "vim_base"]
 
 MODEL_SIZES: dict[SizeName, tuple[int, int]] = {
     "mamba_tiny": (128, 16),
     "mamba_small": (192, 24),
     "mamba_base": (384, 32),
+    "vim_tiny": (192, 24),
+    "vim_small": (384, 24),
+    "vim_base": (768, 24),
 }
 """Named models: (d_model, depth)."""
 
@@ -80,26 +83,97 @@ class ModelConfig(_Group):
     """Architecture. What is None comes from the named model or from the image size."""
 
     name: SizeName = "mamba_small"
-    """Named size: tiny (d 128, 16 blocks), small (d 192, 24 blocks), base (d 384, 32 blocks)."""
+    """Named size: mamba_tiny (d 128, 16 blocks), mamba_small (192, 24), mamba_base (384, 32); and Vision Mamba as
+    published: vim_tiny (192, 24), vim_small (384, 24), vim_base (768, 24)."""
     checkpoint: Path | None = None
     """Checkpoint or run folder to start from (fine-tuning): its weights, its widths, pruned or not, and its masks. Of
-    the other keys only `model.drop_path` counts then."""
+    the other keys only `model.drop_path` and `model.sync_batchnorm` count then."""
     d_model: int | None = Field(None, ge=1)
     """Width of the residual stream."""
     depth: int | None = Field(None, ge=1)
     """Number of blocks."""
     patch_size: int | None = Field(None, ge=1)
-    """Side of a patch in pixels; None: 2 up to 16 pixels, 4 up to 64, 16 above."""
+    """Side of a patch in pixels; None: 2 up to 16 pixels, 4 up to 64, 16 above; with stem conv 4."""
+    stride: int | None = Field(None, ge=1)
+    """Pixels from one patch to the next; None: patch_size; less makes patches overlap (Vim's + variants: 8)."""
+    stem: Literal["patch", "conv"] = "patch"
+    """From the image to tokens: one linear map of each patch; conv: three 3x3 convolutions with batch norm, to a
+    quarter of the side."""
+    sync_batchnorm: bool = True
+    """On several GPUs the stem's batch norm takes its statistics over all of them, not over each one's share."""
+    class_token: Literal["none", "start", "middle", "double"] | None = None
+    """Where class tokens go, whose features the head reads (of double, head and tail, the mean); none: the mean over
+    all tokens. None: none; Vim: middle."""
+    pos_embed: Literal["learned", "rope", "both", "none"] = "learned"
+    """Positions: learned, added once; rope: 2D rotary, turning what the mixer of each block reads."""
+    scan_order: Literal["raster", "snake", "column"] = "raster"
+    """The patches' order in the sequence: row after row; snake: every other row backwards; column after column."""
+    mixer: Literal["forward", "bidirectional", "bidirectional_shared", "multiscale"] | None = None
+    """Scans of a block. forward: one; bidirectional: also one from the end, merged by a learned projection;
+    bidirectional_shared: both on one projection, averaged (Vim); multiscale: at 1, 2 and 4 tokens a step, merged.
+    None: forward; Vim: bidirectional_shared."""
     expand: float = Field(2.0, gt=0)
     """Inner width of the SSM over d_model."""
     d_state: int = Field(16, ge=1, le=256)
     """States per channel of the scan."""
     d_conv: int = Field(4, ge=1)
     """Taps of the causal convolution."""
-    mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of the MLP over d_model."""
+    mlp_ratio: float | None = Field(None, ge=0)
+    """Hidden width of the MLP over d_model; 0: no MLP. None: 4; Vim: 0."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: drop probability of the last block, rising linearly from 0 at the first."""
+
+    @property
+    def is_vim(self) -> bool:
+        return self.name.startswith("vim_")
+
+    def filled(self, img_size: int) -> ModelConfig:
+        """With every value that is None taken from the named model or the image size, `checkpoint` excepted."""
+        width, depth = MODEL_SIZES[self.name]
+        patch_size = self.patch_size or (4 if self.stem == "conv" else default_patch_size(img_size))
+        follows = {
+            "d_model": width,
+            "depth": depth,
+            "patch_size": patch_size,
+            "stride": patch_size,
+            "class_token": "middle" if self.is_vim else "none",
+            "mixer": "bidirectional_shared" if self.is_vim else "forward",
+            "mlp_ratio": 0.0 if self.is_vim else 4.0,
+        }
+        return self.model_copy(update={key: v for key, v in follows.items() if getattr(self, key) is None})
+
+
+def _check_model(model: ModelConfig, side: int) -> None:
+    """Raises ConfigError where a filled model config does not fit images of this side, or itself."""
+    patch, stride, d_model = model.patch_size, model.stride, model.d_model
+    assert patch is not None and stride is not None and d_model is not None and model.mlp_ratio is not None
+    if model.stem == "conv":
+        for key, value in (("patch_size", patch), ("stride", stride)):
+            if value != 4:
+                raise ConfigError(f"model.{key} {value} does not go with model.stem 'conv'; valid: 4 (its strides)")
+    if stride == patch and side % patch:
+        raise ConfigError(
+            f"data.img_size {side} is not divisible by model.patch_size {patch}; "
+            f"valid patch sizes: {', '.join(str(p) for p in range(1, side + 1) if side % p == 0)}"
+        )
+    if patch > side:
+        raise ConfigError(f"model.patch_size {patch} is larger than data.img_size {side}; it must not be")
+    if stride > patch or (side - patch) % stride:
+        valid = [s for s in range(1, patch + 1) if (side - patch) % s == 0]
+        raise ConfigError(
+            f"model.stride {stride} does not lead from one end of data.img_size {side} to the other with "
+            f"model.patch_size {patch}; valid strides: {', '.join(map(str, valid))}"
+        )
+    if model.pos_embed in ("rope", "both") and d_model % 4:
+        raise ConfigError(f"model.pos_embed '{model.pos_embed}' needs a model.d_model divisible by 4, got {d_model}")
+    if model.class_token == "start" and model.mixer in ("forward", "multiscale"):
+        raise ConfigError(
+            f"model.class_token 'start' with model.mixer '{model.mixer}' sees no image: scans go on from it; "
+            "valid mixers: bidirectional, bidirectional_shared; valid class tokens: none, middle, double"
+        )
+    for key, ratio in (("expand", model.expand), ("mlp_ratio", model.mlp_ratio)):
+        if ratio and int(ratio * d_model) < 1:
+            raise ConfigError(f"model.{key} {ratio:g} of model.d_model {d_model} gives no channel; choose more")
 
 
 class OptimConfig(_Group):
@@ -149,6 +223,17 @@ class EmaConfig(_Group):
     """Largest decay per step; it warms up as (1 + t) / (10 + t), so that a short run is not stuck at its start."""
 
 
+class DistillConfig(_Group):
+    """Distillation: the outputs of a trained model as a second target."""
+
+    teacher: Path | None = None
+    """Checkpoint or run folder of the teacher, of any architecture, for the same classes and image size; None: off."""
+    temperature: float = Field(4.0, gt=0)
+    """What both models' logits are divided by before their softmaxes are compared."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Weight of the teacher: alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy."""
+
+
 class EvalConfig(_Group):
     """Validation and the final test."""
 
@@ -167,7 +252,7 @@ class PruneConfig(_Group):
     """What a round does with the weights that global magnitude pruning gives up. magnitude: zeroes them one by one;
     refill: keeps the best whole units instead and removes the others; rsst: decays the others until they can go."""
     target: Literal["ssm", "mlp", "both"] = "both"
-    """Channels of the mixer (its in_proj and out_proj), neurons of the MLP (fc1 and fc2), or both."""
+    """Channels of the mixer (its in_proj and out_proj), neurons of the MLP (fc1 and fc2), or both, where there are."""
     rate: float = Field(0.2, gt=0, lt=1)
     """Share of the surviving weights of the target that each round prunes: (1 - rate)^k of them are left after
     round k."""
@@ -257,6 +342,7 @@ class RunConfig(_Group):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
+    distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     prune: PruneConfig = PruneConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -269,17 +355,8 @@ class RunConfig(_Group):
             ConfigError: names the keys, and what is valid.
         """
         side = self.data.img_size or DATASET_SIDES[self.data.dataset]
-        patch = self.model.patch_size or default_patch_size(side)
-        if side % patch:
-            raise ConfigError(
-                f"data.img_size {side} is not divisible by model.patch_size {patch}; "
-                f"valid patch sizes: {', '.join(str(p) for p in range(1, side + 1) if side % p == 0)}"
-            )
-        width, depth = MODEL_SIZES[self.model.name]
-        d_model = self.model.d_model or width
-        for key, ratio in (("expand", self.model.expand), ("mlp_ratio", self.model.mlp_ratio)):
-            if int(ratio * d_model) < 1:
-                raise ConfigError(f"model.{key} {ratio:g} of model.d_model {d_model} gives no channel; choose more")
+        model = self.model.filled(side)
+        _check_model(model, side)
         if self.data.batch_size % self.optim.accumulate:
             raise ConfigError(
                 f"data.batch_size {self.data.batch_size} is not divisible by optim.accumulate {self.optim.accumulate}"
@@ -291,6 +368,9 @@ class RunConfig(_Group):
                 f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than optim.epochs {self.optim.epochs}; "
                 "it must not be"
             )
+        pruned = self.prune.method != "none" or self.prune.penalty != "off"
+        if pruned and self.prune.target == "mlp" and model.mlp_ratio == 0 and self.model.checkpoint is None:
+            raise ConfigError("prune.target 'mlp' needs an MLP and model.mlp_ratio 0 has none; valid: ssm, both")
         if self.prune.rewind_epoch >= self.optim.epochs:
             raise ConfigError(
                 f"prune.rewind_epoch {self.prune.rewind_epoch} is not before the end of optim.epochs "
@@ -301,16 +381,15 @@ class RunConfig(_Group):
                 f"prune.grow_fraction {self.prune.grow_fraction:g} of optim.epochs {self.optim.epochs} leaves no epoch "
                 "after the cut; lower it or train for more epochs"
             )
-        checkpoint = self.model.checkpoint
+        checkpoint, teacher = self.model.checkpoint, self.distill.teacher
         return self.with_values(
             {
                 "model.checkpoint": checkpoint.expanduser().absolute() if checkpoint else None,
+                "distill.teacher": teacher.expanduser().absolute() if teacher else None,
                 "data.img_size": side,
                 "data.root": self.data.root.expanduser().absolute(),
                 "out": self.out.expanduser().absolute(),
-                "model.patch_size": patch,
-                "model.d_model": d_model,
-                "model.depth": self.model.depth or depth,
+                **{f"model.{key}": value for key, value in model if key != "checkpoint"},
             }
         )
 

@@ -25,6 +25,7 @@ from mamba.compilation import compile_blocks
 from mamba.config import RunConfig
 from mamba.conv import HAS_TRITON
 from mamba.data import ImageData, ImageSet, eval_batches, load_data, make_train_batches
+from mamba.distill import TrainingLoss
 from mamba.ema import ModelEma
 from mamba.errors import ForgeError, TrainingError
 from mamba.graph import Batches, RecordedStep
@@ -97,6 +98,7 @@ class Trainer:
         optim = config.optim
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = self._initial_model().to(worker.device)
+        self.statistics = batch_norm_statistics(self.model)  # a forward pass changes them, a skipped step must not
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
         self.optimizer = make_optimizer(self.model, optim)
         self.mix = BatchMix(config.data.mixup, config.data.cutmix, config.data.mix_prob, len(data.classes), config.seed)
@@ -104,6 +106,9 @@ class Trainer:
         self.steps_per_epoch = self.batches.sampler.steps
         self.amp = resolve_amp(optim.amp, worker.device)
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=self.amp is torch.float16)
+
+        side = data.train.images.shape[1]
+        self.loss = TrainingLoss(config, len(data.classes), side, worker.device, self.amp)
 
         self.epoch = 0  # epochs completed
         self.step = 0  # optimizer steps taken in the current epoch
@@ -146,9 +151,13 @@ class Trainer:
         """New weights, or those of the checkpoint that the run starts from, with its widths."""
         config, classes, side = self.config.model, len(self.data.classes), self.data.train.images.shape[1]
         if config.checkpoint is None:
-            return MambaModel(Architecture.from_config(config, classes, side))
-        ckpt.check_start(config.checkpoint, classes, side)
-        return ckpt.load_model(config.checkpoint, drop_path=config.drop_path)[0]
+            model = MambaModel(Architecture.from_config(config, classes, side))
+        else:
+            ckpt.check_start(config.checkpoint, classes, side)
+            model = ckpt.load_model(config.checkpoint, drop_path=config.drop_path)[0]
+        if config.sync_batchnorm and self.worker.world_size > 1 and self.worker.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
 
     @property
     def global_step(self) -> int:
@@ -231,7 +240,7 @@ class Trainer:
 
         A step whose loss or gradient is not finite on any rank changes nothing on any of them and is counted.
         """
-        optim = self.config.optim
+        statistics = [buffer.clone() for buffer in self.statistics]
         loss = torch.zeros((), device=self.worker.device)
         for i, (images, targets) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
@@ -239,8 +248,7 @@ class Trainer:
             with self.forward.no_sync() if hold else nullcontext():  # type: ignore[operator]
                 with torch.autocast(self.worker.device.type, dtype=self.amp, enabled=self.amp is not None):
                     logits = self.forward(images)
-                part = F.cross_entropy(logits.float(), targets, label_smoothing=optim.label_smoothing)
-                part = part / len(micro_batches)
+                part = self.loss(images, logits, targets) / len(micro_batches)
                 self.scaler.scale(part).backward()
             loss += part.detach()
         if self.flat:
@@ -253,6 +261,8 @@ class Trainer:
         flags = self.worker.sum(torch.stack(((~loss.isfinite()).float(), self.stop_asked)))
         finite = (flags[0] == 0) & norm.isfinite()
         self.stop += flags[1]
+        for buffer, before in zip(self.statistics, statistics, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
         self._apply(norm, finite)
         bad = (~finite).float()
         self.skipped[0] += bad
@@ -534,6 +544,12 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     return {"train/peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+
+
+def batch_norm_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means, variances and counts of a model's batch norms."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:

@@ -5,29 +5,34 @@ and removing a unit from all parts at once leaves a smaller model that computes 
 *component* is what a user names: the weights it covers, one by one (granularity `element`), and the groups that cut it
 as a whole. Parts that a block does not have are ignored, so another mixer is an entry here and nothing else.
 
+Tensors are listed by their names within the mixer or the MLP, whatever those are called in a block. A mixer of several
+scans has tensors of each, named with the scan's suffix (`mamba.layers.MIXERS`); a unit is cut from all of them.
+
 docs/PRUNING.md draws the block and its groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Literal, cast
 
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
-from mamba.layers import MambaBlock
+from mamba.layers import MIXERS, MambaBlock
+from mamba.model import MambaModel
 
 ELEMENT = "element"
 
 
 @dataclass(frozen=True)
 class Part:
-    """The slices of one tensor of a block along one axis, or those of one named segment of its rows."""
+    """The slices of one tensor along one axis, or those of one named segment of it."""
 
     tensor: str
+    """In the table, its name within the mixer or the MLP; of a part that was found, its name within the block."""
     axis: int
     segment: str | None = None
     """Of a fused projection: which of its parts (`MambaBlock.segments`)."""
@@ -68,37 +73,46 @@ class Component:
         return ((ELEMENT,) if self.covers else ()) + tuple(self.groups) + self.replacements
 
 
+SUFFIXES = tuple(dict.fromkeys(path.suffix for mixer in MIXERS.values() for path in mixer.paths))
+"""Endings of the names of what a mixer has once for each of its scans: none for the first, `_b` for the reversed."""
+
+
+def each(*parts: tuple[str, int] | tuple[str, int, str], scored: bool = True) -> tuple[Part, ...]:
+    """(tensor, axis) or (tensor, axis, segment), for each scan; `{}` stands for the suffix."""
+    return tuple(
+        Part(name.format(s), axis, segment[0].format(s) if segment else None, scored)
+        for s in SUFFIXES
+        for name, axis, *segment in parts
+    )
+
+
 GROUPS: dict[str, Group] = {
     "d_inner": Group(
         "channel",
-        (
-            Part("ssm.in_proj.weight", 0, "x"),
-            Part("ssm.in_proj.weight", 0, "z"),
-            Part("ssm.conv1d.weight", 0),
-            Part("ssm.conv1d.bias", 0),
-            Part("ssm.pointwise.weight", 0),
-            Part("ssm.pointwise.weight", 1),
-            Part("ssm.x_proj.weight", 1),
-            Part("ssm.x_proj.weight", 0, "delta"),
-            Part("ssm.dt_proj.weight", 0),
-            Part("ssm.A_log", 0, scored=False),  # log of a decay rate: its size says nothing about importance
-            Part("ssm.D", 0),
-            Part("ssm.delta_bias", 0, scored=False),
-            Part("ssm.out_proj.weight", 1),
-        ),
+        each(
+            ("in_proj.weight", 0, "x{}"),
+            ("in_proj.weight", 0, "z{}"),
+            ("conv1d{}.weight", 0),
+            ("conv1d{}.bias", 0),
+            ("pointwise{}.weight", 0),
+            ("pointwise{}.weight", 1),
+            ("x_proj{}.weight", 1),
+            ("x_proj{}.weight", 0, "delta"),
+            ("dt_proj{}.weight", 0),
+            ("D{}", 0),
+            ("out_proj.weight", 1, "y{}"),
+        )
+        # logs of decay rates and of time steps: their size says nothing about importance
+        + each(("A{}_log", 0), ("dt_proj{}.bias", 0), ("delta_bias{}", 0), scored=False),
     ),
     "d_state": Group(
         "state",
-        (
-            Part("ssm.A_log", 1, scored=False),
-            Part("ssm.x_proj.weight", 0, "B"),
-            Part("ssm.x_proj.weight", 0, "C"),
-        ),
+        each(("x_proj{}.weight", 0, "B"), ("x_proj{}.weight", 0, "C")) + each(("A{}_log", 1), scored=False),
     ),
-    "dt_rank": Group("rank", (Part("ssm.x_proj.weight", 0, "dt"), Part("ssm.dt_proj.weight", 1))),
-    "d_conv": Group("tap", (Part("ssm.conv1d.weight", 2),), order="first"),
-    "out_channels": Group("output channel", (Part("ssm.out_proj.weight", 0), Part("ssm.out_index", 0, scored=False))),
-    "mlp_hidden": Group("neuron", (Part("mlp.fc1.weight", 0), Part("mlp.fc1.bias", 0), Part("mlp.fc2.weight", 1))),
+    "dt_rank": Group("rank", each(("x_proj{}.weight", 0, "dt"), ("dt_proj{}.weight", 1))),
+    "d_conv": Group("tap", each(("conv1d{}.weight", 2)), order="first"),
+    "out_channels": Group("output channel", (Part("out_proj.weight", 0), Part("out_index", 0, scored=False))),
+    "mlp_hidden": Group("neuron", (Part("fc1.weight", 0), Part("fc1.bias", 0), Part("fc2.weight", 1))),
 }
 
 BLOCK = "block"
@@ -106,48 +120,48 @@ BLOCK = "block"
 
 COMPONENTS: dict[str, Component] = {
     "linear_out": Component(
-        covers=(Part("ssm.out_proj.weight", 0),),
+        covers=(Part("out_proj.weight", 0),),
         groups={"channel": "d_inner", "output": "out_channels"},
         structured="channel",
         advised=(0.6, 0.8),
     ),
     "mlp": Component(
-        covers=(Part("mlp.fc1.weight", 0), Part("mlp.fc2.weight", 0)),
+        covers=(Part("fc1.weight", 0), Part("fc2.weight", 0)),
         groups={"neuron": "mlp_hidden"},
         structured="neuron",
         advised=(0.6, 0.8),
     ),
     "linear_gate": Component(
-        covers=(Part("ssm.in_proj.weight", 0, "z"),),
+        covers=each(("in_proj.weight", 0, "z{}")),
         groups={"channel": "d_inner"},
         structured="channel",
         advised=(0.5, 0.7),
     ),
     "linear_in": Component(
-        covers=(Part("ssm.in_proj.weight", 0),),
+        covers=(Part("in_proj.weight", 0),),
         groups={"expand": "d_inner"},
         structured="expand",
         advised=(0.25, 0.5),
     ),
     "conv1d": Component(
-        covers=(Part("ssm.conv1d.weight", 0),),
+        covers=each(("conv1d{}.weight", 0)),
         groups={"width": "d_conv", "channel": "d_inner"},
         replacements=("separable",),
         structured="width",
         advised=(0.3, 0.5),
     ),
     "linear_B_C": Component(
-        covers=(Part("ssm.x_proj.weight", 0, "B"), Part("ssm.x_proj.weight", 0, "C")),
+        covers=each(("x_proj{}.weight", 0, "B"), ("x_proj{}.weight", 0, "C")),
         groups={"state": "d_state"},
         replacements=("shared",),
         structured="state",
         advised=(0.3, 0.5),
     ),
     "linear_delta": Component(
-        covers=(
-            Part("ssm.x_proj.weight", 0, "delta"),
-            Part("ssm.x_proj.weight", 0, "dt"),
-            Part("ssm.dt_proj.weight", 0),
+        covers=each(
+            ("x_proj{}.weight", 0, "delta"),
+            ("x_proj{}.weight", 0, "dt"),
+            ("dt_proj{}.weight", 0),
         ),
         groups={"rank": "dt_rank"},
         replacements=("low_rank",),
@@ -163,6 +177,14 @@ COMPONENTS: dict[str, Component] = {
         refused="one skip gain a channel, under 0.1 % of the parameters; it goes with its channel, as in "
         "linear_in:expand"
     ),
+    "stem": Component(
+        refused="the patch embedding or convolutional stem makes the residual stream, whose width no cut changes; "
+        "under 2 % of the parameters"
+    ),
+    "embeddings": Component(
+        refused="positions and class tokens have the width of the residual stream, which no cut changes"
+    ),
+    "norm": Component(refused="the norms' gains have the width of the residual stream, which no cut changes"),
 }
 
 
@@ -174,46 +196,58 @@ def blocks_of(model: nn.Module) -> list[MambaBlock]:
     """
     if not is_mamba_model(model):
         raise ConfigError(f"{type(model).__name__} is not a Mamba model of this package: it has no blocks to prune")
-    return cast(list[MambaBlock], list(cast(nn.ModuleList, model.blocks)))
+    return list(cast(MambaModel, model).stack)
+
+
+def named_blocks(model: nn.Module) -> list[tuple[str, MambaBlock]]:
+    """The blocks, each with what its parameters' full names begin with: `blocks.0.`, or `layers.0.` of a Vim.
+
+    Raises:
+        ConfigError: the model is not one of ours.
+    """
+    blocks = blocks_of(model)
+    return [(block_prefix(cast(MambaModel, model), i), block) for i, block in enumerate(blocks)]
+
+
+def block_prefix(model: MambaModel, index: int) -> str:
+    return f"{model.stack_name}.{index}."
 
 
 def is_mamba_model(model: nn.Module) -> bool:
-    """Whether `model` consists of blocks whose tensors this table knows."""
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        return False
-    known = {part.tensor for group in GROUPS.values() for part in group.parts if part.tensor.startswith("ssm.")}
-    return all(known & {name for name, _ in block.named_parameters()} for block in blocks)
+    """Whether `model` is one of this package, of any mixer and any names, with blocks that this table knows."""
+    return isinstance(model, MambaModel) and len(model.stack) > 0
 
 
-def find(block: MambaBlock, part: Part) -> tuple[Tensor, slice] | None:
-    """A part's tensor and the range of its units along the part's axis; None where the block has no such part."""
-    tensor = tensors_of(block).get(part.tensor)
-    if tensor is None:
-        return None
-    if part.segment is None:
-        return tensor, slice(0, tensor.shape[part.axis])
-    start = 0
-    for name, rows in block.segments().get(part.tensor, {}).items():
-        if name == part.segment:
-            return tensor, slice(start, start + rows)
-        start += rows
-    return None
+Found = tuple[Part, Tensor, slice]
+"""A part under its tensor's name in a certain block, the tensor, and the range of its units along the part's axis."""
+
+
+def find_all(block: MambaBlock, parts: Sequence[Part]) -> list[Found]:
+    """Those of some parts of the table that a block has."""
+    tensors, segments = tensors_of(block), block.segments()
+    found: list[Found] = []
+    for part in parts:
+        for name in (f"{block.mixer_name}.{part.tensor}", f"mlp.{part.tensor}"):
+            if name not in tensors:
+                continue
+            here = replace(part, tensor=name)
+            if part.segment is None:
+                found.append((here, tensors[name], slice(0, tensors[name].shape[part.axis])))
+            elif part.segment in segments[name]:
+                order = list(segments[name])
+                start = sum(segments[name][before] for before in order[: order.index(part.segment)])
+                found.append((here, tensors[name], slice(start, start + segments[name][part.segment])))
+    return found
+
+
+def parts_of(block: MambaBlock, group: Group) -> list[Found]:
+    """The parts of a group that this block has."""
+    return find_all(block, group.parts)
 
 
 def tensors_of(block: MambaBlock) -> dict[str, Tensor]:
     """A block's parameters and buffers by their names within it."""
     return dict(block.named_parameters()) | dict(block.named_buffers())
-
-
-Found = tuple[Part, Tensor, slice]
-"""A part, its tensor in a certain block, and the range of its units along the part's axis."""
-
-
-def parts_of(block: MambaBlock, group: Group) -> list[Found]:
-    """The parts of a group that this block has."""
-    found = [(part, find(block, part)) for part in group.parts]
-    return [(part, *hit) for part, hit in found if hit is not None]
 
 
 def units_of(block: MambaBlock, group: Group) -> int:
@@ -272,13 +306,11 @@ def get_prunable_layers(model: nn.Module) -> dict[str, list[str]]:
 
 def covered(model: nn.Module, component: str, layers: list[int] | None = None) -> Iterator[tuple[str, Tensor, slice]]:
     """(full parameter name, parameter, rows) that a component covers, in all blocks or the given ones."""
-    for i, block in enumerate(blocks_of(model)):
+    for i, (prefix, block) in enumerate(named_blocks(model)):
         if layers is not None and i not in layers:
             continue
         if component == BLOCK:
             for name, parameter in block.named_parameters():
-                yield f"blocks.{i}.{name}", parameter, slice(None)
-        for part in COMPONENTS[component].covers:
-            hit = find(block, part)
-            if hit is not None:
-                yield f"blocks.{i}.{part.tensor}", hit[0], hit[1]
+                yield prefix + name, parameter, slice(None)
+        for part, tensor, rows in find_all(block, COMPONENTS[component].covers):
+            yield prefix + part.tensor, tensor, rows

@@ -26,6 +26,7 @@ from pruning.components import (
     blocks_of,
     check_rate,
     covered,
+    named_blocks,
     parse_target,
     parts_of,
 )
@@ -33,7 +34,7 @@ from pruning.importance import SCORES, Batches, element_scores, unit_scores
 from pruning.masks import Masks, apply_mask_mamba, combine, gone_units, unit_masks
 from pruning.replace import REPLACEMENTS, REWRITES
 from pruning.select import check_scope, choose_elements, choose_units
-from pruning.shrink import Shrunk, Slices, rebuild
+from pruning.shrink import Shrunk, Slices, outside_blocks, rebuild
 from pruning.shrink import shrink as remove_units
 
 
@@ -190,15 +191,15 @@ def _parse(
         check_rate(target, rate)
         cuts.append((name, granularity, rate))
     for _, replacement, rate in cuts:
-        rewritten = REWRITES.get(replacement)
+        rewritten = REWRITES.get(replacement, ())
         for other, granularity, _ in cuts if rewritten and rate > 0 else ():
             parts = COMPONENTS[other].covers if granularity == ELEMENT else ()
-            if granularity == "width" or any(part.tensor == rewritten for part in parts):
+            if granularity == "width" or any(part.tensor in rewritten for part in parts):
                 if granularity == "width" and replacement != "separable":
                     continue
                 raise ConfigError(
-                    f"'{other}:{granularity}' and '{replacement}' both change {rewritten}, and the second rewrites it; "
-                    "cut one, then the other"
+                    f"'{other}:{granularity}' and '{replacement}' both change {rewritten[0]}, and the second rewrites "
+                    "it; cut one, then the other"
                 )
     return cuts
 
@@ -224,6 +225,8 @@ def _element_masks(
     model: nn.Module, name: str, rate: float, how: How, elements: dict[str, Tensor], layers: list[int] | None
 ) -> Masks:
     places = list(covered(model, name, layers))
+    if not places:
+        raise ConfigError(f"no block to be cut has a weight of component '{name}'")
     keeps = choose_elements([elements[full][rows] for full, _, rows in places], rate, how.scope)
     masks: Masks = {}
     for (full, parameter, rows), keep in zip(places, keeps, strict=True):
@@ -263,18 +266,19 @@ def _replace(before: Shrunk, granularity: str, rate: float, layers: Sequence[int
     """Rewrite blocks and rebuild the model around them. What masks take of a channel holds for new tensors too."""
     model = before.model
     shapes: list[BlockShape] = []
-    state = {name: t for name, t in model.state_dict().items() if not name.startswith("blocks.")}
-    for i, block in enumerate(blocks_of(model)):
+    whole = model.state_dict()
+    state = {name: whole[name] for name in outside_blocks(model)}
+    for i, (prefix, block) in enumerate(named_blocks(model)):
         if layers is not None and i not in layers:
             shape, tensors = block.shape, block.state_dict()
         else:
             shape, tensors = REPLACEMENTS[granularity](block, rate, new_shape)
         shapes.append(shape)
-        state |= {f"blocks.{i}.{name}": tensor for name, tensor in tensors.items()}
+        state |= {prefix + name: tensor for name, tensor in tensors.items()}
     other = rebuild(model, shapes)
     other.load_state_dict(state)
     channels = GROUPS["d_inner"]
-    keep = [~gone_units(before.masks, f"blocks.{i}.", parts_of(b, channels)) for i, b in enumerate(blocks_of(model))]
+    keep = [~gone_units(before.masks, prefix, parts_of(block, channels)) for prefix, block in named_blocks(model)]
     old, new = model.state_dict(), other.state_dict()
     same = {name for name, tensor in new.items() if name in old and old[name].shape == tensor.shape}
     lost = [n for n in before.masks if n not in same and new_shape]
@@ -305,6 +309,6 @@ def verify_selective_scan_compatibility(model: nn.Module) -> None:
                         f"block {i}: {where} has {span.stop - span.start} {group.unit}s and {name} is {expected}"
                     )
         for tensor, segments in block.segments().items():
-            rows = dict(block.named_parameters())[tensor].shape[0]
-            if rows != sum(segments.values()):
-                raise ConfigError(f"block {i}: {tensor} has {rows} rows and its parts {segments} need another number")
+            shape = tuple(dict(block.named_parameters())[tensor].shape)
+            if sum(segments.values()) not in shape:
+                raise ConfigError(f"block {i}: {tensor} is {shape} and its parts {segments} need another width")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
-from pruning.components import BLOCK, GROUPS, blocks_of, parts_of
+from pruning.components import BLOCK, GROUPS, named_blocks, parts_of
 
 SCORES = ("l1", "l2", "taylor", "wanda", "random")
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -39,9 +39,7 @@ def element_scores(
         raise ConfigError(f"unknown score '{score}'; valid: {', '.join(SCORES)}")
     if score in ("taylor", "wanda") and calibration is None:
         raise ConfigError(f"score '{score}' needs calibration batches (images and labels of the training set)")
-    parameters = {
-        f"blocks.{i}.{name}": p for i, block in enumerate(blocks_of(model)) for name, p in block.named_parameters()
-    }
+    parameters = {prefix + name: p for prefix, block in named_blocks(model) for name, p in block.named_parameters()}
     with torch.no_grad():
         if score == "l1":
             return {name: p.abs().float() for name, p in parameters.items()}
@@ -63,14 +61,14 @@ def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score
         one tensor of shape (units,) a block; for `block` one of shape (1,).
     """
     per_block = []
-    for i, block in enumerate(blocks_of(model)):
+    for prefix, block in named_blocks(model):
         if group == BLOCK:
-            total = torch.stack([elements[f"blocks.{i}.{name}"].sum() for name, _ in block.named_parameters()]).sum()
+            total = torch.stack([elements[prefix + name].sum() for name, _ in block.named_parameters()]).sum()
             sums = total[None]
         else:
             sums = torch.zeros(0)
             for part, tensor, span in parts_of(block, GROUPS[group]):
-                values = elements.get(f"blocks.{i}.{part.tensor}")
+                values = elements.get(prefix + part.tensor)
                 if values is None or not part.scored:
                     continue
                 rest = [axis for axis in range(tensor.ndim) if axis != part.axis]
@@ -111,10 +109,10 @@ def _wanda(model: nn.Module, calibration: Batches, parameters: dict[str, nn.Para
 
         handles.append(module.register_forward_pre_hook(record))
 
-    for i, block in enumerate(blocks_of(model)):
+    for prefix, block in named_blocks(model):
         for name, module in block.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv1d)):
-                watch(f"blocks.{i}.{name}.weight", module)
+                watch(f"{prefix}{name}.weight", module)
     training = model.training
     try:
         model.eval()

@@ -34,8 +34,16 @@ def build_mamba_lite(
     Raises:
         ConfigError: a value that is larger than the model's own, or that leaves nothing.
     """
-    d_model = model.architecture.d_model
-    shape = BlockShape(int(expand * d_model), d_state, d_conv, int(mlp_ratio * d_model))
+    d_model, own = model.architecture.d_model, model.architecture.blocks[0]
+    shape = BlockShape(
+        int(expand * d_model),
+        d_state,
+        d_conv,
+        int(mlp_ratio * d_model) if own.mlp_hidden else 0,
+        dt_rank=own.dt_rank if own.learned_dt_bias else None,
+        mixer=own.mixer,
+        learned_dt_bias=own.learned_dt_bias,
+    )
     _check_fits(model, shape, depth)
     return rebuild(model, [shape] * depth)
 
@@ -69,6 +77,8 @@ def transfer_pruned_weights(
     masks = unit_masks(model, BLOCK, [stays[None] for stays in taken])
     for group in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
         width = getattr(shape, group)
+        if not width:  # no MLP, here as there
+            continue
         scores = unit_scores(model, group, elements, score)
         if GROUPS[group].order == "first":
             scores = [torch.arange(len(s)) for s in scores]
@@ -84,14 +94,13 @@ def _check_fits(model: nn.Module, shape: BlockShape, depth: int) -> None:
     blocks = blocks_of(model)
     if not 1 <= depth <= len(blocks):
         raise ConfigError(f"depth {depth} does not fit a model of {len(blocks)} blocks; valid: 1 to {len(blocks)}")
-    plain = BlockShape(1, 1, 1, 1)
     for field in ("out_channels", "dt_rank", "shared_bc", "separable_conv"):
-        if any(getattr(b.shape, field) != getattr(plain, field) for b in blocks):
+        if any(getattr(b.shape, field) != getattr(shape, field) for b in blocks):
             raise ConfigError(f"the model was cut already ({field}), which a plain smaller model cannot take over")
     for field in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
         width, most = getattr(shape, field), min(getattr(b.shape, field) for b in blocks)
-        if not 1 <= width <= most:
-            raise ConfigError(f"{field} {width} does not fit the model; valid: 1 to {most}")
+        if not min(1, most) <= width <= most:
+            raise ConfigError(f"{field} {width} does not fit the model; valid: {min(1, most)} to {most}")
 
 
 def describe(architecture: Architecture) -> str:

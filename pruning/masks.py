@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mamba.ema import ModelEma
 from mamba.errors import CheckpointError, ConfigError
 from mamba.hooks import TrainHook
-from pruning.components import BLOCK, COMPONENTS, GROUPS, Found, blocks_of, covered, parts_of
+from pruning.components import BLOCK, COMPONENTS, GROUPS, Found, covered, find_all, named_blocks, parts_of
 
 Masks = dict[str, Tensor]
 FILE = "masks.safetensors"
@@ -67,18 +67,18 @@ def extract_mask_mamba(model: nn.Module) -> Masks:
     are. A weight that is zero by chance is taken for cut. Parameters without a zero get no mask.
     """
     masks: Masks = {}
-    weights = {part.tensor for component in COMPONENTS.values() for part in component.covers}
-    for i, block in enumerate(blocks_of(model)):
-        own = {name: p for name, p in block.named_parameters() if name in weights}
-        masks |= {f"blocks.{i}.{name}": p.detach() != 0 for name, p in own.items() if bool((p == 0).any())}
+    covers = [part for component in COMPONENTS.values() for part in component.covers]
+    for prefix, block in named_blocks(model):
+        own = {part.tensor: p for part, p, _ in find_all(block, covers)}
+        masks |= {prefix + name: p.detach() != 0 for name, p in own.items() if bool((p == 0).any())}
     read = dict(masks)
-    for i, block in enumerate(blocks_of(model)):
-        prefix = f"blocks.{i}."
+    for prefix, block in named_blocks(model):
+        weights = {part.tensor for part, _, _ in find_all(block, covers)}
         for group in GROUPS.values():
             parts = parts_of(block, group)
             gone = gone_units(read, prefix, [p for p in parts if p[0].tensor in weights])
             _cut(masks, prefix, parts, gone)
-        if all(prefix + name in read and not read[prefix + name].any() for name in weights & dict(own).keys()):
+        if all(prefix + name in read and not read[prefix + name].any() for name in weights):
             masks |= {prefix + name: torch.zeros_like(p, dtype=torch.bool) for name, p in block.named_parameters()}
     return masks
 
@@ -101,10 +101,9 @@ def gone_units(masks: Mapping[str, Tensor], prefix: str, parts: Sequence[Found])
 def unit_masks(model: nn.Module, group: str, keep: Sequence[Tensor | None]) -> Masks:
     """Masks that take whole units: one keep-mask over the group's units a block, or None to leave the block alone."""
     masks: Masks = {}
-    for i, (block, kept) in enumerate(zip(blocks_of(model), keep, strict=True)):
+    for (prefix, block), kept in zip(named_blocks(model), keep, strict=True):
         if kept is None:
             continue
-        prefix = f"blocks.{i}."
         if group != BLOCK:
             _cut(masks, prefix, parts_of(block, GROUPS[group]), ~kept.cpu())
         elif not kept.any():

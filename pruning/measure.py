@@ -32,7 +32,7 @@ def accuracy(
     model: MambaModel, data: ImageData, split: ImageSet, batch_size: int = 512, amp: torch.dtype | None = None
 ) -> float:
     """Percent of a split that the model classifies rightly, on the model's device."""
-    device = model.pos_embed.device
+    device = model.head.weight.device
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     for images, labels in eval_batches(data, split, batch_size, 0, 1, device):
@@ -57,7 +57,7 @@ def speed(
         seconds: how long each of the two is timed, after a warm-up; medians are returned.
         amp: autocast type, or None.
     """
-    device, a = model.pos_embed.device, model.architecture
+    device, a = model.head.weight.device, model.architecture
     model.eval()
 
     def forward(images: Tensor) -> Callable[[], object]:

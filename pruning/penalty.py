@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mamba.ema import ModelEma
 from mamba.errors import ConfigError
 from mamba.hooks import TrainHook
-from pruning.components import GROUPS, blocks_of, parts_of
+from pruning.components import GROUPS, blocks_of, named_blocks, parts_of
 from pruning.masks import MaskHook, Masks
 
 TARGETS: dict[str, tuple[str, ...]] = {"ssm": ("d_inner",), "mlp": ("mlp_hidden",), "both": ("d_inner", "mlp_hidden")}
@@ -43,10 +43,10 @@ def compute_rsst_loss(model: nn.Module, strength: float | Tensor, target: str = 
             their magnitudes.
 
     Returns:
-        a scalar with a gradient. A_log is left out: its zero is a decay rate, not absence.
+        a scalar with a gradient. A_log and the time step's bias are left out: their zero is a rate, not absence.
 
     Raises:
-        ConfigError: an unknown target or norm; not a Mamba model.
+        ConfigError: an unknown target or norm, or a target that the model does not have; not a Mamba model.
     """
     if norm not in NORMS:
         raise ConfigError(f"unknown norm '{norm}'; valid: {', '.join(NORMS)}")
@@ -61,11 +61,13 @@ def compute_rsst_loss(model: nn.Module, strength: float | Tensor, target: str = 
                 rest = [axis for axis in range(tensor.ndim) if axis != part.axis]
                 values = (values.sum(rest) if rest else values)[span]
                 sums = values if sums is None else sums + values
-            assert sums is not None
+            if sums is None:
+                continue
             # a unit that is all zero has no gradient of its norm
             norms = sums if norm == "l1" else torch.where(sums > 0, sums, 1.0).sqrt() * (sums > 0)
             total = norms.sum() if total is None else total + norms.sum()
-    assert total is not None
+    if total is None:
+        raise ConfigError(f"target '{target}' is nothing that this model has; valid: ssm")
     return strength * total
 
 
@@ -140,7 +142,7 @@ class GrowingDecay(MaskHook):
     Args:
         masks: the current masks, as global pruning left them.
         stay: unit masks: which weights are to stay (`pruning.refill`). Weights with refill = 0 and current = 1 get
-            lambda w added to their gradient, A_log excepted.
+            lambda w added to their gradient, except in A_log and in the time step's bias, whose zero is no absence.
         ceiling: lambda in the last epoch of growth.
         schedule, exponent: see `growing_lambda`.
         grow_epochs: epochs of growth; the cut comes after them, at the start of the next epoch.
@@ -164,7 +166,14 @@ class GrowingDecay(MaskHook):
     def attach(self, model: nn.Module, ema: ModelEma | None, optimizer: torch.optim.Optimizer, seed: int) -> None:
         super().attach(model, ema, optimizer, seed)
         parameters = dict(model.named_parameters())
-        leaving = {n: self.masks[n] & ~keep for n, keep in self.stay.items() if not n.endswith("A_log")}
+        unscored = {
+            prefix + part.tensor
+            for prefix, block in named_blocks(model)
+            for group in GROUPS.values()
+            for part, _, _ in parts_of(block, group)
+            if not part.scored
+        }
+        leaving = {n: self.masks[n] & ~keep for n, keep in self.stay.items() if n not in unscored}
         self.decayed = [(parameters[n], going.to(parameters[n])) for n, going in leaving.items()]
         self.strength = torch.zeros((), device=self.decayed[0][0].device if self.decayed else None)
         self.cut_now = False

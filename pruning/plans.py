@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mamba.errors import ConfigError
 from mamba.model import MambaModel
+from pruning.components import covered
 from pruning.cut import cut
 from pruning.importance import Batches
 from pruning.lite import build_mamba_lite, transfer_pruned_weights
@@ -60,7 +61,8 @@ def apply_plan(
     seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
 ) -> Shrunk:
-    """The model that a plan makes, and the masks that hold it in training; the argument is left as it was.
+    """The model that a plan makes, and the masks that hold it in training; the argument is left as it was. Components
+    that the model does not have (a Vision Mamba has no MLP) are left out.
 
     `masks`: what is cut already and stays cut.
 
@@ -73,4 +75,5 @@ def apply_plan(
         lite = build_mamba_lite(model, **plan.lite)
         transfer_pruned_weights(model, lite, score, calibration)
         return Shrunk(lite, {}, Slices({}))
-    return cut(model, plan.rates, plan.shrink, score=score, calibration=calibration, seed=seed, masks=masks, **plan.how)
+    rates = {what: rate for what, rate in plan.rates.items() if any(covered(model, what.partition(":")[0]))}
+    return cut(model, rates, plan.shrink, score=score, calibration=calibration, seed=seed, masks=masks, **plan.how)

@@ -9,39 +9,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
 from mamba.layers import MambaBlock
-from pruning.components import GROUPS, Part, blocks_of, find, parts_of
+from pruning.components import GROUPS, Part, each, find_all, named_blocks, parts_of
 from pruning.importance import Batches, element_scores
 from pruning.masks import Masks, gone_units, unit_masks
 from pruning.penalty import groups_of
 from pruning.select import lowest
 
 MATRICES: dict[str, tuple[Part, ...]] = {
-    "d_inner": (
-        Part("ssm.in_proj.weight", 0, "x"),
-        Part("ssm.in_proj.weight", 0, "z"),
-        Part("ssm.out_proj.weight", 1),
-    ),
-    "mlp_hidden": (Part("mlp.fc1.weight", 0), Part("mlp.fc2.weight", 1)),
+    "d_inner": each(("in_proj.weight", 0, "x{}"), ("in_proj.weight", 0, "z{}"), ("out_proj.weight", 1, "y{}")),
+    "mlp_hidden": (Part("fc1.weight", 0), Part("fc2.weight", 1)),
 }
 """The weights that are pruned one by one and that make up a unit's row, by group."""
 REFILL_SCORES = ("remain", "magnitude", "l1", "l2", "saliency", "random")
 
 
 def weights_of(model: nn.Module, target: str) -> dict[str, nn.Parameter]:
-    """Full name -> parameter, of all that is pruned weight by weight for a target."""
-    names = {part.tensor for group in groups_of(target) for part in MATRICES[group]}
-    return {
-        f"blocks.{i}.{name}": p
-        for i, block in enumerate(blocks_of(model))
-        for name, p in block.named_parameters()
-        if name in names
+    """Full name -> parameter, of all that is pruned weight by weight for a target; of `both`, what the model has.
+
+    Raises:
+        ConfigError: an unknown target, or one of which the model has nothing.
+    """
+    parts = [part for group in groups_of(target) for part in MATRICES[group]]
+    weights = {
+        prefix + part.tensor: cast(nn.Parameter, tensor)
+        for prefix, block in named_blocks(model)
+        for part, tensor, _ in find_all(block, parts)
     }
+    if not weights:
+        raise ConfigError(f"target '{target}' is nothing that this model has; valid: ssm")
+    return weights
 
 
 @torch.no_grad()
@@ -120,9 +123,12 @@ def refill_masks(
     result: Masks = {}
     for group in groups:
         keep: list[Tensor | None] = []
-        for i, block in enumerate(blocks_of(model)):
-            remain = coupled_matrix(block, group, f"blocks.{i}.", masks, missing=1.0)
-            values = coupled_matrix(block, group, f"blocks.{i}.", elements, missing=0.0)
+        for prefix, block in named_blocks(model):
+            if not find_all(block, MATRICES[group]):
+                keep.append(None)
+                continue
+            remain = coupled_matrix(block, group, prefix, masks, missing=1.0)
+            values = coupled_matrix(block, group, prefix, elements, missing=0.0)
             units, fan_in = remain.shape
             n = units_to_keep(int(remain.sum()), units, fan_in, fillback_rate)
             if score == "remain":
@@ -132,7 +138,7 @@ def refill_masks(
             else:
                 unit = values.sum(1)
             if among:
-                gone = gone_units(among, f"blocks.{i}.", parts_of(block, GROUPS[group]))
+                gone = gone_units(among, prefix, parts_of(block, GROUPS[group]))
                 unit[gone] = -torch.inf
             keep.append(~lowest(unit, len(unit) - n))
         result |= unit_masks(model, group, keep)
@@ -142,10 +148,7 @@ def refill_masks(
 def coupled_matrix(block: MambaBlock, group: str, prefix: str, values: Mapping[str, Tensor], missing: float) -> Tensor:
     """(units, fan-in) of a group's projection weights in a block, as float64, of values given by full name."""
     rows = []
-    for part in MATRICES[group]:
-        hit = find(block, part)
-        assert hit is not None, f"{group} has no {part.tensor}"
-        tensor, span = hit
+    for part, tensor, span in find_all(block, MATRICES[group]):
         own = values.get(prefix + part.tensor, torch.full(tensor.shape, missing)).double().cpu()
         rows.append(own.movedim(part.axis, 0)[span].flatten(1))
     return torch.cat(rows, 1)

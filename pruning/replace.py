@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mamba.errors import ConfigError
 from mamba.layers import BlockShape, MambaBlock
-from pruning.components import Part, find
+from pruning.components import each, find_all
 
+X_PROJ, CONV = each(("x_proj{}.weight", 0)), each(("conv1d{}.weight", 0))
 Replacement = Callable[[MambaBlock, float, bool], tuple[BlockShape, dict[str, Tensor]]]
 """(block, rate, new shape?) -> the block's shape and its state, from which it is built anew."""
 
@@ -28,24 +29,25 @@ def low_rank(block: MambaBlock, rate: float, new_shape: bool) -> tuple[BlockShap
     A rank costs a row and a column, so n = d_inner / 2 ranks cost what the full matrix costs; the rate takes round(rate
     n) of them: rate 0.4 leaves a rank of 0.3 d_inner and 60 % of the parameters.
     """
-    hit = find(block, Part("ssm.x_proj.weight", 0, "delta"))
-    if hit is None:
+    found = find_all(block, each(("x_proj{}.weight", 0, "delta")))
+    if not found:
         raise ConfigError("linear_delta:low_rank: the projection is of low rank already; cut it by linear_delta:rank")
-    weight, span = hit
-    full = weight[span].double()
-    budget = max(1, int((full != 0).any(1).sum()) // 2)  # rows that are masked do not count
+    # rows that are masked do not count
+    budget = max(1, max(int((weight[span] != 0).any(1).sum()) for _, weight, span in found) // 2)
     rank = budget - round(rate * budget)
     if rank < 1:
         raise ConfigError(f"linear_delta:low_rank: rate {rate:g} leaves no rank of {budget}; lower it")
-    u, s, vh = torch.linalg.svd(full, full_matrices=False)
-    left, right = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * vh[:rank]
     state = _state(block)
-    if not new_shape:
-        state["ssm.x_proj.weight"][span] = (left @ right).to(weight) * (full != 0).any(1, keepdim=True)
-        return block.shape, state
-    state["ssm.x_proj.weight"] = torch.cat((weight[: span.start], right.to(weight)))
-    state["ssm.dt_proj.weight"] = left.to(weight)
-    return replace(block.shape, dt_rank=rank), state
+    for part, weight, span in found:
+        full = weight[span].double()
+        u, s, vh = torch.linalg.svd(full, full_matrices=False)
+        left, right = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * vh[:rank]
+        if not new_shape:
+            state[part.tensor][span] = (left @ right).to(weight) * (full != 0).any(1, keepdim=True)
+            continue
+        state[part.tensor] = torch.cat((weight[: span.start], right.to(weight)))
+        state[part.tensor.replace("x_proj", "dt_proj")] = left.to(weight)
+    return replace(block.shape, dt_rank=rank) if new_shape else block.shape, state
 
 
 @torch.no_grad()
@@ -53,18 +55,17 @@ def shared(block: MambaBlock, rate: float, new_shape: bool) -> tuple[BlockShape,
     """B and C from one projection, the mean of both: half of their rows go, whatever the rate says."""
     if rate != 0.5:
         raise ConfigError(f"linear_B_C:shared takes exactly half of the rows; valid: 0.5, got {rate:g}")
-    b, c = (find(block, Part("ssm.x_proj.weight", 0, name)) for name in "BC")
-    if b is None or c is None:
+    b_rows, c_rows = (find_all(block, each(("x_proj{}.weight", 0, name))) for name in "BC")
+    if not c_rows:
         raise ConfigError("linear_B_C:shared: B and C are one projection already")
-    weight = b[0]
-    mean = (weight[b[1]] + weight[c[1]]) / 2
     state = _state(block)
-    if not new_shape:
-        state["ssm.x_proj.weight"][b[1]] = mean
-        state["ssm.x_proj.weight"][c[1]] = mean
-        return block.shape, state
-    state["ssm.x_proj.weight"] = torch.cat((mean, weight[c[1].stop :]))
-    return replace(block.shape, shared_bc=True), state
+    for (part, weight, b), (_, _, c) in zip(b_rows, c_rows, strict=True):
+        mean = (weight[b] + weight[c]) / 2
+        if new_shape:
+            state[part.tensor] = torch.cat((weight[: b.start], mean, weight[c.stop :]))
+        else:
+            state[part.tensor][b] = state[part.tensor][c] = mean
+    return replace(block.shape, shared_bc=True) if new_shape else block.shape, state
 
 
 @torch.no_grad()
@@ -74,23 +75,29 @@ def separable(block: MambaBlock, rate: float, new_shape: bool) -> tuple[BlockSha
     An architecture change, not a saving: round(rate taps) of the earliest taps go, and a pointwise convolution that
     starts as the identity comes in, d_inner^2 parameters, for training to make something of.
     """
-    if block.ssm.pointwise is not None:
+    if block.shape.separable_conv:
         raise ConfigError("conv1d:separable: the convolution is separable already")
     state = _state(block)
-    weight = state["ssm.conv1d.weight"]
-    taps = weight.shape[-1]
+    taps = block.shape.d_conv
     gone = round(rate * taps)
     if gone >= taps:
         raise ConfigError(f"conv1d:separable: rate {rate:g} leaves none of {taps} taps; lower it")
-    weight[..., :gone] = 0
-    state["ssm.pointwise.weight"] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    if new_shape:
-        state["ssm.conv1d.weight"] = weight[..., gone:]
+    for part, weight, _ in find_all(block, CONV):
+        state[part.tensor][..., :gone] = 0
+        state[part.tensor.replace("conv1d", "pointwise")] = torch.eye(
+            len(weight), dtype=weight.dtype, device=weight.device
+        )
+        if new_shape:
+            state[part.tensor] = state[part.tensor][..., gone:]
     return replace(block.shape, separable_conv=True, d_conv=taps - gone * new_shape), state
 
 
-REWRITES = {"low_rank": "ssm.x_proj.weight", "shared": "ssm.x_proj.weight", "separable": "ssm.conv1d.weight"}
-"""The tensor that each rewrites."""
+REWRITES = {
+    "low_rank": tuple(part.tensor for part in X_PROJ),
+    "shared": tuple(part.tensor for part in X_PROJ),
+    "separable": tuple(part.tensor for part in CONV),
+}
+"""The tensors that each rewrites, by their names in the table."""
 REPLACEMENTS: dict[str, Replacement] = {"low_rank": low_rank, "shared": shared, "separable": separable}
 
 

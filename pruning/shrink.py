@@ -16,7 +16,7 @@ from mamba.ema import ModelEma
 from mamba.errors import ConfigError
 from mamba.layers import BlockShape, MambaBlock
 from mamba.model import MambaModel
-from pruning.components import GROUPS, blocks_of, parts_of, tensors_of, units_of
+from pruning.components import GROUPS, block_prefix, named_blocks, parts_of, tensors_of, units_of
 from pruning.masks import Masks, apply_mask_mamba, check_masks, gone_units
 
 Kept = dict[int, Tensor]
@@ -38,6 +38,9 @@ class Slices:
     def put(self, name: str, tensor: Tensor, into: Tensor) -> None:
         """The inverse: write the smaller model's tensor to its place in the larger one's."""
         kept = self.entries[name][1]
+        if not kept:
+            into.copy_(tensor)
+            return
         axes = [kept.get(a, torch.arange(n)).to(into.device) for a, n in enumerate(into.shape)]
         into[torch.meshgrid(*axes, indexing="ij")] = tensor.to(into)
 
@@ -66,24 +69,24 @@ def shrink(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
         ConfigError: masks that do not fit the model.
     """
     check_masks(model, masks)
-    blocks = blocks_of(model)
-    gone_blocks = [i for i, block in enumerate(blocks) if _is_gone(masks, f"blocks.{i}.", block)]
-    gone_blocks = gone_blocks[: len(blocks) - 1]
+    blocks = named_blocks(model)
+    gone_blocks = [prefix for prefix, block in blocks if _is_gone(masks, prefix, block)][: len(blocks) - 1]
     state = model.state_dict()
-    entries: dict[str, tuple[str, Kept]] = {n: (n, {}) for n in state if not n.startswith("blocks.")}
+    entries: dict[str, tuple[str, Kept]] = {n: (n, {}) for n in outside_blocks(model)}
     shapes: list[BlockShape] = []
-    for i, block in enumerate(blocks):
-        if i in gone_blocks:
+    for prefix, block in blocks:
+        if prefix in gone_blocks:
             continue
-        kept, shape = _kept(masks, f"blocks.{i}.", block)
-        if shape.out_channels is not None and block.ssm.out_index is None:
-            index = f"blocks.{i}.ssm.out_index"
-            state[index] = torch.arange(block.ssm.out_proj.weight.shape[0], device=model.pos_embed.device)
-            kept["ssm.out_index"] = {0: kept["ssm.out_proj.weight"][0]}
-            entries[f"blocks.{len(shapes)}.ssm.out_index"] = (index, kept["ssm.out_index"])
+        new_prefix = block_prefix(model, len(shapes))
+        kept, shape = _kept(masks, prefix, block)
+        mixer = block.token_mixer
+        if shape.out_channels is not None and mixer.out_index is None:
+            index, rows = f"{block.mixer_name}.out_index", kept[f"{block.mixer_name}.out_proj.weight"]
+            state[prefix + index] = torch.arange(mixer.out_proj.weight.shape[0], device=model.head.weight.device)
+            entries[new_prefix + index] = (prefix + index, {0: rows[0]})
         for name in tensors_of(block):
-            if f"blocks.{i}.{name}" in state:
-                entries[f"blocks.{len(shapes)}.{name}"] = (f"blocks.{i}.{name}", kept.get(name, {}))
+            if prefix + name in state:
+                entries[new_prefix + name] = (prefix + name, kept.get(name, {}))
         shapes.append(shape)
     slices = Slices(entries)
     smaller = rebuild(model, shapes)
@@ -93,11 +96,16 @@ def shrink(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
     return Shrunk(smaller, left, slices)
 
 
+def outside_blocks(model: MambaModel) -> list[str]:
+    """Names in the state dict of what no cut changes: stem, positions, class tokens, last norm, head."""
+    return [name for name in model.state_dict() if not name.startswith(f"{model.stack_name}.")]
+
+
 def rebuild(model: MambaModel, shapes: list[BlockShape]) -> MambaModel:
     """A model of other block shapes with new weights, on the same device, in the same mode; random state untouched."""
     with torch.random.fork_rng(devices=[]):
         other = MambaModel(replace(model.architecture, blocks=tuple(shapes)))
-    return other.to(model.pos_embed.device, model.pos_embed.dtype).train(model.training)
+    return other.to(model.head.weight.device, model.head.weight.dtype).train(model.training)
 
 
 def shrink_ema(ema: ModelEma[MambaModel], shrunk: Shrunk) -> ModelEma[MambaModel]:
@@ -187,5 +195,5 @@ def _with_indices(model: MambaModel, shrunk: Shrunk) -> dict[str, Tensor]:
     state = model.state_dict()
     for old, _ in shrunk.slices.entries.values():
         if old not in state:
-            state[old] = torch.arange(model.architecture.d_model, device=model.pos_embed.device)
+            state[old] = torch.arange(model.architecture.d_model, device=model.head.weight.device)
     return state

@@ -35,8 +35,9 @@ def preflight(config: RunConfig) -> None:
     check_early(config)
     data = load_data(config.data, config.seed)
     check_batch_size(len(data.train), config.data)
-    if config.model.checkpoint is not None:
-        check_start(config.model.checkpoint, len(data.classes), data.train.images.shape[1])
+    for key, checkpoint in (("model.checkpoint", config.model.checkpoint), ("distill.teacher", config.distill.teacher)):
+        if checkpoint is not None:
+            check_start(checkpoint, len(data.classes), data.train.images.shape[1], key)
 
 
 def check_early(config: RunConfig) -> None:

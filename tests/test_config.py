@@ -25,6 +25,22 @@ from mamba.presets import PRESETS, get_preset
         ({"data.img_size": 30, "model.patch_size": 4}, "data.img_size 30 is not divisible by model.patch_size 4"),
         ({"data.batch_size": 10, "optim.accumulate": 4}, "data.batch_size 10 is not divisible by optim.accumulate 4"),
         ({"model.mlp_ratio": 0.001}, "model.mlp_ratio 0.001 of model.d_model 192 gives no channel"),
+        ({"model.mixer": "sideways"}, "model.mixer: should be 'forward', 'bidirectional', .*'multiscale'"),
+        ({"model.class_token": "end"}, "model.class_token: should be 'none', 'start', 'middle' or 'double'"),
+        ({"model.class_token": "start"}, "'start' with model.mixer 'forward' sees no image.*valid mixers: bidirect"),
+        ({"model.stem": "conv", "model.patch_size": 2}, "model.patch_size 2 does not go with model.stem 'conv'; valid"),
+        ({"model.stem": "conv", "model.stride": 2}, "model.stride 2 does not go with model.stem 'conv'; valid: 4"),
+        ({"model.stride": 3}, "model.stride 3 does not lead from .*data.img_size 32 .*valid strides: 1, 2, 4"),
+        ({"model.patch_size": 4, "model.stride": 8}, "model.stride 8 does not lead .*valid strides: 1, 2, 4"),
+        ({"model.patch_size": 64, "model.stride": 2}, "model.patch_size 64 is larger than data.img_size 32"),
+        ({"model.pos_embed": "rope", "model.d_model": 10}, "'rope' needs a model.d_model divisible by 4, got 10"),
+        ({"model.name": "vim_huge"}, "model.name: should be .*'vim_base'"),
+        ({"distill.temperature": 0}, "distill.temperature: should be greater than 0"),
+        ({"distill.alpha": 1.5}, "distill.alpha: should be less than or equal to 1"),
+        (
+            {"model.name": "vim_tiny", "prune.method": "refill", "prune.target": "mlp"},
+            "prune.target 'mlp' needs an MLP and model.mlp_ratio 0 has none; valid: ssm, both",
+        ),
         ({"optim.min_lr": 1.0}, "optim.min_lr 1.0 is above optim.lr"),
         ({"optim.epochs": 5, "optim.warmup_epochs": 6}, "optim.warmup_epochs 6 is longer than optim.epochs 5"),
     ],
@@ -66,6 +82,23 @@ def test_presets_resolve_and_say_what_they_are(name):
     assert config.name == name
     text = (PRESETS[name].__doc__ or "").lower()
     assert "cost" in text and ("measured" in text or "docs/log.md" in text)
+
+
+def test_values_that_follow_from_the_named_model():
+    mamba, vim = (RunConfig().with_values({"model.name": n}).resolve().model for n in ("mamba_small", "vim_small"))
+    assert (mamba.mixer, mamba.class_token, mamba.mlp_ratio, mamba.stride) == ("forward", "none", 4.0, 4)
+    assert (vim.mixer, vim.class_token, vim.mlp_ratio, vim.d_model) == ("bidirectional_shared", "middle", 0.0, 384)
+    conv = RunConfig().with_values({"model.stem": "conv", "data.img_size": 224}).resolve().model
+    assert (conv.patch_size, conv.stride) == (4, 4)
+    large = RunConfig().with_values({"data.img_size": 224, "model.stride": 8}).resolve().model
+    assert (large.patch_size, large.stride) == (16, 8)
+
+
+def test_presets_of_the_family():
+    stage3, vim = get_preset("stage3").resolve(), get_preset("vim_cifar").resolve()
+    assert (stage3.model.mixer, stage3.model.stem, stage3.eval.tta_views) == ("bidirectional", "conv", 5)
+    assert stage3.optim == get_preset("v2").resolve().optim and stage3.distill.teacher is None
+    assert (vim.model.name, vim.data.img_size, vim.model.patch_size) == ("vim_tiny", 32, 4)
 
 
 def test_preset_values():

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import tests.test_conv as t
 for shape in t.SHAPES:
-    t.compare(shape, "cpu", t.torch.float32, 1e-5, t.fused())
+    for reverse in (False, True):
+        t.compare(shape, "cpu", t.torch.float32, 1e-5, t.fused(), reverse)
 """
 
 
@@ -28,14 +29,14 @@ def fused():
     return causal_conv_silu_triton
 
 
-def results(conv, x, weight, bias, grad):
+def results(conv, x, weight, bias, grad, reverse):
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
     half = leaves[0][..., : weight.shape[0]]  # a view with strides of its own, as the mixer's x is
-    out = conv(half, leaves[1], leaves[2])
+    out = conv(half, leaves[1], leaves[2], reverse)
     return out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
 
-def compare(shape, device, dtype, tolerance, conv):
+def compare(shape, device, dtype, tolerance, conv, reverse):
     batch, length, channels, taps = shape
     g = torch.Generator().manual_seed(0)
 
@@ -44,8 +45,9 @@ def compare(shape, device, dtype, tolerance, conv):
 
     x, grad = rand(batch, length, 2 * channels).to(dtype), rand(batch, length, channels).to(dtype)
     weight, bias = rand(channels, 1, taps), rand(channels)
-    want = results(causal_conv_silu_reference, x.double(), weight.double(), bias.double(), grad.double())
-    got = results(conv, *(t.to(device) for t in (x, weight, bias, grad)))
+    given = (x, weight, bias, grad)
+    want = results(causal_conv_silu_reference, *(t.double() for t in given), reverse)
+    got = results(conv, *(t.to(device) for t in given), reverse)
     assert got[0].dtype == dtype and got[2].dtype == torch.float32
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape
@@ -63,15 +65,16 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("shape", [*SHAPES, (16, 64, 384, 4)])
-def test_kernels_on_the_gpu(shape, dtype, tolerance):
-    compare(shape, "cuda", dtype, tolerance, causal_conv_silu)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kernels_on_the_gpu(shape, dtype, tolerance, reverse):
+    compare(shape, "cuda", dtype, tolerance, causal_conv_silu, reverse)
 
 
 @pytest.mark.gpu
 def test_operator_contract():
     x = torch.randn(2, 9, 12, device="cuda", requires_grad=True)
     weight, bias = torch.randn(12, 1, 4, device="cuda", requires_grad=True), torch.zeros(12, device="cuda")
-    torch.library.opcheck(torch.ops.mamba_forge.causal_conv_silu, (x, weight, bias.requires_grad_()))
+    torch.library.opcheck(torch.ops.mamba_forge.causal_conv_silu, (x, weight, bias.requires_grad_(), True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,3 +85,9 @@ def test_plain_form_keeps_the_type_and_the_past(dtype):
     assert out.dtype == dtype
     x[:, 5:] = 9
     assert torch.equal(out[:, :5], causal_conv_silu(x, weight, bias)[:, :5])
+
+
+def test_reversed_is_flipped():
+    x, weight, bias = torch.randn(2, 9, 3), torch.randn(3, 1, 4), torch.randn(3)
+    expected = causal_conv_silu(x.flip(1), weight, bias).flip(1)
+    torch.testing.assert_close(causal_conv_silu(x, weight, bias, reverse=True), expected)

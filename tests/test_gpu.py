@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mamba import checkpoint as ckpt
-from mamba.model import mamba_tiny
+from mamba.compilation import compile_blocks
+from mamba.model import mamba_tiny, named_model
 from mamba.scan import selective_scan
 from mamba.trainer import Trainer
 from mamba.worker import local_worker
@@ -131,3 +132,40 @@ def test_auto_backend_runs_without_a_copy_of_the_inputs():
         assert isinstance(out, torch.Tensor)
         extra = torch.cuda.max_memory_allocated() - before
     assert extra < 2.5 * x.numel() * x.element_size()
+
+
+FAMILY = [
+    {"mixer": "bidirectional", "stem": "conv"},
+    {"mixer": "bidirectional_shared", "class_token": "middle", "pos_embed": "both"},
+    {"mixer": "multiscale", "scan_order": "snake"},
+    {"name": "vim_tiny"},
+]
+
+
+@pytest.mark.parametrize("options", FAMILY)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_kind_of_model_on_the_gpu_equals_it_on_the_cpu(options, compiled):
+    """Logits and gradients, in float32 against float64, and logits in bfloat16 roughly."""
+    torch.manual_seed(0)
+    model = named_model(options.get("name", "mamba_tiny"), 10, 32, depth=2, d_model=64,
+                        **{k: v for k, v in options.items() if k != "name"}).eval()  # fmt: skip
+    x = torch.randn(4, 3, 32, 32)
+    exact, device = copy.deepcopy(model).double(), copy.deepcopy(model).cuda()
+    if compiled:
+        compile_blocks(device)
+    expected, got = exact(x.double()), device(x.cuda())
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-3, atol=1e-4)
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    for (name, a), (_, b) in zip(exact.named_parameters(), device.named_parameters(), strict=True):
+        error = (b.grad.double().cpu() - a.grad).norm() / a.grad.norm().clamp_min(1e-9)
+        assert error < 2e-3, name
+    with torch.autocast("cuda", dtype=torch.bfloat16), torch.no_grad():
+        assert (device(x.cuda()).double().cpu() - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("options", FAMILY)
+def test_every_kind_of_model_is_recorded(small_fit, tmp_path, options):
+    values = {f"model__{key}": value for key, value in options.items()}
+    plain, recorded = (small_fit(n, **values, **more) for n, more in (("plain", {}), ("fast", FAST["recorded"])))
+    assert abs(plain["metrics"]["val/loss"] - recorded["metrics"]["val/loss"]) < 0.1

@@ -14,7 +14,7 @@ from mamba import checkpoint as ckpt
 from mamba.data import ImageSet
 from mamba.errors import ForgeError, TrainingError
 from mamba.trainer import Trainer, fit, request_stop
-from mamba.worker import local_worker
+from mamba.worker import Worker, local_worker
 
 
 def weights(folder):
@@ -92,6 +92,38 @@ def test_a_killed_run_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, kill
     assert bests[0] == bests[1]
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model__mixer": "bidirectional", "model__stem": "conv"},
+        {"model__mixer": "multiscale", "model__class_token": "double", "model__pos_embed": "both"},
+        {"model__name": "vim_tiny", "model__scan_order": "snake"},
+    ],
+)
+def test_every_kind_of_model_trains_and_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, model):
+    (tmp_path / "whole").mkdir()
+    whole = small_fit("whole", **model)
+    restore = interrupt_after(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        small_fit("run", **model)
+    restore()
+    small_fit("run", **model)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert whole["metrics"]["train/skipped_steps"] == 0 and math.isfinite(whole["metrics"]["val/loss"])
+    rebuilt, _ = ckpt.load_model(tmp_path / "run")
+    assert rebuilt.architecture.macs() == whole["metrics"]["model/macs"]
+
+
+@pytest.mark.parametrize("on, world_size, device", [(True, 2, "cuda"), (False, 2, "cuda"), (True, 1, "cuda"),
+                                                    (True, 2, "cpu")])  # fmt: skip
+def test_batch_norm_is_synchronised_over_gpus_if_asked(small_config, small_data, on, world_size, device):
+    run = Trainer.__new__(Trainer)
+    run.config, run.data = small_config(model__stem="conv", model__sync_batchnorm=on), small_data
+    run.worker = Worker(0, world_size, world_size, torch.device(device))
+    norm = run._initial_model().patch_embed.norm2
+    assert isinstance(norm, torch.nn.SyncBatchNorm) == (on and world_size == 2 and device == "cuda")
+
+
 @pytest.mark.parametrize("stop_at", [1, 5, 8])
 def test_a_stop_request_saves_at_that_step_and_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, stop_at):
     monkeypatch.setattr("mamba.trainer.LOG_EVERY_S", 0.0)
@@ -142,6 +174,22 @@ def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_
     assert trainer.skipped.tolist() == [2, 0]
     assert not torch.equal(trainer.model.head.weight, before["head.weight"])
     assert math.isfinite(trainer._train_metrics()["train/loss"])
+
+
+def test_a_skipped_step_leaves_batch_statistics_alone(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(model__stem="conv"), local_worker(), tmp_path, small_data)
+    images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
+    trainer.model.train()
+    trainer._train_step([(images, targets)])
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer._train_step([(images * float("nan"), targets)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert all(bool(tensor.isfinite().all()) for tensor in trainer.ema.model.state_dict().values())
+    trainer._train_step([(images, targets)])
+    after = trainer.model.state_dict()
+    assert not torch.equal(after["patch_embed.norm1.running_mean"], before["patch_embed.norm1.running_mean"])
+    assert int(after["patch_embed.norm1.num_batches_tracked"]) == 2
+    trainer.close()
 
 
 def test_a_run_that_stays_non_finite_ends_with_its_last_good_checkpoint(small_fit, tmp_path, monkeypatch):

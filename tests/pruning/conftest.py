@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import PLAIN, build
+from small_models import PLAIN, build, family
 
 from mamba.model import MambaModel
 
@@ -25,6 +25,12 @@ def uneven() -> MambaModel:
         replace(PLAIN, out_channels=4, shared_bc=True),
         replace(PLAIN, d_inner=7, separable_conv=True, d_conv=1),
     )
+
+
+@pytest.fixture(params=family())
+def member(request) -> MambaModel:
+    """Each kind of model in turn."""
+    return family()[request.param]
 
 
 @pytest.fixture

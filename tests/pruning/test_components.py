@@ -13,29 +13,40 @@ from pruning.components import GROUPS, blocks_of, parse_target, parts_of, tensor
 from pruning.refill import MATRICES
 
 
-def test_every_axis_of_every_tensor_belongs_to_one_group(uneven):
+def check_every_axis(model):
     """No width of a mixer or an MLP can change without the table knowing: d_model alone is in no group."""
-    for block in blocks_of(uneven):
+    d_model = model.architecture.d_model
+    for block in blocks_of(model):
         accounted = {}
         for group in GROUPS.values():
             for part, _, span in parts_of(block, group):
                 accounted.setdefault((part.tensor, part.axis), []).append(span.stop - span.start)
-        d_model = uneven.architecture.d_model
         for name, tensor in tensors_of(block).items():
-            if not name.startswith(("ssm.", "mlp.")) or name == "mlp.fc2.bias":
+            if not name.startswith((f"{block.mixer_name}.", "mlp.")) or name == "mlp.fc2.bias":
                 continue
             for axis, size in enumerate(tensor.shape):
-                single = name == "ssm.conv1d.weight" and axis == 1
+                single = ".conv1d" in name and axis == 1
                 if size == d_model and name.split(".")[1] in ("in_proj", "fc1", "out_proj", "fc2"):
                     continue
                 assert single or sum(accounted[name, axis]) == size, (name, axis)
 
 
-def test_groups_have_equally_many_units_in_all_parts(uneven):
-    for block in blocks_of(uneven):
+def check_units(model):
+    """A group has equally many units in all of its parts."""
+    for block in blocks_of(model):
         for group in GROUPS.values():
             sizes = {span.stop - span.start for _, _, span in parts_of(block, group)}
             assert len(sizes) <= 1 and units_of(block, group) == max(sizes, default=0)
+
+
+def test_the_table_is_complete(uneven):
+    check_every_axis(uneven)
+    check_units(uneven)
+
+
+def test_the_table_is_complete_for_every_kind_of_model(member):
+    check_every_axis(member)
+    check_units(member)
 
 
 def test_refill_rows_are_part_of_their_groups():
@@ -43,6 +54,14 @@ def test_refill_rows_are_part_of_their_groups():
         assert {(p.tensor, p.axis, p.segment) for p in parts} <= {
             (p.tensor, p.axis, p.segment) for p in GROUPS[group].parts
         }
+
+
+def test_every_kind_is_a_mamba_model_and_names_its_parameters(member):
+    assert is_mamba_model(member)
+    names = dict(member.named_parameters())
+    for component, found in get_prunable_layers(member).items():
+        assert found or component == "mlp"
+        assert set(found) <= set(names)
 
 
 def test_is_mamba_model():

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_models import build
+from small_models import build, family
 
 from mamba.errors import ConfigError
-from mamba.layers import BlockShape
-from mamba.model import count_parameters, mamba_small
+from mamba.layers import MIXERS, BlockShape
+from mamba.model import MambaModel, count_parameters, mamba_small
 from pruning import (
     COMPONENTS,
     apply_mask_mamba,
@@ -137,6 +137,43 @@ def test_masked_and_shrunk_compute_the_same(model, images, name, granularity, sc
         assert count_parameters(smaller) < count_parameters(model)
 
 
+def can_be_cut(model, name, granularity):
+    """Whether a model has what a cut is of: a Vim has no MLP and is of low rank already, the others have no rank."""
+    shape = model.architecture.blocks[0]
+    if granularity in ("rank", "low_rank"):
+        return (granularity == "rank") == (shape.dt_rank is not None)
+    return name != "mlp" or shape.mlp_hidden > 0
+
+
+@pytest.mark.parametrize("name, granularity", [*STRUCTURED, ("linear_delta", "rank")])
+def test_masked_and_shrunk_compute_the_same_for_every_kind_of_model(member, images, name, granularity):
+    if not can_be_cut(member, name, granularity):
+        with pytest.raises(ConfigError, match="has a neuron|low rank already|has a rank"):
+            prune_component(member, name, 0.5, granularity)
+        return
+    masked = prune_component(member, name, 0.5, granularity)
+    smaller = prune_component(member, name, 0.5, granularity, shrink=True)
+    assert close(masked(images), smaller(images))
+    verify_selective_scan_compatibility(smaller)
+    rebuilt = MambaModel(smaller.architecture).double().eval()
+    rebuilt.load_state_dict(smaller.state_dict())
+    assert close(rebuilt(images), smaller(images))
+    if granularity not in ("low_rank", "shared", "separable"):
+        assert not close(masked(images), member(images)), "nothing was cut"
+        assert count_parameters(smaller) < count_parameters(member)
+        assert extract_mask_mamba(member) == {}
+        found = shrink(masked, extract_mask_mamba(masked)).model
+        assert found.architecture == smaller.architecture and close(found(images), smaller(images))
+
+
+def test_components_that_a_model_does_not_have(images):
+    vim = family()["vim"]
+    for cut_it in (prune_component, prune_mamba_unstructured):
+        arguments = ("mlp", 0.5) if cut_it is prune_component else ({"mlp": 0.5},)
+        with pytest.raises(ConfigError, match="no block to be cut has a weight of component 'mlp'"):
+            cut_it(vim, *arguments)
+
+
 ALL = {
     "mlp:neuron": 0.6,
     "linear_out:output": 0.5,
@@ -168,16 +205,33 @@ def test_a_shrunk_model_can_be_cut_again(uneven, images):
     assert close(second.model(images), shrink(second.model, second.masks).model(images))
 
 
+def shape_of(learned_dt_bias, dt_rank, **widths):
+    """A learned bias belongs to a low rank."""
+    return BlockShape(learned_dt_bias=learned_dt_bias and dt_rank is not None, dt_rank=dt_rank, **widths)
+
+
 shapes = st.builds(
-    BlockShape,
+    shape_of,
     d_inner=st.integers(2, 9),
     d_state=st.integers(1, 5),
     d_conv=st.integers(1, 4),
-    mlp_hidden=st.integers(2, 9),
+    mlp_hidden=st.integers(2, 9) | st.just(0),
     out_channels=st.none() | st.integers(2, 6),
     dt_rank=st.none() | st.integers(1, 4),
     shared_bc=st.booleans(),
     separable_conv=st.booleans(),
+    mixer=st.sampled_from(list(MIXERS)),
+    learned_dt_bias=st.booleans(),
+)
+choices = st.fixed_dictionaries(
+    {
+        "names": st.sampled_from(["mamba", "vim"]),
+        "norm": st.sampled_from(["layer", "rms"]),
+        "class_token": st.sampled_from(["none", "start", "middle", "double"]),
+        "pos_embed": st.sampled_from(["learned", "rope", "both", "none"]),
+        "stem": st.sampled_from(["patch", "conv"]),
+        "scan_order": st.sampled_from(["raster", "snake", "column"]),
+    }
 )
 TARGETS = (
     *("mlp:neuron", "linear_out:channel", "linear_out:output", "linear_in:expand", "linear_B_C:state"),
@@ -186,13 +240,15 @@ TARGETS = (
 targets = st.dictionaries(st.sampled_from(TARGETS), st.floats(0, 0.9), min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(shapes, min_size=1, max_size=3), targets, st.sampled_from(SCORES), st.sampled_from(
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(shapes, min_size=1, max_size=3), choices, targets, st.sampled_from(SCORES), st.sampled_from(
     ["global", "layerwise"]))  # fmt: skip
-def test_masked_is_shrunk_for_any_model_and_any_cut(images, shapes, rates, score, scope):
-    model = build(*shapes, d_model=6)
-    if not any(b.ssm.dt_proj is not None for b in model.blocks):
+def test_masked_is_shrunk_for_any_model_and_any_cut(images, shapes, choices, rates, score, scope):
+    model = build(*shapes, d_model=8, **choices)
+    if not any(b.dt_rank for b in shapes):
         rates = {k: v for k, v in rates.items() if k != "linear_delta:rank"}
+    if not any(b.mlp_hidden for b in shapes):
+        rates = {k: v for k, v in rates.items() if not k.startswith("mlp:")}
     before = copy.deepcopy(model.state_dict())
     try:
         masked = cut(model, rates, score=score, scope=scope, calibration=batches())

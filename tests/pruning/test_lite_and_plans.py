@@ -82,3 +82,19 @@ def test_stages():
             assert (shape.d_inner, shape.mlp_hidden, shape.d_state) == (16, 16, 16)
     with pytest.raises(ConfigError, match="unknown plan 'stage4'; valid: stage1, stage2, stage3"):
         apply_plan(model, "stage4")
+
+
+def test_every_kind_of_model_has_a_lite_one(member, images):
+    lite = build_mamba_lite(member, expand=0.5, d_conv=2, d_state=3, mlp_ratio=0.5, depth=2)
+    assert lite.architecture.names == member.architecture.names
+    assert {b.mixer for b in lite.architecture.blocks} == {member.architecture.blocks[0].mixer}
+    taken = transfer_pruned_weights(member, lite)
+    assert len(taken) == 2 and lite.eval()(images).isfinite().all()
+
+
+@pytest.mark.parametrize("plan", ["stage1", "stage2"])
+def test_plans_leave_out_what_a_model_does_not_have(member, images, plan):
+    result = apply_plan(member, plan)
+    assert result.model.eval()(images).isfinite().all()
+    before, after = member.architecture.blocks[0], result.model.architecture.blocks[0]
+    assert (after.mlp_hidden < before.mlp_hidden) == (plan == "stage2" and before.mlp_hidden > 0)

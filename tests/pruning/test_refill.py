@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import build
+from small_models import build, family
 
 from mamba.errors import ConfigError
-from pruning import refill_masks
+from mamba.model import count_parameters
+from pruning import apply_mask_mamba, compute_rsst_loss, refill_masks
 from pruning.refill import REFILL_SCORES, prune_survivors, units_to_keep, weights_of
 from pruning.shrink import shrink
 
@@ -127,3 +129,23 @@ def test_the_smallest_go(model):
 def test_bad_words_are_refused(model, options, words):
     with pytest.raises(ConfigError, match=words):
         refill_masks(model, {}, **options)
+
+
+def test_every_kind_of_model_is_refilled(member, images):
+    survivors = prune_survivors(member, {}, "both", keep=0.5)
+    kept = sum(int(m.sum()) for m in survivors.values())
+    assert kept == round(0.5 * sum(p.numel() for p in weights_of(member, "both").values()))
+    masks = refill_masks(member, survivors, "both")
+    masked = copy.deepcopy(member)
+    apply_mask_mamba(masked, masks)
+    smaller = shrink(member, masks).model
+    assert count_parameters(smaller) < count_parameters(member)
+    assert float((masked(images) - smaller(images)).detach().abs().max()) < 1e-9
+
+
+def test_a_target_that_a_model_does_not_have():
+    vim = family()["vim"]
+    for call in (lambda: weights_of(vim, "mlp"), lambda: compute_rsst_loss(vim, 1.0, "mlp")):
+        with pytest.raises(ConfigError, match="target 'mlp' is nothing that this model has; valid: ssm"):
+            call()
+    assert float(compute_rsst_loss(vim, 1.0, "both")) == float(compute_rsst_loss(vim, 1.0, "ssm")) > 0

@@ -18,7 +18,7 @@ from mamba.worker import local_worker
 from pruning import MaskHook, load_masks, prune_mamba_unstructured
 from pruning.cut import cut
 from pruning.masks import FILE
-from pruning.rounds import hooks_for
+from pruning.rounds import expand, hooks_for
 from pruning.shrink import shrink, shrink_ema, shrink_optimizer
 
 CUTS = {"mlp:neuron": 0.5, "linear_in:expand": 0.4, "linear_B_C:state": 0.3, "linear_out:output": 0.4,
@@ -90,6 +90,35 @@ def test_masked_and_shrunk_train_alike_and_the_optimizer_shrinks_along(model, im
     for a, b in ((long.model, short.model), (long.ema.model, short.ema.model)):
         assert float((a.eval()(images) - b.eval()(images)).detach().abs().max()) < 1e-7
     assert float(long.ema.updates) == float(short.ema.updates) == before + after
+
+
+def test_every_kind_of_model_trains_alike_masked_and_shrunk(member, images):
+    has_mlp = member.architecture.blocks[0].mlp_hidden > 0
+    masks = cut(member, {what: rate for what, rate in CUTS.items() if has_mlp or what != "mlp:neuron"}).masks
+    long, short = Loop(copy.deepcopy(member), masks), Loop(copy.deepcopy(member), masks)
+    for loop in (long, short):
+        loop.run(data(2))
+    result = shrink(short.model, masks)
+    short.ema, short.optimizer = (
+        shrink_ema(short.ema, result),
+        shrink_optimizer(short.optimizer, short.model, result),
+    )
+    short.model, short.hook = result.model.train(), MaskHook(result.masks)
+    short.hook.attach(result.model, short.ema, short.optimizer, 0)
+    for loop in (long, short):
+        loop.run(data(2, seed=1))
+    for a, b in ((long.model, short.model), (long.ema.model, short.ema.model)):
+        assert float((a.eval()(images) - b.eval()(images)).detach().abs().max()) < 1e-7
+
+
+def test_a_smaller_model_of_any_kind_fits_back_into_the_dense_one(member, images):
+    """As rounds do it: weights at their places, zeros elsewhere, compute the same."""
+    result = cut(member, {"linear_in:expand": 0.4, "linear_B_C:state": 0.3}, shrink=True)
+    dense = expand(result.model, copy.deepcopy(member), result.slices)
+    dense_state = dense.state_dict()
+    # what is outside of the blocks and what belongs to no removed unit comes back as it was
+    assert all(torch.equal(dense_state[n], t) for n, t in member.state_dict().items() if "patch_embed" in n)
+    assert float((dense(images) - result.model(images)).detach().abs().max()) < 1e-9
 
 
 def test_the_model_given_is_never_trained_over(model):
