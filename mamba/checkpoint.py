@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mamba.errors import CheckpointError
-from mamba.model import Architecture, MambaModel
+from mamba.model import Architecture, MambaModel, count_parameters
 
 ADVICE = "remove that folder to go on from an earlier checkpoint, if there is one, or from the start"
 WEIGHTS, EMA_WEIGHTS, STATE, DESCRIPTION = "model.safetensors", "ema.safetensors", "training_state.pt", "config.json"
@@ -76,7 +76,7 @@ def save_checkpoint(
 
 
 def load_model(
-    path: Path,
+    path: str | Path,
     weights: Literal["best", "raw", "ema"] = "best",
     device: str | torch.device = "cpu",
     drop_path: float | None = None,
@@ -95,7 +95,7 @@ def load_model(
     Raises:
         CheckpointError: no checkpoint there, a file missing or truncated, or no average kept.
     """
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(Path(path))
     description = read_description(folder)
     try:
         architecture = Architecture.from_dict(description["architecture"])
@@ -125,6 +125,13 @@ def check_start(path: Path, num_classes: int, img_size: int, key: str = "model.c
             f"data has {num_classes} classes at {img_size} pixels",
             every_rank=True,
         )
+
+
+def parameters_in(path: Path) -> int:
+    """How many parameters the model of a checkpoint or run has, without loading its weights."""
+    description = read_description(find_checkpoint(path))
+    with torch.device("meta"):
+        return count_parameters(MambaModel(Architecture.from_dict(description["architecture"])))
 
 
 def load_weights(model: nn.Module, folder: Path, file: str = WEIGHTS) -> None:

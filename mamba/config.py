@@ -365,8 +365,8 @@ class RunConfig(_Group):
             raise ConfigError(f"optim.min_lr {self.optim.min_lr} is above optim.lr {self.optim.lr}; it must not be")
         if self.optim.warmup_epochs > self.optim.epochs:
             raise ConfigError(
-                f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than optim.epochs {self.optim.epochs}; "
-                "it must not be"
+                f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than optim.epochs {self.optim.epochs}; it "
+                "must not be: lower it too, 0 is allowed"
             )
         pruned = self.prune.method != "none" or self.prune.penalty != "off"
         if pruned and self.prune.target == "mlp" and model.mlp_ratio == 0 and self.model.checkpoint is None:

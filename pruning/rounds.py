@@ -10,6 +10,7 @@ A folder of rounds holds everything, so that a killed series goes on where it wa
     round-01/start/          what it starts from: rewound weights (smaller already under refill), masks of single
                              weights (masks), the units that stay (stay, for rsst), and both in the dense model's
                              coordinates (survivors, units)
+    round-01/pruned/         its best model, as small as its masks allow
     round-01/row.json        its line of the table
     rounds.csv rounds.png    the table and the figure
 
@@ -196,7 +197,7 @@ def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> 
         if result["status"] != "finished" or stop.exists():  # asked for after the last step: the next call goes on
             stop.unlink(missing_ok=True)
             return None
-        best = ckpt.find_checkpoint(here)
+        best = _keep_smaller(here)
         measured, seconds = engine.measure(own, best), result["seconds"]
     return {
         "round": number,
@@ -209,6 +210,18 @@ def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> 
         "latency_ms": measured["bench/latency_ms"],
         "seconds": seconds,
     }
+
+
+def _keep_smaller(here: Path) -> Path:
+    """A round's best model without the units that its masks take whole: round-NN/pruned, to use and to train on."""
+    best = ckpt.find_checkpoint(here)
+    model, description = ckpt.load_model(best)
+    masks: Masks = {}
+    if (best / MASKS).exists():
+        shrunk = shrink(model, load_masks(best / MASKS))
+        model, masks = shrunk.model, shrunk.masks
+    extra = {MASKS: masks} if masks else None
+    return ckpt.save_checkpoint(here / "pruned", model, None, {**description, "weights": "raw"}, None, extra)
 
 
 def _density(config: RunConfig, folder: Path, number: int) -> float:

@@ -16,7 +16,10 @@ import yaml
 
 from mamba.errors import ConfigError, ForgeError
 
-COLUMNS = ("test/accuracy", "val/accuracy", "val/drop", "model/params", "model/macs", "bench/images_per_s")
+COLUMNS = (
+    *("test/accuracy", "val/accuracy", "val/drop"),
+    *("model/params", "model/nonzero", "model/macs", "bench/images_per_s"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folders", type=Path, nargs="+", help="experiments or runs")
     parser.add_argument("--by", default="val/accuracy", help="metric to sort by, largest first")
-    parser.add_argument("--csv", type=Path, default=None)
+    parser.add_argument("--csv", type=Path, default=None, help="write all values and metrics to this file")
     args = parser.parse_args(argv)
     try:
         found = [row for folder in args.folders for row in trials_under(folder)]
         if not found:
             raise ConfigError(f"no result.json under {', '.join(map(str, args.folders))}: nothing finished there")
+        if not any(args.by in row["metrics"] for row in found):
+            known = sorted({key for row in found for key in row["metrics"]})
+            raise ConfigError(f"--by {args.by}: no trial has it; valid: {', '.join(known)}")
         show(sorted(found, key=lambda row: -row["metrics"].get(args.by, float("-inf"))))
         if args.csv:
             from ray_jobs.outcome import write_csv
@@ -60,6 +66,11 @@ def trials_under(folder: Path) -> list[dict[str, Any]]:
         name = f"{folder.name}/{path.parent.relative_to(folder)}"
         row = {key: result.get(key, "") for key in ("status", "reason", "seconds", "metrics")}
         rows.append({"trial": name, **row, "values": values or {}})
+    for path in sorted(folder.rglob("pruned.json")):  # what a plan left, before any training
+        report = json.loads(path.read_text())
+        name = f"{folder.name}/{path.parent.relative_to(folder)} ({report['plan']})"
+        rows.append({"trial": name, "status": "pruned", "reason": "", "seconds": "", "values": {},
+                     "metrics": report["after"]})  # fmt: skip
     return rows
 
 

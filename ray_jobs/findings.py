@@ -45,14 +45,24 @@ def joint(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     ]
 
 
-def findings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> str:
-    """A short text: what to prune first, what not to touch. Empty where no trial pruned anything."""
+def findings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], val_images: int = 0) -> str:
+    """A short text: what to prune first, what not to touch. Empty where no trial pruned anything.
+
+    Args:
+        rows: trials, as `ray_jobs.experiment.rows` gives them.
+        baseline: metrics of the dense model.
+        val_images: size of the validation split, to say how coarse its percents are.
+    """
     lines = []
     if "val/accuracy" in baseline:
-        lines.append(f"baseline: {baseline['val/accuracy']:.2f} % on the validation split")
+        images = f" of {val_images} images, one of which is {100 / val_images:.2f} points" if val_images else ""
+        lines.append(f"baseline: {baseline['val/accuracy']:.2f} % on the validation split{images}")
     components = by_component(rows)
     drops = {name: {r: row["metrics"]["val/drop"] for r, row in points.items()} for name, points in components.items()}
-    cheap = {name: max((r for r, d in points.items() if d <= CHEAP), default=0.0) for name, points in drops.items()}
+    cheap = {}
+    for name, points in drops.items():  # the highest rate up to which none costs more
+        dear = min((r for r, d in points.items() if d > CHEAP), default=float("inf"))
+        cheap[name] = max((r for r in points if r < dear), default=0.0)
     for name, rate in sorted(cheap.items(), key=lambda item: -item[1]):
         if rate:
             lines.append(f"prune first: {name} at {rate:g} costs {drops[name][rate]:.2f} points")

@@ -49,7 +49,10 @@ def _measure(spec: dict[str, Any]) -> dict[str, float]:
     data = load_data(config.data, config.seed)
     evaluated_at = config.eval.batch_size
     batch_size = spec["batch_size"] or (1024 if device.type == "cuda" else 128)
-    val = {} if data.val is None else {"val/accuracy": meter.accuracy(model, data, data.val, evaluated_at, amp)}
+    val: dict[str, float] = {}
+    if data.val is not None:
+        val["val/accuracy"] = meter.accuracy(model, data, data.val, evaluated_at, amp)
+        val["val/images"] = float(len(data.val))
     return {
         **val,
         **meter.size(model),

@@ -14,6 +14,9 @@ from ray_jobs import experiment
 from ray_jobs.findings import findings
 from ray_jobs.report import write_report
 
+SHOWN = 10
+"""Trials in the table at the end."""
+
 
 def conclude(folder: Path, script: str) -> int:
     """Run an experiment to its end, or as far as it gets, and say what came out.
@@ -42,11 +45,14 @@ def conclude(folder: Path, script: str) -> int:
     objective, mode = next(iter(told.space.objectives.items()), ("val/accuracy", "max"))
     sign = -1 if mode == "max" else 1
     best = sorted(rows, key=lambda row: sign * row["metrics"].get(objective, -sign * float("inf")))
-    show(best[:10])
+    show(best[:SHOWN])
+    if len(best) > SHOWN:
+        console.print(f"the best {SHOWN} of {len(best)}; all of them: {folder / 'results.csv'}", markup=False)
     for row in failed:
         console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
     baseline = folder / "baseline.json"
-    text = findings(rows, json.loads(baseline.read_text()) if baseline.exists() else {})
+    measured = json.loads(baseline.read_text()) if baseline.exists() else {}
+    text = findings(rows, measured, int(measured.get("val/images", 0)))
     console.print(text, markup=False)
     if rows:
         console.print(f"report: {write_report(folder, rows, text)}", markup=False)

@@ -17,6 +17,7 @@ from typing import Any
 from mamba.cli import PruneArgs, parse_prune_args
 from mamba.config import RunConfig
 from mamba.errors import ConfigError, ForgeError
+from ray_jobs.train import dry_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_prune_args(argv, description=(__doc__ or "").split("\n")[0])
         if args.dry_run:
-            print(args.config.resolve().to_yaml(), end="")
-            return 0
+            return dry_run(args)
         return _plan(args) if args.plan else _rounds(args)
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,7 +72,8 @@ def _rounds(args: PruneArgs) -> int:
         return 130
     console.print(rounds_table(rows))
     say(f"table: {folder / 'rounds.csv'}\nfigure: {rounds_figure(folder, rows)}")
-    say(f"train on: python ray_jobs/train.py --model.checkpoint {folder / f'round-{config.prune.rounds:02d}'} ...")
+    last = folder / f"round-{config.prune.rounds:02d}" / "pruned"
+    say(f"pruned model: {last}\ntrain it on: python ray_jobs/train.py --model.checkpoint {last} ...")
     return 0
 
 

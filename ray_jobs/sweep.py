@@ -118,7 +118,9 @@ class Drawn(Listed):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         (objective, *others) = self.space.objectives
         if not others and objective in result and trial_id in self.active:
-            self.active[trial_id].report(result[objective], result["training_iteration"])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a trial that runs again reports its first epochs again
+                self.active[trial_id].report(result[objective], result["training_iteration"])
 
     def settled(self, name: str, result: dict[str, Any]) -> None:
         for trial_id, trial in list(self.active.items()):

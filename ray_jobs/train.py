@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 an error of the user's, 130 interrupted (resumable)."""
     try:
         args = parse_train_args(argv, description=(__doc__ or "").split("\n")[0])
-        return _dry_run(args) if args.dry_run else _train(args)
+        return dry_run(args) if args.dry_run else _train(args)
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _dry_run(args: TrainArgs) -> int:
+def dry_run(args: TrainArgs) -> int:
+    """Also prune.py's: what a run, or each of its rounds, would train."""
+    from mamba.checkpoint import check_start, parameters_in
     from mamba.data import check_batch_size, describe
     from mamba.model import parameters_of
     from ray_jobs.launch import check_early
@@ -40,7 +42,12 @@ def _dry_run(args: TrainArgs) -> int:
     assert config.data.img_size is not None  # resolved
     steps = train_images // config.data.batch_size
     print(config.to_yaml(), end="")
-    print(f"# parameters: {parameters_of(config.model, classes, config.data.img_size):,}")
+    if config.model.checkpoint is None:
+        parameters = parameters_of(config.model, classes, config.data.img_size)
+    else:
+        check_start(config.model.checkpoint, classes, config.data.img_size)
+        parameters = parameters_in(config.model.checkpoint)
+    print(f"# parameters: {parameters:,}")
     print(f"# training images: {train_images:,} in {classes} classes")
     print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
     return 0

@@ -231,6 +231,8 @@ def test_rsst_keeps_as_many_weights_as_refill(series):
     s = series(prune__method="rsst", prune__rounds=2)
     rows = s.run()
     assert all(row["nonzero"] == pytest.approx(row["params"], rel=1e-3) for row in rows), "holes in units that stay"
+    smaller, _ = ckpt.load_model(s.folder / "round-02" / "pruned")
+    assert count_parameters(smaller) == rows[2]["params"] < rows[0]["params"]
 
 
 def test_hooks_carry_the_config(series, small_config):

@@ -58,7 +58,7 @@ def test_rounds_from_a_trained_model(trained, tmp_path, capsys):
         and str(folder / "rounds.csv") in out
         and "test accuracy" in out.replace("\n", " ")
     )
-    model, _ = ckpt.load_model(folder / "round-01")
+    model, _ = ckpt.load_model(str(folder / "round-01" / "pruned"))
     assert model.architecture.blocks[0].mlp_hidden < 48 and model.architecture.blocks[0].d_inner == 24
     assert main(["--resume", str(folder)]) == 0, "a finished series shows its table again"
 
@@ -72,7 +72,13 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
         assert words in out
     assert report["after"]["model/params"] < report["before"]["model/params"]
     start = str(folder / "checkpoints" / "best-00000")
-    assert train_main([*FAST, *LOCAL, "--out", str(tmp_path), "--trial", "t", "--model.checkpoint", start]) == 0
+    words = [*FAST[6:], *LOCAL, "--out", str(tmp_path), "--trial", "t"]
+    assert train_main([*words, "--model.checkpoint", start]) == 0
+    capsys.readouterr()
+    assert train_main([*words, "--model.checkpoint", start, "--dry-run"]) == 0
+    assert f"# parameters: {int(report['after']['model/params']):,}" in capsys.readouterr().out
+    assert train_main([*words, "--model.checkpoint", start, "--model.d-model", "8"]) == 2
+    assert "leave out --model.d_model" in capsys.readouterr().err
     tuned, _ = ckpt.load_model(tmp_path / "quickstart" / "t")
     pruned, _ = ckpt.load_model(folder)
     assert tuned.architecture == pruned.architecture
