@@ -51,7 +51,7 @@ def cluster(tmp_path):
             time.sleep(1)
         yield env, address
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        os.killpg(head.pid, signal.SIGKILL)  # in order it takes half a minute
         head.wait(60)
         shutil.rmtree(scratch, ignore_errors=True)
 
