@@ -250,8 +250,6 @@ def _unit_choice(
         for i, stays in zip(picked, choose_units([flat], rate, "global", how.floor, 1, "blocks")[0], strict=True):
             keep[i] = stays[None]
         return keep
-    if GROUPS[group].order == "first":
-        scores = [torch.arange(len(s), dtype=torch.float64) for s in scores]
     unit, ranked = f"{GROUPS[group].unit}s", [scores[i].cpu() for i in picked]
     multiple = 1 if GROUPS[group].order == "first" else how.multiple
     chosen = choose_units(ranked, rate, how.scope, how.floor, multiple, unit)

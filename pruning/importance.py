@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
-from pruning.components import BLOCK, GROUPS, named_blocks, parts_of
+from pruning.components import BLOCK, GROUPS, named_blocks, parts_of, units_of
 
 SCORES = ("l1", "l2", "taylor", "wanda", "random")
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -55,7 +55,8 @@ def element_scores(
 
 
 def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score: str = "l1") -> list[Tensor]:
-    """Per block, the score of each unit of a group: element scores summed over all its scored parts.
+    """Per block, the score of each unit of a group: element scores summed over all its scored parts. Where the first
+    units are the ones to go (taps), a unit's score is its place.
 
     Returns:
         one tensor of shape (units,) a block; for `block` one of shape (1,).
@@ -65,6 +66,9 @@ def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score
         if group == BLOCK:
             total = torch.stack([elements[prefix + name].sum() for name, _ in block.named_parameters()]).sum()
             sums = total[None]
+        elif GROUPS[group].order == "first":
+            per_block.append(torch.arange(units_of(block, GROUPS[group]), dtype=torch.float64))
+            continue
         else:
             sums = torch.zeros(0)
             for part, tensor, span in parts_of(block, GROUPS[group]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mamba.errors import ConfigError
 from mamba.layers import BlockShape
 from mamba.model import Architecture, MambaModel
-from pruning.components import BLOCK, GROUPS, blocks_of
+from pruning.components import BLOCK, blocks_of
 from pruning.importance import Batches, element_scores, unit_scores
 from pruning.masks import combine, unit_masks
 from pruning.select import lowest
@@ -80,8 +80,6 @@ def transfer_pruned_weights(
         if not width:  # no MLP, here as there
             continue
         scores = unit_scores(model, group, elements, score)
-        if GROUPS[group].order == "first":
-            scores = [torch.arange(len(s)) for s in scores]
         keep: list[Tensor | None] = [~lowest(s.double().cpu(), len(s) - width) for s in scores]
         masks = combine(masks, unit_masks(model, group, keep))
     smaller = shrink(model, masks).model

@@ -43,6 +43,7 @@ from pruning.masks import MaskHook, Masks, load_masks
 from pruning.penalty import GrowingDecay, PenaltyHook
 from pruning.refill import prune_survivors, refill_masks
 from pruning.shrink import Slices, shrink
+from pruning.store import load_smaller, masks_of, save_pruned
 
 STAY, SURVIVORS, UNITS = "stay.safetensors", "survivors.safetensors", "units.safetensors"
 COLUMNS = ("round", "density", "params", "nonzero", "macs", "test_accuracy", "images_per_s", "latency_ms", "seconds")
@@ -69,9 +70,9 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
     Raises:
         ForgeError: of a run, or a folder that cannot be written or read.
     """
+    check_series(folder, config)
     if not (folder / "start").exists():
         _make_start(config, folder, data)
-    check_series(folder, config)
     rows = []
     for number in range(config.prune.rounds + 1):
         here = folder / f"round-{number:02d}"
@@ -103,13 +104,11 @@ def check_rounds(config: RunConfig) -> None:
             f"prune.rewind_epoch {prune.rewind_epoch} does not go with a trained model (model.checkpoint): rounds "
             "rewind to that model; give one of both"
         )
-    if start is not None and (ckpt.find_checkpoint(start) / MASKS).exists():
-        model, _ = ckpt.load_model(start)
-        if shrink(model, load_masks(ckpt.find_checkpoint(start) / MASKS)).masks:
-            raise ConfigError(
-                f"model.checkpoint {start} holds masks of single weights, which rounds would not keep; start from a "
-                "dense model, or one that only lost whole units"
-            )
+    if start is not None and masks_of(start) and load_smaller(start)[0].masks:
+        raise ConfigError(
+            f"model.checkpoint {start} holds masks of single weights, which rounds would not keep; start from a "
+            "dense model, or one that only lost whole units"
+        )
 
 
 def check_series(folder: Path, config: RunConfig) -> None:
@@ -132,7 +131,7 @@ def hooks_for(config: RunConfig, rank: int = 0) -> list[TrainHook]:
         start = ckpt.find_checkpoint(config.model.checkpoint)
         later = prune.round > 0
         needed = later and prune.method in ("magnitude", "rsst")
-        masks = load_masks(start / MASKS) if needed or (start / MASKS).exists() else {}
+        masks = load_masks(start / MASKS) if needed else masks_of(start)
         if (later and prune.method == "rsst") or (start / STAY).exists():
             stay = load_masks(start / STAY)
             hooks.append(GrowingDecay(masks, stay, prune.ceiling, prune.schedule, prune.exponent, config.grow_epochs()))
@@ -163,11 +162,8 @@ class KeepEpoch(TrainHook):
 def _make_start(config: RunConfig, folder: Path, data: ImageData) -> None:
     """The dense weights of round 0: a checkpoint's, or new ones, the same that a run with this seed would draw."""
     if config.model.checkpoint is not None:
-        model, description = ckpt.load_model(config.model.checkpoint, drop_path=config.model.drop_path)
-        masks = ckpt.find_checkpoint(config.model.checkpoint) / MASKS
-        if masks.exists():  # whole units only: see check_rounds
-            model = shrink(model, load_masks(masks)).model
-        ckpt.save_checkpoint(folder / "start", model, None, {**description, "weights": "raw"}, None)
+        dense, description = load_smaller(config.model.checkpoint, drop_path=config.model.drop_path)
+        save_pruned(folder / "start", dense.model, dense.masks, description)  # no masks are left: see check_rounds
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -214,14 +210,8 @@ def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> 
 
 def _keep_smaller(here: Path) -> Path:
     """A round's best model without the units that its masks take whole: round-NN/pruned, to use and to train on."""
-    best = ckpt.find_checkpoint(here)
-    model, description = ckpt.load_model(best)
-    masks: Masks = {}
-    if (best / MASKS).exists():
-        shrunk = shrink(model, load_masks(best / MASKS))
-        model, masks = shrunk.model, shrunk.masks
-    extra = {MASKS: masks} if masks else None
-    return ckpt.save_checkpoint(here / "pruned", model, None, {**description, "weights": "raw"}, None, extra)
+    smaller, description = load_smaller(here)
+    return save_pruned(here / "pruned", smaller.model, smaller.masks, description)
 
 
 def _density(config: RunConfig, folder: Path, number: int) -> float:

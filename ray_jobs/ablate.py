@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _create(args: AblateArgs) -> Path:
     from mamba import checkpoint as ckpt
     from mamba.model import Architecture
-    from ray_jobs.experiment import FILE, Experiment, create, number
+    from ray_jobs.experiment import FILE, Experiment, create, number, taken
     from ray_jobs.spaces import expand, load_space
 
     chosen = list(GRIDS) if args.grid == "all" else [args.grid]
@@ -43,7 +43,7 @@ def _create(args: AblateArgs) -> Path:
     config = args.config.resolve()
     folder = config.out / config.name
     if (folder / FILE).exists():
-        create(folder, Experiment(load_space(GRIDS[chosen[0]]), [], config, None, None, None, 0), [])  # refuses
+        raise taken(folder)  # before a baseline is trained for it
     checkpoint = config.model.checkpoint or _baseline(config, folder)
     description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
     depth = len(Architecture.from_dict(description["architecture"]).blocks)

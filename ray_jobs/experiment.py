@@ -66,11 +66,16 @@ def create(folder: Path, experiment: Experiment, words: Sequence[str]) -> None:
         with (folder / FILE).open("x") as file:
             file.write(json.dumps(tree, indent=1) + "\n")
     except FileExistsError:
-        raise ConfigError(
-            f"{folder} holds an experiment already; choose another --name, or continue it with --resume {folder}"
-        ) from None
+        raise taken(folder) from None
     except OSError as error:
         raise ConfigError(f"out: the experiment's folder {folder} cannot be written: {error}") from None
+
+
+def taken(folder: Path) -> ConfigError:
+    """The refusal of a folder that holds an experiment."""
+    return ConfigError(
+        f"{folder} holds an experiment already; choose another --name, or continue it with --resume {folder}"
+    )
 
 
 def load(folder: Path) -> Experiment:

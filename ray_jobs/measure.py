@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from mamba import checkpoint as ckpt
 from mamba.config import RunConfig
 from mamba.data import load_data
 from mamba.trainer import resolve_amp
 from pruning import measure as meter
-from pruning.masks import FILE, load_masks
-from pruning.shrink import shrink
+from pruning.store import load_smaller
 
 SECONDS = 0.5
 """How long latency and throughput are timed, each."""
@@ -42,10 +40,7 @@ def _measure(spec: dict[str, Any]) -> dict[str, float]:
     config, path = RunConfig(**spec["config"]), Path(spec["path"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     amp = resolve_amp(config.optim.amp, device)
-    model, _ = ckpt.load_model(path, device=device)
-    masks = ckpt.find_checkpoint(path) / FILE
-    if masks.exists():
-        model = shrink(model, load_masks(masks)).model
+    model = load_smaller(path, device)[0].model
     data = load_data(config.data, config.seed)
     evaluated_at = config.eval.batch_size
     batch_size = spec["batch_size"] or (1024 if device.type == "cuda" else 128)

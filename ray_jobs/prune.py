@@ -97,9 +97,9 @@ def _plan(args: PruneArgs) -> int:
     from mamba import checkpoint as ckpt
     from mamba.tracking import create_run, exclusive, write_json
     from pruning.lite import describe
-    from pruning.masks import FILE, load_masks
     from pruning.plans import apply_plan, get_plan
     from pruning.report import before_after_table
+    from pruning.store import masks_of, save_pruned
     from ray_jobs.cluster import connected_if
     from ray_jobs.launch import preflight
     from ray_jobs.measure import measure
@@ -111,14 +111,11 @@ def _plan(args: PruneArgs) -> int:
         raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
     model, description = ckpt.load_model(config.model.checkpoint)
     preflight(config)
-    masks = ckpt.find_checkpoint(config.model.checkpoint) / FILE
-    already = load_masks(masks) if masks.exists() else None
-    pruned = apply_plan(model, args.plan, seed=config.seed, masks=already)
+    pruned = apply_plan(model, args.plan, seed=config.seed, masks=masks_of(config.model.checkpoint))
     folder = create_run(config.with_values({"prune.method": "none"}))
     with exclusive(folder):
-        extra = {FILE: pruned.masks} if pruned.masks else {}
-        description = {**description, "weights": "raw", "plan": args.plan}
-        path = ckpt.save_checkpoint(folder / "checkpoints" / "best-00000", pruned.model, None, description, None, extra)
+        description = {**description, "plan": args.plan}
+        path = save_pruned(folder / "checkpoints" / "best-00000", pruned.model, pruned.masks, description)
         console = Console(highlight=False, soft_wrap=True)
         with connected_if(config.scaling.num_workers != 0, lambda text: console.print(text, markup=False)):
             before, after = measure(config, config.model.checkpoint), measure(config, path)

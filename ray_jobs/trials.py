@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from mamba.trainer import fit, request_stop, resolve_amp
 from mamba.worker import Worker
 from pruning import measure as meter
 from pruning.cut import cut
-from pruning.masks import FILE, load_masks
+from pruning.masks import Masks
 from pruning.rounds import calibration_batches, hooks_for
 from pruning.shrink import Shrunk
+from pruning.store import masks_of, save_pruned
 
 Report = Callable[[Mapping[str, float]], None]
 BENCH_SECONDS = 0.2
@@ -106,27 +108,20 @@ def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunCon
     return base.with_values({**values, **own}).resolve()
 
 
-_loaded: dict[tuple[Path, str], tuple[MambaModel, dict[str, Any]]] = {}
-
-
-def trained_model(path: Path, device: torch.device) -> tuple[MambaModel, dict[str, Any]]:
-    """The model of a checkpoint, loaded once a process. Cuts copy it."""
-    key = (path, str(device))
-    if key not in _loaded:
-        _loaded.clear()
-        _loaded[key] = ckpt.load_model(path, device=device)
-    return _loaded[key]
+@lru_cache(maxsize=1)
+def trained_model(path: Path, device: torch.device) -> tuple[MambaModel, dict[str, Any], Masks]:
+    """The model of a checkpoint, its description and its masks, loaded once a process. Cuts copy them."""
+    return *ckpt.load_model(path, device=device), masks_of(path)
 
 
 def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk:
     """The trained model, cut as `prune.*` says; what its checkpoint had masked stays masked."""
     assert shared.checkpoint is not None
-    model, _ = trained_model(shared.checkpoint, device)
+    model, _, masks = trained_model(shared.checkpoint, device)
     prune = config.prune
     batches = None
     if prune.criterion in ("taylor", "wanda"):
         batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(shared.data, config.seed)]
-    masks = ckpt.find_checkpoint(shared.checkpoint) / FILE
     return cut(
         model,
         config.cuts(),
@@ -136,7 +131,7 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
         calibration=batches,
         layers=None if prune.layer is None else [prune.layer],
         seed=config.seed,
-        masks=load_masks(masks) if masks.exists() else None,
+        masks=masks,
     )
 
 
@@ -144,7 +139,7 @@ def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) ->
     """Speed of the dense model and of each trial's, one after the other with nothing beside them: dense first."""
     assert shared.checkpoint is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dense, _ = trained_model(shared.checkpoint, device)
+    dense, *_ = trained_model(shared.checkpoint, device)
     configs = [trial_config(shared, name, values) for name, values in trials]
     models = (dense, *(cut_model(shared, config, device).model for config in configs))
     amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
@@ -156,7 +151,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     """Cut the trained model as `prune.*` says, fine-tune it if asked to, and measure what is left."""
     assert shared.checkpoint is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, description = trained_model(shared.checkpoint, device)
+    _, description, _ = trained_model(shared.checkpoint, device)
     prune, data = config.prune, shared.data
     if not config.cuts():
         raise ConfigError("prune.*: nothing is cut; set at least one component's rate above 0")
@@ -165,8 +160,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     pruned = cut_model(shared, config, device)
     smaller = pruned.model
     if prune.finetune_epochs:
-        extra = {FILE: pruned.masks} if pruned.masks else {}
-        start = ckpt.save_checkpoint(folder / "start", smaller, None, {**description, "weights": "raw"}, None, extra)
+        start = save_pruned(folder / "start", smaller, pruned.masks, description)
         tuning = config.with_values({"model.checkpoint": start, "optim.epochs": prune.finetune_epochs})
         tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
         worker = TrialWorker(device, shared.threads, report)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mamba.cli import SweepArgs, parse_sweep_args
 from mamba.errors import ConfigError, ForgeError
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _create(args: SweepArgs):  # type: ignore[no-untyped-def]
+def _create(args: SweepArgs) -> Path:
     from ray_jobs.experiment import Experiment, create, number
     from ray_jobs.spaces import expand, load_space
 
