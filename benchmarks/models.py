@@ -6,10 +6,10 @@ and time cost against the image's size, which the Vision Mamba paper says grow l
     python benchmarks/models.py --models vim_tiny --img-size 32 --batch 4 --train-batch 4 --sizes 32 64 --seconds 0.2
 
 A model is a named size, or `size:mixer`. `forward` is the median of replays of one CUDA graph in eval mode, `training`
-the median step of forward, cross-entropy, backward and AdamW on random images, blocks compiled unless `--plain`; both
-in bf16 autocast on a GPU, in float32 on a CPU. Memory is the most that a pass of `--size-batch` images took beyond what
-was there before it (weights, gradients, images), divided by their number, without torch.compile; a CPU does not count
-it. What does not fit is reported as such.
+the median step of forward, cross-entropy, backward and AdamW on random images, blocks compiled unless `--plain`, the
+whole step recorded as in the trainer; both in bf16 autocast on a GPU, in float32 on a CPU. Memory is the most that a
+pass of `--size-batch` images took beyond what was there before it (weights, gradients, images), divided by their
+number, without torch.compile; a CPU does not count it. What does not fit is reported as such.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mamba.compilation import compile_blocks
 from mamba.config import ModelConfig, OptimConfig
+from mamba.graph import WARM_UP, Batches, RecordedStep
 from mamba.model import MambaModel, count_parameters, named_model
 from mamba.optim import make_optimizer
 from mamba.tracking import environment
@@ -85,13 +86,10 @@ def build(name: str, side: int, device: torch.device) -> MambaModel:
 
 def side_by_side(name: str, args: argparse.Namespace, device: torch.device) -> Row:
     """A row of the table."""
-    amp = torch.bfloat16 if device.type == "cuda" else None
     model = build(name, args.img_size, device)
     row: Row = {"model": name, "params": count_parameters(model), "macs": model.architecture.macs()}
     row["tokens"] = model.architecture.num_tokens
-    row["forward_images_per_s"] = unless_too_large(
-        lambda: speed(model, args.batch, args.seconds, amp)["bench/images_per_s"]
-    )
+    row["forward_images_per_s"] = unless_too_large(lambda: forward_speed(model, args.batch, args.seconds))
     if not args.plain:
         compile_blocks(model)
     row["training_images_per_s"] = unless_too_large(
@@ -104,7 +102,7 @@ def training_seconds(model: MambaModel, batch: int, seconds: float) -> float:
     """Median seconds of a step, after a warm-up that compiles."""
     device = model.head.weight.device
     step = training_step(model, batch)
-    for _ in range(3):
+    for _ in range(WARM_UP + 2):
         step()
     times: list[float] = []
     ends = time.perf_counter() + seconds
@@ -117,17 +115,33 @@ def training_seconds(model: MambaModel, batch: int, seconds: float) -> float:
     return statistics.median(times)
 
 
-def training_step(model: MambaModel, batch: int) -> Callable[[], None]:
+def training_step(model: MambaModel, batch: int) -> Callable[[], object]:
     """Forward, loss, backward, AdamW on the same random images."""
     optimizer = make_optimizer(model.train(), OptimConfig())
     images, labels = random_batch(model, batch)
+    if not images.is_cuda:
 
-    def step() -> None:
-        backward(model, images, labels)
-        optimizer.step()
+        def step() -> None:
+            backward(model, images, labels)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+    from mamba.fused_update import FusedUpdate
+
+    update = FusedUpdate(optimizer, None, dict(model.named_parameters()), clip=None)
+    rate, finite = torch.tensor(1e-4, device=images.device), torch.tensor(True, device=images.device)
+
+    def device_step(batches: Batches) -> tuple[Tensor, Tensor]:
+        ((images, labels),) = batches
+        loss = backward(model, images, labels)
+        norm = update.norm()
+        update.apply(rate, norm, finite)
         optimizer.zero_grad(set_to_none=True)
+        return loss, norm
 
-    return step
+    recorded = RecordedStep(device_step, update.fill_in)
+    return lambda: recorded([(images, labels)])
 
 
 def random_batch(model: MambaModel, batch: int) -> tuple[Tensor, Tensor]:
@@ -140,8 +154,10 @@ def forward(model: MambaModel, images: Tensor) -> Tensor:
         return model(images).float()
 
 
-def backward(model: MambaModel, images: Tensor, labels: Tensor) -> None:
-    F.cross_entropy(forward(model, images), labels).backward()
+def backward(model: MambaModel, images: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(forward(model, images), labels)
+    loss.backward()
+    return loss.detach()
 
 
 def at_size(name: str, side: int, batch: int, device: torch.device) -> Row:
@@ -151,7 +167,7 @@ def at_size(name: str, side: int, batch: int, device: torch.device) -> Row:
     images, labels = random_batch(model, batch)
     row: Row = {"model": name, "img_size": side, "tokens": a.num_tokens, "macs": a.macs()}
     with torch.no_grad():
-        row["forward_images_per_s"] = unless_too_large(lambda: timed(model, images))
+        row["forward_images_per_s"] = unless_too_large(lambda: forward_speed(model, batch, 0.3))
         row["forward_mib_per_image"] = unless_too_large(lambda: peak_mib(lambda: forward(model, images), images))
     model.train()
     for p in model.parameters():  # there before the pass, and no part of what an image takes
@@ -160,15 +176,8 @@ def at_size(name: str, side: int, batch: int, device: torch.device) -> Row:
     return row
 
 
-def timed(model: MambaModel, images: Tensor, passes: int = 3) -> float:
-    """Images per second of a few passes after one that is not counted."""
-    forward(model, images)
-    synchronize(images.device)
-    began = time.perf_counter()
-    for _ in range(passes):
-        forward(model, images)
-    synchronize(images.device)
-    return passes * len(images) / (time.perf_counter() - began)
+def forward_speed(model: MambaModel, batch: int, seconds: float) -> float:
+    return speed(model, batch, seconds, torch.bfloat16 if model.head.weight.is_cuda else None)["bench/images_per_s"]
 
 
 def peak_mib(run: Callable[[], object], images: Tensor) -> float | None:

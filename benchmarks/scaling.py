@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data"))
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps an epoch; 0: all")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print rank 0's N longest kernels")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -52,7 +53,7 @@ def main() -> None:
     print(" ".join(f"{k}={v}" for k, v in report["hardware"].items()))
     print(f"{'GPUs':>5} {'images/s':>9} {'slowest':>8} {'fastest':>8} {'ratio':>6} {'per GPU':>8}")
     case = {"model": args.model, "batch": args.batch, "mode": args.mode, "dataset": args.dataset,
-            "root": str(args.root), "epochs": args.epochs, "steps": args.steps, "profile": 0,
+            "root": str(args.root), "epochs": args.epochs, "steps": args.steps, "profile": args.profile,
             "overrides": {}}  # fmt: skip
     for count in args.gpus:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
@@ -65,6 +66,8 @@ def main() -> None:
         ratio = row["images_per_s"] / report["rows"][0]["images_per_s"]
         print(f"{count:>5} {row['images_per_s']:9.0f} {row['slowest']:8.0f} {row['fastest']:8.0f} {ratio:6.2f} "
               f"{row['images_per_s'] / count:8.0f}", flush=True)  # fmt: skip
+        if args.profile:
+            print(done.stderr[-4000:], flush=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -9,7 +9,7 @@ are timed with validation left out. `images/s` is the median epoch, with the slo
 of the time that the device spends on making batches or waiting for them. `first step` counts from the making of the
 trainer to the end of the first optimizer step (importing torch left out), the data already decoded. `memory` is the
 most that tensors took. Modes: `recorded` (compiled blocks in a CUDA graph), `compiled`, `graph` (recorded, not
-compiled), `plain`; `uneven` is `compiled` with different widths in every block, as pruning leaves them. `--profile N`
+compiled), `plain`; `uneven` is `recorded` with different widths in every block, as pruning leaves them. `--profile N`
 prints the N kernels that take the most time in three steps.
 """
 
@@ -34,10 +34,10 @@ from mamba.worker import Worker, local_worker
 
 MODES = {
     "recorded": {"optim.compile": True, "optim.cuda_graph": True},
-    "uneven": {"optim.compile": True},
-    "compiled": {"optim.compile": True},
-    "graph": {"optim.cuda_graph": True},
-    "plain": {},
+    "uneven": {"optim.compile": True, "optim.cuda_graph": True},
+    "compiled": {"optim.compile": True, "optim.cuda_graph": False},
+    "graph": {"optim.compile": False, "optim.cuda_graph": True},
+    "plain": {"optim.compile": False, "optim.cuda_graph": False},
 }
 
 
@@ -71,7 +71,6 @@ def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
         "data.root": Path(case["root"]),
         "data.img_size": 32,
         "data.batch_size": case["batch"],
-        "data.device": "auto",
         "model.name": case["model"],
         **MODES[case["mode"]],
         **case["overrides"],
@@ -132,6 +131,8 @@ def profile(trainer: Any, rows: int) -> None:
         for _ in range(3):
             trainer._train_step(batches)
         torch.cuda.synchronize()
+    if trainer.worker.rank:
+        return
     events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
     total, count = sum(e.self_device_time_total for e in events) / 3e3, sum(e.count for e in events) / 3
     print(f"  {total:.2f} ms in {count:.0f} kernels a step", file=sys.stderr)

@@ -10,6 +10,9 @@ import torch
 
 from mamba.model import MambaModel
 
+COMPILE_FROM_IMAGES = 500_000
+"""Images of a run from which `optim.compile` auto compiles. On one H200 compiling took 13 to 22 s and won 0.03 to
+0.04 ms an image (mamba_small, recorded, batch 1024 and 128; docs/BENCHMARKS.md)."""
 MOST_STATIC_SHAPES = 2
 """Distinct block shapes that are compiled one by one; with more (a pruned model), one graph has its widths as
 variables: slower by what docs/BENCHMARKS.md says, but compiled a few times and not once a block."""
@@ -25,6 +28,13 @@ def share_compile_cache() -> None:
         except OSError:
             continue  # torch's own default: a folder for temporary files
         os.environ.setdefault(variable, str(root / name))
+
+
+def should_compile(setting: bool | str, images: int, device: torch.device) -> bool:
+    """What `optim.compile` means for a run that trains on so many images, epochs multiplied out."""
+    if isinstance(setting, bool):
+        return setting
+    return device.type == "cuda" and images >= COMPILE_FROM_IMAGES
 
 
 def compile_blocks(model: MambaModel, **options: Any) -> None:

@@ -71,10 +71,9 @@ class DataConfig(_Group):
     """Alpha of cutmix's Beta distribution; 0: off. With both on, each mixed batch takes one of them at random."""
     mix_prob: float = Field(0.5, ge=0, le=1)
     """Part of the batches that mixup or cutmix is applied to."""
-    device: Literal["auto", "cpu", "gpu"] = "cpu"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are augmented: cpu, by loader processes; gpu, where the training set then lies in GPU memory; auto:
-    gpu where there is one and the decoded images take at most an eighth of its memory (CIFAR: 150 MB). Training with
-    gpu was not measured yet (docs/BENCHMARKS.md), hence the default."""
+    gpu where there is one and the decoded images take at most an eighth of its memory (CIFAR: 150 MB)."""
     loader_workers: int | None = Field(None, ge=0)
     """Loader processes per training worker; None: its CPUs less one (16 at most), 0 where nothing is augmented."""
 
@@ -205,11 +204,12 @@ class OptimConfig(_Group):
     """Part of the target spread over all classes."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Mixed precision; auto: bf16 on GPUs that have it, fp16 on other GPUs, off on CPU."""
-    compile: bool = False
-    """Compile the model's blocks with torch.compile."""
-    cuda_graph: bool = False
-    """Record the whole optimizer step as a CUDA graph and replay it, so that launches cost no time; best together with
-    `optim.compile`. Needs a GPU; fp16 cannot be recorded (its loss scale is decided on the host)."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the model's blocks with torch.compile; auto: on a GPU, where the run trains on 500,000 images or more,
+    which is about when it has won back the time that compiling takes."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Record the whole optimizer step as a CUDA graph and replay it, so that launches cost no time; auto: on a GPU,
+    except in fp16, which cannot be recorded (its loss scale is decided on the host)."""
     max_skipped: int = Field(20, ge=1)
     """Stop after this many optimizer steps in a row with a non-finite loss or gradient (each is skipped)."""
 
@@ -422,9 +422,9 @@ class RunConfig(_Group):
             )
         if self.data.device == "gpu" and not gpu:
             raise ConfigError("data.device 'gpu' needs a GPU and there is none; valid on CPU: auto, cpu")
-        if self.optim.cuda_graph and not gpu:
-            raise ConfigError("optim.cuda_graph needs a GPU and there is none; valid on CPU: False")
-        if self.optim.cuda_graph and self.optim.amp == "fp16":
+        if self.optim.cuda_graph is True and not gpu:
+            raise ConfigError("optim.cuda_graph needs a GPU and there is none; valid on CPU: auto, False")
+        if self.optim.cuda_graph is True and self.optim.amp == "fp16":
             raise ConfigError("optim.cuda_graph cannot record optim.amp 'fp16'; turn one off, or choose bf16")
         if self.optim.amp == "fp16" and not gpu:
             raise ConfigError("optim.amp 'fp16' needs a GPU and there is none; valid on CPU: auto, bf16, off")

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mamba import checkpoint as ckpt
 from mamba.augment import BatchMix, tta_views
-from mamba.compilation import compile_blocks
+from mamba.compilation import compile_blocks, should_compile
 from mamba.config import RunConfig
 from mamba.conv import HAS_TRITON
 from mamba.data import ImageData, ImageSet, eval_batches, load_data, make_train_batches
@@ -129,13 +129,14 @@ class Trainer:
         for hook in hooks:
             hook.attach(self.model, self.ema, self.optimizer, config.seed)
 
-        if optim.compile:
+        self.compiled = should_compile(optim.compile, optim.epochs * len(data.train), worker.device)
+        if self.compiled:
             compile_blocks(self.model)
         self.forward: nn.Module = self.model
         self.recorded: RecordedStep | None = None
         self.fused: FusedUpdate | None = None
         self.flat: FlatGradients | None = None
-        if optim.cuda_graph and self._may_record():
+        if self._should_record():
             from mamba.fused_update import FusedUpdate  # needs triton
 
             parameters = dict(self.model.named_parameters())
@@ -258,6 +259,10 @@ class Trainer:
             hook.gradients()
         norm = self.fused.norm() if self.fused else self._clip()
         # gradients are averaged over the ranks, so their norm is the same everywhere; losses are not
+        if self.flat:  # DistributedDataParallel would hand out rank 0's; with SyncBatchNorm they are equal anyway
+            for buffer in self.statistics:
+                if buffer.is_floating_point():
+                    self.worker.sum(buffer).div_(self.worker.world_size)
         flags = self.worker.sum(torch.stack(((~loss.isfinite()).float(), self.stop_asked)))
         finite = (flags[0] == 0) & norm.isfinite()
         self.stop += flags[1]
@@ -288,13 +293,19 @@ class Trainer:
         if self.ema and not self.fused:
             self.ema.update(finite)
 
-    def _may_record(self) -> bool:
-        """Whether what `optim.cuda_graph` asks for is possible here; a warning where it is not."""
-        if self.scaler.is_enabled():  # auto chose it: this GPU has no bfloat16
-            warnings.warn("optim.cuda_graph: fp16 cannot be recorded, steps are launched one by one", stacklevel=2)
+    def _should_record(self) -> bool:
+        """What `optim.cuda_graph` means here; a warning where it is asked for and not possible."""
+        asked = self.config.optim.cuda_graph
+        if not asked or self.worker.device.type != "cuda":
+            return False
+        obstacle = None
+        if self.scaler.is_enabled():
+            obstacle = "fp16 cannot be recorded"
         elif not HAS_TRITON:
-            warnings.warn("optim.cuda_graph: triton is missing, steps are launched one by one", stacklevel=2)
-        return HAS_TRITON and not self.scaler.is_enabled()
+            obstacle = "triton is missing"
+        if obstacle and asked is True:
+            warnings.warn(f"optim.cuda_graph: {obstacle}, steps are launched one by one", stacklevel=2)
+        return obstacle is None
 
     # --- validation and the end --------------------------------------------------------------------------------------
 
@@ -317,7 +328,7 @@ class Trainer:
 
         With several views, the class probabilities of each image's views are averaged.
         """
-        if self.config.optim.compile:  # for the training batch alone: more graphs would cost more than they save here
+        if self.compiled:  # for the training batch alone: more graphs would cost more than they save here
             with torch.compiler.set_stance("force_eager"):
                 return self._evaluate(model, split, views)
         return self._evaluate(model, split, views)
@@ -366,6 +377,8 @@ class Trainer:
             "seed": self.config.seed,
             "world_size": self.worker.world_size,
             "amp": str(self.amp).removeprefix("torch.") if self.amp else "off",
+            "compiled": self.compiled,
+            "recorded": self.recorded is not None,
             "images": {"train": len(self.data.train), "val": len(self.data.val or ()), "test": len(self.data.test)},
             "folder": str(self.folder),
             **environment(self.worker.device),

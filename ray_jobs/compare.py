@@ -17,7 +17,7 @@ import yaml
 from mamba.errors import ConfigError, ForgeError
 
 COLUMNS = (
-    *("test/accuracy", "val/accuracy", "val/drop"),
+    *("test/accuracy", "val/best_accuracy", "val/accuracy", "val/drop"),
     *("model/params", "model/nonzero", "model/macs", "bench/images_per_s"),
 )
 

@@ -1,7 +1,9 @@
-"""What the trials of a pruning sweep say, in sentences with the numbers beside them."""
+"""What the trials of a sweep say, in sentences with the numbers beside them."""
 
 from __future__ import annotations
 
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,8 +47,17 @@ def joint(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     ]
 
 
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The finished trials that were repeated over seeds: name without seed -> trials."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["status"] == "finished" and "seed" in row["values"]:
+            found.setdefault(re.sub(r"-seed\d+$", "", row["trial"]), []).append(row)
+    return {name: trials for name, trials in found.items() if len(trials) > 1}
+
+
 def findings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], val_images: int = 0) -> str:
-    """A short text: what to prune first, what not to touch. Empty where no trial pruned anything.
+    """A short text: what to prune first, what not to touch; means over seeds. Empty where trials say nothing of it.
 
     Args:
         rows: trials, as `ray_jobs.experiment.rows` gives them.
@@ -84,4 +95,22 @@ def findings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], v
             speed = f", {m['bench/images_per_s'] / baseline['bench/images_per_s']:.2f} times the throughput"
         share = m["model/params"] / baseline["model/params"] if baseline.get("model/params") else float("nan")
         lines.append(f"together: {words_of}: {m['val/drop']:.2f} points, {100 * share:.0f} % of the parameters{speed}")
+    lines += _means(over_seeds(rows))
     return "\n".join(lines)
+
+
+def _means(repeated: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Validation accuracy of each, best first, with its spread: differences within it say nothing."""
+    scores = {}
+    for name, trials in repeated.items():
+        metrics = [row["metrics"] for row in trials]
+        values = [m.get("val/best_accuracy", m.get("val/accuracy")) for m in metrics]
+        if None not in values:
+            scores[name] = sorted(values)
+    order = sorted(scores, key=lambda name: -statistics.mean(scores[name]))
+    width = max(map(len, scores), default=0)
+    return [
+        f"{name:<{width}}  {statistics.mean(scores[name]):.2f} % over {len(scores[name])} seeds"
+        f" ({scores[name][0]:.2f} to {scores[name][-1]:.2f})"
+        for name in order
+    ]

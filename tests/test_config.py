@@ -189,7 +189,7 @@ def test_every_choice_can_be_typed():
     "values, gpu, message",
     [
         ({"data.device": "gpu"}, False, "data.device 'gpu' needs a GPU and there is none; valid on CPU: auto, cpu"),
-        ({"optim.cuda_graph": True}, False, "optim.cuda_graph needs a GPU and there is none; valid on CPU: False"),
+        ({"optim.cuda_graph": True}, False, "optim.cuda_graph needs a GPU and there is none; valid on CPU: auto"),
         ({"optim.cuda_graph": True, "optim.amp": "fp16"}, True, "optim.cuda_graph cannot record optim.amp 'fp16'"),
     ],
 )

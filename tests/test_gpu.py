@@ -10,13 +10,21 @@ import torch
 from safetensors.torch import load_file
 
 from mamba import checkpoint as ckpt
-from mamba.compilation import compile_blocks
+from mamba.compilation import COMPILE_FROM_IMAGES, compile_blocks
 from mamba.model import mamba_tiny, named_model
 from mamba.scan import selective_scan
 from mamba.trainer import Trainer
 from mamba.worker import local_worker
 
 pytestmark = pytest.mark.gpu
+
+PLAIN = {"optim__cuda_graph": False, "optim__compile": False}
+FAST = {
+    "recorded": {"optim__cuda_graph": True},
+    "in parts": {"optim__cuda_graph": True, "optim__accumulate": 2},
+    "compiled": {"optim__compile": True, "optim__cuda_graph": False},
+    "both": {"optim__compile": True, "optim__cuda_graph": True},
+}
 
 
 @pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "off"])
@@ -47,29 +55,21 @@ def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_
 def test_resumes(small_fit, tmp_path):
     """Close, not bit-equal: some of CUDA's sums are not in a fixed order."""
     (tmp_path / "whole").mkdir()
-    small_fit("whole")
-    small_fit("run", checkpoint__keep=3)
+    small_fit("whole", **PLAIN)
+    small_fit("run", **PLAIN, checkpoint__keep=3)
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     checkpoints[-1].rename(tmp_path / "removed")
-    small_fit("run", checkpoint__keep=3)
+    small_fit("run", **PLAIN, checkpoint__keep=3)
     a, b = (load_file(ckpt.newest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("whole", "run"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
-
-
-FAST = {
-    "recorded": {"optim__cuda_graph": True},
-    "in parts": {"optim__cuda_graph": True, "optim__accumulate": 2},
-    "compiled": {"optim__compile": True},
-    "both": {"optim__compile": True, "optim__cuda_graph": True},
-}
 
 
 def test_fast_runs_follow_the_plain_one(small_fit, tmp_path):
     """The same loss curve, recorded, compiled or both; mixing and augmentation are on."""
     curves = {}
     settings = {"optim__amp": "off", "model__drop_path": 0, "data__augment": "autoaugment", "data__mixup": 0.8}
-    for name, values in {"plain": {}, **FAST}.items():
+    for name, values in {"plain": PLAIN, **FAST}.items():
         (tmp_path / name).mkdir()
         small_fit(name, **settings, **values)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
@@ -167,5 +167,15 @@ def test_every_kind_of_model_on_the_gpu_equals_it_on_the_cpu(options, compiled):
 @pytest.mark.parametrize("options", FAMILY)
 def test_every_kind_of_model_is_recorded(small_fit, tmp_path, options):
     values = {f"model__{key}": value for key, value in options.items()}
-    plain, recorded = (small_fit(n, **values, **more) for n, more in (("plain", {}), ("fast", FAST["recorded"])))
+    plain, recorded = (small_fit(n, **values, **more) for n, more in (("plain", PLAIN), ("fast", FAST["recorded"])))
     assert abs(plain["metrics"]["val/loss"] - recorded["metrics"]["val/loss"]) < 0.1
+
+
+def test_a_run_is_recorded_unless_told_otherwise_and_compiled_if_long(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(), local_worker(), tmp_path / "short", small_data)
+    assert trainer.recorded is not None and not trainer.compiled
+    epochs = -(-COMPILE_FROM_IMAGES // len(small_data.train))
+    trainer = Trainer(small_config(optim__epochs=epochs), local_worker(), tmp_path / "long", small_data)
+    assert trainer.compiled
+    trainer = Trainer(small_config(optim__amp="fp16"), local_worker(), tmp_path / "fp16", small_data)
+    assert trainer.recorded is None
