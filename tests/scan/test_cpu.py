@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from mamba.scan import cpu, selective_scan
-from mamba.scan.problem import NONE
 from tests.scan.test_selective_scan import OPTIONS, assert_equal_to_reference, make_inputs, run_with_gradients
 
 ROOT = Path(__file__).parents[2]
@@ -123,12 +122,12 @@ def test_auto_takes_it_and_float64_does_not():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operator_contract(keep, dtype):
     tensors = [v.requires_grad_() for v in make_inputs(2, 20, 18, 3, dtype, channels_last=True).values()]
-    torch.library.opcheck(cpu._selective_scan, (*tensors, *NONE, True, keep, True))
-    for optional in (5, 6, 7):
-        tensors[optional] = None
-    tensors[1] = tensors[1].detach().abs().requires_grad_()
-    second = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(cpu._selective_scan, (*tensors, *second, False, keep, False))
+    torch.library.opcheck(cpu._selective_scan, (tensors, [True] * 8, True, keep, True))
+    first = tensors[:5]  # without D, z and the bias
+    first[1] = tensors[1].detach().abs().requires_grad_()
+    second = [t.detach().clone().requires_grad_() for t in first]
+    given = ([True] * 5 + [False] * 3) * 2
+    torch.library.opcheck(cpu._selective_scan, ([*first, *second], given, False, keep, False))
 
 
 @needs_kernel
