@@ -136,6 +136,21 @@ inline int64_t token_at(const Scan &s, int64_t t) { return s.reversed ? s.length
 
 int64_t lanes_at(const Task &task, int64_t d) { return task.end - d < LANES ? task.end - d : LANES; }
 
+// Ask for the memory of token number t and LANES channels ahead of its use, a chunk early: it is one cache line in each
+// tensor, too far from the next token's for the processor to guess. Any address may be asked for. always_inline: g++ 12
+// takes a function that does nothing but ask for one without effect, and drops its calls.
+__attribute__((always_inline)) inline void ask(const Scan &s, int64_t b, int64_t t, int64_t d, bool backward) {
+    const int64_t token = token_at(s, t), at = (b * s.length + token) * s.d_inner + d;
+    __builtin_prefetch(s.u + b * s.u_b + token * s.u_t + d);
+    __builtin_prefetch(s.delta + b * s.delta_b + token * s.delta_t + d);
+    if (s.z) __builtin_prefetch(s.z + b * s.z_b + token * s.z_t + d);
+    if (!backward) return __builtin_prefetch(s.out + at, 1);
+    __builtin_prefetch(s.dout + b * s.dout_b + token * s.dout_t + d);
+    __builtin_prefetch(s.du + at, 1);
+    __builtin_prefetch(s.ddelta + at, 1);
+    if (s.z) __builtin_prefetch(s.dz + at, 1);
+}
+
 // STATES states through a chunk of tokens: h = 2^(exponent A) h + drive B, y += h C. Tokens are the inner loop, so that a
 // state stays in a register; several states share the loads and stores of what belongs to a token.
 template <int STATES>
@@ -214,15 +229,11 @@ void forward_task(const Scan &s, const Task &task, Vec *scratch) {
         const Vec bias = s.bias ? load(s.bias + d, count) : Vec{};
         const Vec skip = s.D ? load(s.D + d, count) : Vec{};
         for (int64_t start = 0; start < s.length; start += T) {
-            const int64_t tokens = start + T < s.length ? T : s.length - start;
+            const bool more = start + T < s.length;
+            const int64_t tokens = more ? T : s.length - start;
             for (int64_t i = 0; i < tokens; i++) {
                 const int64_t at = token_at(s, start + i);
-                const int64_t next = start + T + i, to = next < s.length ? d : d + LANES;
-                const int64_t ahead = token_at(s, next < s.length ? next : next - start - T);
-                __builtin_prefetch(s.u + b * s.u_b + ahead * s.u_t + to);
-                __builtin_prefetch(s.delta + b * s.delta_b + ahead * s.delta_t + to);
-                if (s.z) __builtin_prefetch(s.z + b * s.z_b + ahead * s.z_t + to);
-                __builtin_prefetch(s.out + (b * s.length + ahead) * s.d_inner + to, 1);
+                ask(s, b, more ? start + T + i : i, more ? d : d + LANES, false);
                 const Vec u = load(s.u + b * s.u_b + at * s.u_t + d, count);
                 Vec step = load(s.delta + b * s.delta_b + at * s.delta_t + d, count) + bias;
                 if (s.softplus) step = softplus(step);
@@ -230,15 +241,14 @@ void forward_task(const Scan &s, const Task &task, Vec *scratch) {
                 drive[i] = step * u;
                 y[i] = skip * u;
             }
+            float *checkpoint = s.states && more ? s.states + (b * slots + start / T) * N * s.d_inner + d : nullptr;
+            for (int64_t n = 0; checkpoint && n < N; n++) __builtin_prefetch(checkpoint + n * s.d_inner, 1);
             const int64_t first = token_at(s, start);
             const float *B = s.B + b * s.B_b + first * s.B_t, *C = s.C + b * s.C_b + first * s.C_t;
             int64_t n = 0;
             for (; n + 4 <= N; n += 4) advance<4>(h + n, A + n, exponent, drive, y, B + n, C + n, B_t, C_t, tokens);
             for (; n < N; n++) advance<1>(h + n, A + n, exponent, drive, y, B + n, C + n, B_t, C_t, tokens);
-            if (s.states && start + T < s.length) {
-                float *to = s.states + (b * slots + start / T) * N * s.d_inner + d;
-                for (int64_t k = 0; k < N; k++) store(to + k * s.d_inner, h[k], count);
-            }
+            for (int64_t n = 0; checkpoint && n < N; n++) store(checkpoint + n * s.d_inner, h[n], count);
             for (int64_t i = 0; i < tokens; i++) {
                 const int64_t at = token_at(s, start + i);
                 if (s.z) {
@@ -290,11 +300,17 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
             const Vec skip = s.D ? load(s.D + d, count) : Vec{};
 
             // forward again from the checkpoint, keeping states and decays
-            const float *checkpoint = c ? s.states + ((b * (chunks - 1) + c - 1) * N) * s.d_inner + d : nullptr;
-            for (int64_t n = 0; n < N; n++) h[n] = c ? load(checkpoint + n * s.d_inner, count) : Vec{};
+            const auto checkpoint = [&](int64_t chunk) { return s.states + (b * (chunks - 1) + chunk - 1) * N * s.d_inner; };
+            const bool more = d + LANES < task.end;  // else the chunk before comes next
+            const int64_t next_d = more ? d + LANES : task.first, next_c = more ? c : c - 1;
+            for (int64_t n = 0; n < N; n++) {
+                h[n] = c ? load(checkpoint(c) + n * s.d_inner + d, count) : Vec{};
+                if (next_c > 0) __builtin_prefetch(checkpoint(next_c) + n * s.d_inner + next_d);
+            }
             for (int64_t i = 0; i < tokens; i++) {
                 const int64_t t = token_at(s, start + i), at = (b * s.length + t) * s.d_inner + d;
                 const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
+                ask(s, b, next_c * T + i, next_d, true);
                 const Vec u = load(s.u + b * s.u_b + t * s.u_t + d, count);
                 const Vec raw = load(s.delta + b * s.delta_b + t * s.delta_t + d, count) + bias;
                 const Vec step = s.softplus ? softplus(raw) : raw;
