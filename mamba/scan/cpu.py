@@ -106,22 +106,22 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(compiler: str, link: list[str], target: Path) -> None:
+def _build(compiler: str, link: list[str], source: Path, target: Path) -> None:
     """Compile in a folder of its own, then rename: a reader sees the whole library or none."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
         compiled, library = f"{folder}/scan.o", f"{folder}/scan.so"
-        for command in ([*COMPILE, str(SOURCE), "-o", compiled], [*link, compiled, "-o", library]):
+        for command in ([*COMPILE, str(source), "-o", compiled], [*link, compiled, "-o", library]):
             subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
         os.replace(library, target)
 
 
-def _load() -> ctypes.CDLL:
-    """The kernel from the cache, built if it is not there or does not load."""
+def load(source: Path) -> ctypes.CDLL:
+    """The library of one C++ file from the cache, built if it is not there or does not load."""
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS).stdout
     link = _link_flags()
     parts = [
-        SOURCE.read_text(),
+        source.read_text(),
         torch.__version__,
         _processor(),
         platform.machine(),
@@ -132,13 +132,13 @@ def _load() -> ctypes.CDLL:
     ]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = _cache_folder()
-    target = folder / f"cpu_scan_{key}.so"
-    with _locked(folder / f"cpu_scan_{key}.lock"):
+    target = folder / f"{source.stem}_{key}.so"
+    with _locked(folder / f"{source.stem}_{key}.lock"):
         if target.exists():
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(target))
             target.unlink()
-        _build(compiler, link, target)
+        _build(compiler, link, source, target)
     return ctypes.CDLL(str(target))
 
 
@@ -153,7 +153,7 @@ def _kernel() -> ctypes.CDLL | None:
     with _lock:
         if not _tried:
             try:
-                _library = _load()
+                _library = load(SOURCE)
             except Exception as error:  # whatever is wrong with this machine's compiler, the scan still works
                 detail = (error.stderr or "") if isinstance(error, subprocess.CalledProcessError) else ""
                 reason = detail.strip().splitlines()[0] if detail.strip() else str(error)

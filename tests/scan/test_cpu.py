@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.one_channel_scan import one_channel_scan
 from mamba.scan import cpu, selective_scan
 from tests.scan.test_selective_scan import OPTIONS, assert_equal_to_reference, make_inputs, run_with_gradients
 
@@ -149,6 +150,14 @@ def test_compiles_in_one_graph_with_autocast(fresh):
     torch.testing.assert_close(compiled, plain)
     for a, b in zip(got, torch.autograd.grad(plain, parameters), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@needs_kernel
+def test_baseline_of_the_benchmark():
+    """It must do the same work to be compared with."""
+    tensors = make_inputs(2, 5, 19, 4, torch.float32, channels_last=True)
+    want = selective_scan(**{k: v.double() for k, v in tensors.items()}, delta_softplus=True, backend="reference")
+    assert (one_channel_scan(**tensors).double() - want).norm() <= 1e-5 * want.norm()
 
 
 @needs_kernel
