@@ -11,8 +11,8 @@ turns within a shape, so that drift hits all of them; on a CPU a turn is a call 
 because the first one pays for what the backend before it left: cold caches, memory given back to the system. `speedup`
 is the ratio of medians to `reference`, when it is among them. The modes called two_way scan both directions at once
 (`bidirectional_scan`, z shared; `reference` scans twice, with flips); `ratio` is their time over one direction's.
-On a CPU a last table sets the speedups beside those that the research notes behind this code claim; one of its levels is
-`one_channel` (one_channel_scan.cpp), which has no gradients and is timed in inference. `mamba_ssm` joins when it is
+On a CPU a last table sets the speedups beside those that the research notes behind this code claim; one of the levels
+is `one_channel` (one_channel_scan.cpp), which has no gradients and is timed in inference. `mamba_ssm` joins when it is
 importable, `reference_compiled` (torch.compile of the reference; slow to compile) when it is asked for by name.
 `--clock cpu` counts processor time instead: with `--threads 1`, for a machine that others use too.
 
