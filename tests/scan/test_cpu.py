@@ -162,7 +162,7 @@ def test_baseline_of_the_benchmark():
 
 @needs_kernel
 def test_faster_than_the_reference():
-    """A ratio within one run; measured 9 to 18, see docs/cpu-scan-notes.md."""
+    """A ratio within one run; measured 13 to 27, see docs/cpu-scan-notes.md."""
     tensors = make_inputs(4, 96, 32, 16, torch.float32, channels_last=True)
     seconds = {"cpu": [], "reference": []}
     for _ in range(5):
