@@ -11,9 +11,10 @@ turns within a shape, so that drift hits all of them; on a CPU a turn is a call 
 because the first one pays for what the backend before it left: cold caches, memory given back to the system. `speedup`
 is the ratio of medians to `reference`, when it is among them. The modes called two_way scan both directions at once
 (`bidirectional_scan`, z shared; `reference` scans twice, with flips); `ratio` is their time over one direction's.
-On a CPU a last table sets the speedups beside those that the research notes behind this code claim. `mamba_ssm` joins
-when it is importable, `reference_compiled` (torch.compile of the reference; slow to compile) when it is asked for by
-name. `--clock cpu` counts processor time instead: with `--threads 1`, for a machine that others use too.
+On a CPU a last table sets the speedups beside those that the research notes behind this code claim; one of the levels
+is `one_channel` (one_channel_scan.cpp), which has no gradients and is timed in inference. `mamba_ssm` joins when it is
+importable, `reference_compiled` (torch.compile of the reference; slow to compile) when it is asked for by name.
+`--clock cpu` counts processor time instead: with `--threads 1`, for a machine that others use too.
 
 A CUDA time comes from events around one call. The default shapes are larger than any L2 cache; small ones are not.
 """
@@ -29,9 +30,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from one_channel_scan import one_channel_scan
 from torch import Tensor
 
-from mamba.scan import BACKENDS, bidirectional_scan, selective_scan
+from mamba.scan import BACKENDS, bidirectional_scan, cpu, selective_scan
 from mamba.scan.reference import selective_scan_reference
 
 DEFAULT_SHAPES = {
@@ -41,7 +43,7 @@ DEFAULT_SHAPES = {
 ONE_WAY = {"two_way": "forward", "two_way_backward": "forward_backward"}  # the modes that they are compared with
 LEVELS = [  # of the research notes: what, speedup over the plain loop, and which mode and backend are ours
     ("two phases", 2.2, "forward", "two_phase"),
-    ("C++, one channel at a time", 2.8, "", ""),  # not built: the C++ scan here is vectorised
+    ("C++, one channel at a time", 2.8, "inference", "one_channel"),  # it has no gradients
     ("C++, both directions in parallel", 3.5, "two_way", "cpu"),
     ("C++, vectorised", 4.0, "forward", "cpu"),
 ]
@@ -69,13 +71,17 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict
     }
 
 
-def backends(names: list[str] | None, shape: tuple[int, ...], device: str) -> dict[str, Callable[..., Tensor]]:
+def backends(
+    names: list[str] | None, shape: tuple[int, ...], device: str, dtype: torch.dtype
+) -> dict[str, Callable[..., Tensor]]:
     """The functions to time; unasked: what the device can run in reasonable time."""
     table: dict[str, Callable[..., Tensor]] = {
         name: lambda *a, _name=name: selective_scan(*a, delta_softplus=True, backend=_name) for name in BACKENDS
     }
     if device == "cpu":
         table.pop("triton", None)
+        if cpu.available() and dtype == torch.float32:
+            table["one_channel"] = one_channel_scan
     if importlib.util.find_spec("mamba_ssm") and device == "cuda":
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -115,6 +121,8 @@ def calls(name: str, scan: Callable[..., Tensor], tensors: dict[str, Tensor]) ->
     def two_way_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(two_way(), [*leaves, *second.values()], (grad, grad))
 
+    if name == "one_channel":
+        return {"inference": inference}
     found = {"inference": inference, "forward": lambda: scan(*leaves), "forward_backward": both}
     return found | ({"two_way": two_way, "two_way_backward": two_way_backward} if name in BACKENDS else {})
 
@@ -220,7 +228,10 @@ def main() -> None:
     for text in args.shapes or DEFAULT_SHAPES[args.device]:
         shape = tuple(int(n) for n in text.split("x"))
         tensors = make_inputs(shape, dtype, args.device)
-        ways = {name: calls(name, scan, tensors) for name, scan in backends(args.backends, shape, args.device).items()}
+        ways = {
+            name: calls(name, scan, tensors)
+            for name, scan in backends(args.backends, shape, args.device, dtype).items()
+        }
         for mode in args.modes:
             table = {name: way[mode] for name, way in ways.items() if mode in way}
             if args.graph:

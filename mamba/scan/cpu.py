@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba.scan.problem import NONE, Problem
+from mamba.scan.problem import Problem
 from mamba.scan.reference import bidirectional_scan_by_flips
 from mamba.scan.two_phase import selective_scan_two_phase
 
@@ -106,22 +106,22 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(compiler: str, link: list[str], target: Path) -> None:
+def _build(compiler: str, link: list[str], source: Path, target: Path) -> None:
     """Compile in a folder of its own, then rename: a reader sees the whole library or none."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
         compiled, library = f"{folder}/scan.o", f"{folder}/scan.so"
-        for command in ([*COMPILE, str(SOURCE), "-o", compiled], [*link, compiled, "-o", library]):
+        for command in ([*COMPILE, str(source), "-o", compiled], [*link, compiled, "-o", library]):
             subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
         os.replace(library, target)
 
 
-def _load() -> ctypes.CDLL:
-    """The kernel from the cache, built if it is not there or does not load."""
+def load(source: Path) -> ctypes.CDLL:
+    """The library of one C++ file from the cache, built if it is not there or does not load."""
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS).stdout
     link = _link_flags()
     parts = [
-        SOURCE.read_text(),
+        source.read_text(),
         torch.__version__,
         _processor(),
         platform.machine(),
@@ -132,13 +132,13 @@ def _load() -> ctypes.CDLL:
     ]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = _cache_folder()
-    target = folder / f"cpu_scan_{key}.so"
-    with _locked(folder / f"cpu_scan_{key}.lock"):
+    target = folder / f"{source.stem}_{key}.so"
+    with _locked(folder / f"{source.stem}_{key}.lock"):
         if target.exists():
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(target))
             target.unlink()
-        _build(compiler, link, target)
+        _build(compiler, link, source, target)
     return ctypes.CDLL(str(target))
 
 
@@ -153,7 +153,7 @@ def _kernel() -> ctypes.CDLL | None:
     with _lock:
         if not _tried:
             try:
-                _library = _load()
+                _library = load(SOURCE)
             except Exception as error:  # whatever is wrong with this machine's compiler, the scan still works
                 detail = (error.stderr or "") if isinstance(error, subprocess.CalledProcessError) else ""
                 reason = detail.strip().splitlines()[0] if detail.strip() else str(error)
@@ -198,10 +198,11 @@ def _group(batch: int, d_inner: int) -> int:
     return LANES * max(2, min(8, batch * blocks // 32))
 
 
-def _problems(*tensors: Tensor | None) -> list[Problem]:
-    """The forward problem, and the reversed one if it is there."""
-    pair = (Problem(*tensors[:8]), Problem(*tensors[8:]))  # type: ignore[arg-type]
-    return list(pair if tensors[8] is not None else pair[:1])
+def _problems(tensors: Sequence[Tensor], given: Sequence[bool]) -> list[Problem]:
+    """One problem or two from the tensors that are there; `given` says which they are, in the order of the fields."""
+    rest, size = iter(tensors), len(Problem._fields)
+    places = [next(rest) if there else None for there in given]
+    return [Problem(*places[i : i + size]) for i in range(0, len(places), size)]  # type: ignore[arg-type]
 
 
 def _states_shape(p: Problem, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
@@ -241,73 +242,48 @@ def _call(name: str, p: Problem, softplus: bool, directions: Sequence[dict[str, 
 
 @torch.library.custom_op("mamba_forge::selective_scan_cpu", mutates_args=(), device_types="cpu")
 def _selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    u2: Tensor | None,
-    delta2: Tensor | None,
-    A2: Tensor | None,
-    B2: Tensor | None,
-    C2: Tensor | None,
-    D2: Tensor | None,
-    z2: Tensor | None,
-    delta_bias2: Tensor | None,
+    tensors: Sequence[Tensor],
+    given: Sequence[bool],
     delta_softplus: bool,
     keep: bool,
     last_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One direction, or two: the tensors named with a 2 are scanned from the last token to the first.
+    """One problem, or two: the second is scanned from the last token to the first. A list of tensors that may be None
+    would have no gradients in torch.
 
     Returns out, out2 (empty without a second direction), the last state (empty unless `last_state`) and the checkpoints
     (no slots unless `keep`).
     """
-    problems = _problems(u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2)
+    problems = _problems(tensors, given)
     p = problems[0]
+    u = p.u
     batch, d_inner, length = u.shape
     outs = [u.new_empty((batch, length, d_inner), dtype=torch.float32) for _ in problems]
     states = u.new_empty(_states_shape(p, len(problems), keep), dtype=torch.float32)
     last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
-    tensors = [_inputs(q) | {"out": out} for q, out in zip(problems, outs, strict=True)]
-    for direction, checkpoints in zip(tensors, states, strict=True):
+    directions = [_inputs(q) | {"out": out} for q, out in zip(problems, outs, strict=True)]
+    for direction, checkpoints in zip(directions, states, strict=True):
         direction["states"] = checkpoints if keep else None
-    tensors[0]["last"] = last if last_state else None
-    _call("mamba_forge_scan_forward", p, delta_softplus, tensors)
+    directions[0]["last"] = last if last_state else None
+    _call("mamba_forge_scan_forward", p, delta_softplus, directions)
     out, out2 = (*(out.transpose(1, 2).to(u.dtype) for out in outs), u.new_empty(0))[:2]
     return out, out2, last.transpose(1, 2), states
 
 
 @_selective_scan.register_fake
 def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    u2: Tensor | None,
-    delta2: Tensor | None,
-    A2: Tensor | None,
-    B2: Tensor | None,
-    C2: Tensor | None,
-    D2: Tensor | None,
-    z2: Tensor | None,
-    delta_bias2: Tensor | None,
+    tensors: Sequence[Tensor],
+    given: Sequence[bool],
     delta_softplus: bool,
     keep: bool,
     last_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = Problem(u, delta, A, B, C, D, z, delta_bias)
-    states = u.new_empty(_states_shape(p, 1 if u2 is None else 2, keep), dtype=torch.float32)
-    last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
-    out2 = u.new_empty(0) if u2 is None else _like(u)
-    return _like(u), out2, last.transpose(1, 2), states
+    problems = _problems(tensors, given)
+    p = problems[0]
+    states = p.u.new_empty(_states_shape(p, len(problems), keep), dtype=torch.float32)
+    last = p.u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
+    out, out2 = (*(_like(q.u) for q in problems), p.u.new_empty(0))[:2]
+    return out, out2, last.transpose(1, 2), states
 
 
 @torch.library.custom_op("mamba_forge::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
@@ -315,29 +291,16 @@ def _selective_scan_backward(
     dout: Tensor,
     dout2: Tensor | None,
     d_last: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    u2: Tensor | None,
-    delta2: Tensor | None,
-    A2: Tensor | None,
-    B2: Tensor | None,
-    C2: Tensor | None,
-    D2: Tensor | None,
-    z2: Tensor | None,
-    delta_bias2: Tensor | None,
+    tensors: Sequence[Tensor],
+    given: Sequence[bool],
     states: Tensor,
     delta_softplus: bool,
 ) -> list[Tensor]:
     """The gradients of the tensors that are there, in their order and types."""
-    problems = _problems(u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2)
+    problems = _problems(tensors, given)
+    u = problems[0].u
     batch, d_inner, length = u.shape
-    d_state = A.shape[1]
+    d_state = problems[0].A.shape[1]
     groups = -(-d_inner // _group(batch, d_inner))
 
     def empty(*shape: int) -> Tensor:
@@ -384,27 +347,13 @@ def _(
     dout: Tensor,
     dout2: Tensor | None,
     d_last: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    u2: Tensor | None,
-    delta2: Tensor | None,
-    A2: Tensor | None,
-    B2: Tensor | None,
-    C2: Tensor | None,
-    D2: Tensor | None,
-    z2: Tensor | None,
-    delta_bias2: Tensor | None,
+    tensors: Sequence[Tensor],
+    given: Sequence[bool],
     states: Tensor,
     delta_softplus: bool,
 ) -> list[Tensor]:
     grads: list[Tensor] = []
-    for p in _problems(u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2):
+    for p in _problems(tensors, given):
         A_rows = p.A.new_empty((p.A.shape[1], p.A.shape[0])).t()
         shapes = (_like(p.u), _like(p.delta), A_rows, _like(p.B), _like(p.C))
         optional = (
@@ -417,19 +366,20 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.delta_softplus, ctx.keep, ctx.last_state = inputs
+    tensors, ctx.given, ctx.delta_softplus, ctx.keep, ctx.last_state = inputs
     *_, states = output
     ctx.mark_non_differentiable(states)
     ctx.save_for_backward(*tensors, states)
 
 
-def _backward(ctx: Any, dout: Tensor, dout2: Tensor, d_last: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor, dout2: Tensor, d_last: Tensor, _: Tensor) -> tuple[Any, ...]:
     *tensors, states = ctx.saved_tensors
     if not ctx.keep:  # no checkpoints were asked for: run forward again for them
-        *_, states = _selective_scan(*tensors, ctx.delta_softplus, True, False)
-    given = (dout, dout2 if tensors[8] is not None else None, d_last if ctx.last_state else None)
-    grads = iter(_selective_scan_backward(*given, *tensors, states, ctx.delta_softplus))
-    return (*(None if t is None else next(grads) for t in tensors), None, None, None)
+        *_, states = _selective_scan(tensors, ctx.given, ctx.delta_softplus, True, False)
+    two_way = len(ctx.given) > len(Problem._fields)
+    douts = (dout, dout2 if two_way else None, d_last if ctx.last_state else None)
+    grads = _selective_scan_backward(*douts, tensors, ctx.given, states, ctx.delta_softplus)
+    return grads, None, None, None, None
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
@@ -443,8 +393,11 @@ def _takes(tensors: Sequence[Tensor | None]) -> bool:
     return not any(t is not None and t.dtype == torch.float64 for t in tensors) and available()
 
 
-def _keeps(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _scan(tensors: Sequence[Tensor | None], softplus: bool, last_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator; it keeps checkpoints where there will be gradients."""
+    there = [t for t in tensors if t is not None]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in there)
+    return _selective_scan(there, [t is not None for t in tensors], softplus, keep, last_state)
 
 
 def selective_scan_cpu(
@@ -471,7 +424,7 @@ def selective_scan_cpu(
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     if not _takes(tensors):
         return selective_scan_two_phase(*tensors, delta_softplus, return_last_state)
-    out, _, last, _ = _selective_scan(*tensors, *NONE, delta_softplus, _keeps(tensors), return_last_state)
+    out, _, last, _ = _scan(tensors, delta_softplus, return_last_state)
     return (out, last) if return_last_state else out
 
 
@@ -480,5 +433,5 @@ def bidirectional_scan_cpu(forward: Problem, backward: Problem, delta_softplus: 
     tensors = (*forward, *backward)
     if not _takes(tensors):
         return bidirectional_scan_by_flips(selective_scan_two_phase, forward, backward, delta_softplus)
-    out, out2, *_ = _selective_scan(*tensors, delta_softplus, _keeps(tensors), False)
+    out, out2, *_ = _scan(tensors, delta_softplus, False)
     return out, out2

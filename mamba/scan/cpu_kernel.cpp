@@ -100,18 +100,16 @@ inline Vec exp2(Vec x) {
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp2(x * -LOG2E)); }
 
-// log(1 + e^x), accurate also where e^x is tiny: max(x, 0) + 2 atanh(s), s = e / (2 + e), e = e^-|x|.
+// log(1 + e^x), accurate also where e^x is tiny: max(x, 0) + e P(e), e = e^-|x|; e P(e) is log(1 + e) on [0, 1], relative
+// error 5e-9.
 inline Vec softplus(Vec x) {
-    const Vec e = exp2((x < 0.0f ? x : -x) * LOG2E);
-    const Vec s = e / (2.0f + e);
-    const Vec q = s * s;  // at most 1/9: eight terms of the series do
-    Vec series = 1.0f / 13.0f + q * (1.0f / 15.0f);
-    series = 1.0f / 11.0f + q * series;
-    series = 1.0f / 9.0f + q * series;
-    series = 1.0f / 7.0f + q * series;
-    series = 1.0f / 5.0f + q * series;
-    series = 1.0f / 3.0f + q * series;
-    return (x < 0.0f ? splat(0.0f) : x) + 2.0f * s * (1.0f + q * series);
+    const Vec e = exp2((Vec)((IntVec)x | INT32_MIN) * LOG2E);
+    const Vec e2 = e * e, e4 = e2 * e2;
+    const Vec p0 = e * -4.9999901652e-01f + 1.0f, p2 = e * -2.4954134226e-01f + 3.3329963684e-01f;
+    const Vec p4 = e * -1.5305593610e-01f + 1.9675940275e-01f, p6 = e * -5.6959543377e-02f + 1.0603655875e-01f;
+    const Vec p8 = e * -3.2440256327e-03f + 1.9851464778e-02f;
+    const Vec p = (p8 * e4 + (p6 * e2 + p4)) * e4 + (p2 * e2 + p0);
+    return (x < 0.0f ? splat(0.0f) : x) + e * p;
 }
 
 // ---------------------------------------------------------------- tasks
@@ -137,6 +135,21 @@ struct Task {  // one batch entry, channels first to end
 inline int64_t token_at(const Scan &s, int64_t t) { return s.reversed ? s.length - 1 - t : t; }
 
 int64_t lanes_at(const Task &task, int64_t d) { return task.end - d < LANES ? task.end - d : LANES; }
+
+// Ask for the memory of token number t and LANES channels ahead of its use, a chunk early: it is one cache line in each
+// tensor, too far from the next token's for the processor to guess. Any address may be asked for. always_inline: g++ 12
+// takes a function that does nothing but ask for one without effect, and drops its calls.
+__attribute__((always_inline)) inline void ask(const Scan &s, int64_t b, int64_t t, int64_t d, bool backward) {
+    const int64_t token = token_at(s, t), at = (b * s.length + token) * s.d_inner + d;
+    __builtin_prefetch(s.u + b * s.u_b + token * s.u_t + d);
+    __builtin_prefetch(s.delta + b * s.delta_b + token * s.delta_t + d);
+    if (s.z) __builtin_prefetch(s.z + b * s.z_b + token * s.z_t + d);
+    if (!backward) return __builtin_prefetch(s.out + at, 1);
+    __builtin_prefetch(s.dout + b * s.dout_b + token * s.dout_t + d);
+    __builtin_prefetch(s.du + at, 1);
+    __builtin_prefetch(s.ddelta + at, 1);
+    if (s.z) __builtin_prefetch(s.dz + at, 1);
+}
 
 // STATES states through a chunk of tokens: h = 2^(exponent A) h + drive B, y += h C. Tokens are the inner loop, so that a
 // state stays in a register; several states share the loads and stores of what belongs to a token.
@@ -216,9 +229,11 @@ void forward_task(const Scan &s, const Task &task, Vec *scratch) {
         const Vec bias = s.bias ? load(s.bias + d, count) : Vec{};
         const Vec skip = s.D ? load(s.D + d, count) : Vec{};
         for (int64_t start = 0; start < s.length; start += T) {
-            const int64_t tokens = start + T < s.length ? T : s.length - start;
+            const bool more = start + T < s.length;
+            const int64_t tokens = more ? T : s.length - start;
             for (int64_t i = 0; i < tokens; i++) {
                 const int64_t at = token_at(s, start + i);
+                ask(s, b, more ? start + T + i : i, more ? d : d + LANES, false);
                 const Vec u = load(s.u + b * s.u_b + at * s.u_t + d, count);
                 Vec step = load(s.delta + b * s.delta_b + at * s.delta_t + d, count) + bias;
                 if (s.softplus) step = softplus(step);
@@ -226,15 +241,14 @@ void forward_task(const Scan &s, const Task &task, Vec *scratch) {
                 drive[i] = step * u;
                 y[i] = skip * u;
             }
+            float *checkpoint = s.states && more ? s.states + (b * slots + start / T) * N * s.d_inner + d : nullptr;
+            for (int64_t n = 0; checkpoint && n < N; n++) __builtin_prefetch(checkpoint + n * s.d_inner, 1);
             const int64_t first = token_at(s, start);
             const float *B = s.B + b * s.B_b + first * s.B_t, *C = s.C + b * s.C_b + first * s.C_t;
             int64_t n = 0;
             for (; n + 4 <= N; n += 4) advance<4>(h + n, A + n, exponent, drive, y, B + n, C + n, B_t, C_t, tokens);
             for (; n < N; n++) advance<1>(h + n, A + n, exponent, drive, y, B + n, C + n, B_t, C_t, tokens);
-            if (s.states && start + T < s.length) {
-                float *to = s.states + (b * slots + start / T) * N * s.d_inner + d;
-                for (int64_t k = 0; k < N; k++) store(to + k * s.d_inner, h[k], count);
-            }
+            for (int64_t n = 0; checkpoint && n < N; n++) store(checkpoint + n * s.d_inner, h[n], count);
             for (int64_t i = 0; i < tokens; i++) {
                 const int64_t at = token_at(s, start + i);
                 if (s.z) {
@@ -286,11 +300,17 @@ void backward_task(const Scan &s, const Task &task, int64_t groups, Vec *scratch
             const Vec skip = s.D ? load(s.D + d, count) : Vec{};
 
             // forward again from the checkpoint, keeping states and decays
-            const float *checkpoint = c ? s.states + ((b * (chunks - 1) + c - 1) * N) * s.d_inner + d : nullptr;
-            for (int64_t n = 0; n < N; n++) h[n] = c ? load(checkpoint + n * s.d_inner, count) : Vec{};
+            const auto checkpoint = [&](int64_t chunk) { return s.states + (b * (chunks - 1) + chunk - 1) * N * s.d_inner; };
+            const bool more = d + LANES < task.end;  // else the chunk before comes next
+            const int64_t next_d = more ? d + LANES : task.first, next_c = more ? c : c - 1;
+            for (int64_t n = 0; n < N; n++) {
+                h[n] = c ? load(checkpoint(c) + n * s.d_inner + d, count) : Vec{};
+                if (next_c > 0) __builtin_prefetch(checkpoint(next_c) + n * s.d_inner + next_d);
+            }
             for (int64_t i = 0; i < tokens; i++) {
                 const int64_t t = token_at(s, start + i), at = (b * s.length + t) * s.d_inner + d;
                 const float *B = s.B + b * s.B_b + t * s.B_t, *C = s.C + b * s.C_b + t * s.C_t;
+                ask(s, b, next_c * T + i, next_d, true);
                 const Vec u = load(s.u + b * s.u_b + t * s.u_t + d, count);
                 const Vec raw = load(s.delta + b * s.delta_b + t * s.delta_t + d, count) + bias;
                 const Vec step = s.softplus ? softplus(raw) : raw;
