@@ -54,7 +54,7 @@ def main() -> None:
     print(f"{'GPUs':>5} {'images/s':>9} {'slowest':>8} {'fastest':>8} {'ratio':>6} {'per GPU':>8}")
     case = {"model": args.model, "batch": args.batch, "mode": args.mode, "dataset": args.dataset,
             "root": str(args.root), "epochs": args.epochs, "steps": args.steps, "profile": args.profile,
-            "overrides": {}}  # fmt: skip
+            "scan": "auto", "overrides": {}}  # fmt: skip
     for count in args.gpus:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
         done = subprocess.run([*command, "--case", json.dumps(case)], env=os.environ, capture_output=True, text=True)

@@ -10,7 +10,8 @@ of the time that the device spends on making batches or waiting for them. `first
 trainer to the end of the first optimizer step (importing torch left out), the data already decoded. `memory` is the
 most that tensors took. Modes: `recorded` (compiled blocks in a CUDA graph), `compiled`, `graph` (recorded, not
 compiled), `plain`; `uneven` is `recorded` with different widths in every block, as pruning leaves them. `--profile N`
-prints the N kernels that take the most time in three steps.
+prints the N kernels that take the most time in three steps. `--scan` puts another scan into the same training:
+`reference` (the plain loop over tokens), `two_phase`, or `mamba_ssm` where it is importable.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,18 @@ def uneven_checkpoint(folder: Path, model: str, classes: int, side: int) -> Path
     return save_checkpoint(folder / "uneven", model_, None, description, None)
 
 
+def use_scan(name: str) -> None:
+    """Let one-way mixers of this process scan by a backend, or by mamba-ssm's own function."""
+    import mamba.layers
+
+    if name == "mamba_ssm":
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        mamba.layers.selective_scan = selective_scan_fn
+    elif name != "auto":
+        mamba.layers.selective_scan = partial(mamba.layers.selective_scan, backend=name)  # type: ignore[assignment]
+
+
 def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """One case in this process, which may be one of several that train together."""
     from mamba.data import load_data
@@ -76,6 +90,7 @@ def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
         **case["overrides"],
     }
     gpu = worker.device.type == "cuda"
+    use_scan(case["scan"])
     with tempfile.TemporaryDirectory() as scratch:
         config = get_preset("v2").with_values({**values, "out": Path(scratch)}).resolve()
         data = load_data(config.data, config.seed)
@@ -165,6 +180,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="give every case an empty compile cache")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config values, as data.device=cpu")
     parser.add_argument("--profile", type=int, default=0, metavar="N")
+    parser.add_argument("--scan", choices=["auto", "reference", "two_phase", "mamba_ssm"], default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -182,7 +198,7 @@ def main() -> None:
         for batch in args.batches:
             for mode in args.modes:
                 case = {"model": model, "batch": batch, "mode": mode, "dataset": args.dataset, "root": str(args.root),
-                        "epochs": args.epochs, "steps": args.steps, "profile": args.profile,
+                        "epochs": args.epochs, "steps": args.steps, "profile": args.profile, "scan": args.scan,
                         "overrides": overrides}  # fmt: skip
                 with tempfile.TemporaryDirectory() as empty:
                     caches = ("MAMBA_FORGE_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
