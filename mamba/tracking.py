@@ -1,7 +1,7 @@
 """What a run leaves in its folder: config, TensorBoard events, metrics as JSON lines, the live position, the result.
 
     config.yaml         the resolved config
-    events.out.*        TensorBoard: scalars, images, config as text, the HPARAMS entry
+    events.out.*        TensorBoard: scalars, images, config as text; the HPARAMS entry in a file of its own
     metrics.jsonl       one line an epoch
     progress.json       where the run is now (replaced in place)
     result.json         written once, at the end
@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -27,7 +28,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -46,8 +50,24 @@ HPARAM_METRICS = (
     "model/params",
     "model/macs",
 )
-FIRST_HPARAMS = {"model.name", "model.drop_path", "optim.lr", "optim.weight_decay", "optim.layer_decay", "data.augment"}
+FIRST_HPARAMS = {
+    "status",
+    "model.name",
+    "model.drop_path",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.layer_decay",
+    "data.augment",
+}
 """Columns that TensorBoard shows before the others; the rest is one click away."""
+STATUSES = {
+    "finished": Status.STATUS_SUCCESS,
+    "stopped early": Status.STATUS_SUCCESS,
+    "failed": Status.STATUS_FAILURE,
+    "interrupted": Status.STATUS_UNKNOWN,
+}
+"""What the HPARAMS tab's column `status` says of a run, and the word that TensorBoard itself has for it."""
+HPARAMS_FILE = "events.out.tfevents.0.hparams"
 NOT_COMPARED = {
     *("trial", "out", "data.root", "data.loader_workers", "eval.batch_size", "checkpoint.every", "checkpoint.keep"),
     *("scaling.cpus_per_worker", "scaling.max_failures"),
@@ -184,7 +204,7 @@ class Tracker:
             if steps_done == 0:
                 lines = [f"    {line}" for line in config.to_yaml().splitlines()]
                 self.writer.add_text("config", "\n".join(lines))
-            self._hparams_start()
+            self.writer.flush()
         except OSError as error:
             raise CheckpointError(f"the run's folder {folder} cannot be written: {error}") from None
 
@@ -195,23 +215,6 @@ class Tracker:
             partial = path.with_name(".metrics.partial")
             partial.write_text("".join(line + "\n" for line in lines))
             partial.replace(path)
-
-    def _hparams_start(self) -> None:
-        """Every run of ours has the same keys, so each can carry the same experiment summary, whichever TensorBoard
-        reads: one table with every run under `--logdir`, whatever was or was not searched."""
-        shown = {
-            key: value
-            if isinstance(value, int | float) and not isinstance(value, bool) and not may_be_none(key)
-            else str(value)
-            for key, value in self.config.flat().items()
-            if key not in NOT_COMPARED
-        }
-        experiment, start, self.session_end = hparams(shown, dict.fromkeys(HPARAM_METRICS, 0.0))
-        _put_first(experiment, FIRST_HPARAMS)
-        writer = self.writer._get_file_writer()
-        writer.add_summary(experiment)
-        writer.add_summary(start)
-        writer.flush()
 
     def step(self, global_step: int, metrics: Mapping[str, float]) -> None:
         """Scalars of one optimizer step, under tags of their own (`step/*`)."""
@@ -246,16 +249,62 @@ class Tracker:
         write_json(self.folder / "progress.json", position)
 
     def finish(self, result: Mapping[str, Any], global_step: int) -> None:
-        """The final scalars, the HPARAMS entry's end, and result.json."""
+        """The final scalars, the HPARAMS entry's status, and result.json."""
         for name, value in result["metrics"].items():
             if name.split("/")[0] in ("test", "model"):
                 self.writer.add_scalar(name, value, global_step)
-        self.writer._get_file_writer().add_summary(self.session_end)
         self.writer.close()
+        write_hparams(self.folder, self.config, "finished")
         write_json(self.folder / "result.json", result)
 
     def close(self) -> None:
         self.writer.close()
+
+
+def write_hparams(folder: Path, config: RunConfig, status: str) -> None:
+    """A run's line in TensorBoard's HPARAMS tab, with a status to filter and sort by; replaces the one before.
+
+    Written when a run has ended: a TensorBoard that is open keeps the first entry that it reads of a run. Every run of
+    ours has the same keys, so each can carry the same experiment summary, whichever TensorBoard reads: one table with
+    every run under `--logdir`, whatever was or was not searched.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        status: one of STATUSES.
+    """
+    shown = {
+        key: value
+        if isinstance(value, int | float) and not isinstance(value, bool) and not may_be_none(key)
+        else str(value)
+        for key, value in config.flat().items()
+        if key not in NOT_COMPARED
+    }
+    metrics = dict.fromkeys(HPARAM_METRICS, 0.0)
+    experiment, start, end = hparams({"status": status, **shown}, metrics, {"status": list(STATUSES)})
+    with _content(experiment) as content:
+        for info in content.experiment.hparam_infos:  # TensorBoard sorts first what differs between runs
+            info.differs = info.name in FIRST_HPARAMS
+    with _content(end) as content:
+        content.session_end_info.status = STATUSES[status]
+    now = time.time()
+    events = [Event(wall_time=now, file_version="brain.Event:2")]
+    events += [Event(wall_time=now, summary=part) for part in (experiment, start, end)]
+    partial = folder / ".hparams.partial"
+    with partial.open("wb") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())
+    partial.replace(folder / HPARAMS_FILE)
+
+
+@contextmanager
+def _content(summary: Any) -> Iterator[Any]:
+    """What a summary says to the HPARAMS tab, to be changed."""
+    data = summary.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(data.content)
+    yield content
+    data.content = content.SerializeToString()
 
 
 def _epoch_of(line: str) -> int:
@@ -263,12 +312,3 @@ def _epoch_of(line: str) -> int:
         return int(json.loads(line)["epoch"])
     except (ValueError, KeyError):  # a line that a crash cut short
         return 10**9
-
-
-def _put_first(experiment: Any, names: set[str]) -> None:
-    """Mark hyperparameters of an experiment summary as differing between runs: TensorBoard sorts those first."""
-    data = experiment.value[0].metadata.plugin_data
-    content = HParamsPluginData.FromString(data.content)
-    for info in content.experiment.hparam_infos:
-        info.differs = info.name in names
-    data.content = content.SerializeToString()

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from mamba.config import RunConfig
 from mamba.data import ImageData
 from mamba.errors import ConfigError, ForgeError
 from mamba.model import MambaModel
-from mamba.tracking import Tracker, environment, finished_result, write_json
+from mamba.tracking import Tracker, environment, finished_result, write_hparams, write_json
 from mamba.trainer import fit, request_stop, resolve_amp
 from mamba.worker import Worker
 from pruning import measure as meter
@@ -94,10 +95,9 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
     except (ForgeError, torch.OutOfMemoryError) as error:
         result = {"status": "failed", "reason": str(error).splitlines()[0], "metrics": {}}
         (folder / "error.log").write_text(traceback.format_exc())
-        if not list(folder.glob("events*")) and (folder / "config.yaml").exists():
-            Tracker(folder, config, 0, 0).close()  # listed in TensorBoard's table, without metrics
     result = {**result, "values": values, "trial_seconds": round(time.perf_counter() - began, 3)}
     write_json(folder / "result.json", result)
+    list_trial(shared, name, values, result["status"])
     return result
 
 
@@ -106,6 +106,15 @@ def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunCon
     base = RunConfig(**shared.config)
     own = {"out": shared.folder.parent, "name": shared.folder.name, "trial": name}
     return base.with_values({**values, **own}).resolve()
+
+
+def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str) -> None:
+    """A trial's line in TensorBoard's HPARAMS tab, also of one whose values do not go together."""
+    config = RunConfig(**shared.config)
+    with suppress(ConfigError):
+        config = config.with_values(dict(values))
+        config = trial_config(shared, name, values)
+    write_hparams(shared.folder / name, config, status)
 
 
 @lru_cache(maxsize=1)

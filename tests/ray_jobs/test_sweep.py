@@ -28,10 +28,11 @@ from ray_jobs.compare import main as compare
 from ray_jobs.findings import findings
 from ray_jobs.report import pareto_front
 from ray_jobs.spaces import expand, load_space
-from ray_jobs.sweep import Drawn, open_study
+from ray_jobs.sweep import Drawn, Listed, Watcher, open_study
 from ray_jobs.train import main as train
 from ray_jobs.trials import Shared, run_trial
 from ray_jobs.tune import main as tune
+from tests.test_tracking import shown_status
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = [
@@ -96,6 +97,30 @@ def test_a_trial_that_cannot_be_is_a_result_with_its_reason(trained, tmp_path, v
     result = run_trial(shared, "bad", values, lambda _: None)
     assert result["status"] == "failed" and reason in result["reason"]
     assert (tmp_path / "runs" / "exp" / "bad" / "error.log").exists()
+    assert shown_status(tmp_path / "runs" / "exp" / "bad") == "failed"
+
+
+def test_a_trial_that_tune_ended_gets_a_result_and_a_status(trained, tmp_path):
+    """Stopped early, its process died again and again, or done by itself: the last keeps what it left."""
+    shared = shared_of(trained, tmp_path / "runs" / "exp")
+
+    class Ended:
+        def __init__(self, name, values):
+            self.config = {"trial": name, "values": values}
+            self.last_result = {"val/accuracy": 50.0}
+
+        def get_error(self):
+            return "Traceback\nActorDiedError: gone"
+
+    told = {}
+    watcher = Watcher(shared, Listed([]), told.__setitem__)
+    run_trial(shared, "done", {"prune.mlp": 0.5}, lambda _: None)
+    watcher.on_trial_complete(0, [], Ended("done", {"prune.mlp": 0.5}))
+    watcher.on_trial_complete(0, [], Ended("stopped", {"optim.lr": 0.1}))
+    watcher.on_trial_error(0, [], Ended("dead", {"optim.lr": 0.1, "optim.min_lr": 0.2}))  # not even resolvable
+    states = {"done": "finished", "stopped": "stopped early", "dead": "failed"}
+    assert {name: result["status"] for name, result in told.items()} == states
+    assert {name: shown_status(shared.folder / name) for name in states} == states
 
 
 def test_a_cut_can_be_fine_tuned(trained, tmp_path):
@@ -284,6 +309,7 @@ def test_a_search_stopped_and_continued(tmp_path):
         result = json.loads((folder / f"trial-{t.number:04d}" / "result.json").read_text())
         assert result["values"]["optim.lr"] == pytest.approx(t.params["optim.lr"])
         assert result["status"] == ("finished" if t.state.name == "COMPLETE" else "stopped early")
+        assert shown_status(folder / f"trial-{t.number:04d}") == result["status"]
     assert torch.tensor(study.best_value).isfinite()
 
 
