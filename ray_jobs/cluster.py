@@ -19,6 +19,7 @@ RAY_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own banner; its verbosity 0 silences the older output
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # its own TensorBoard files would take over the HPARAMS tab
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it warns about otherwise
 }
 """Environment variables that Ray reads when a cluster or a run starts; a user's own setting wins."""

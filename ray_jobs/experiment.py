@@ -24,7 +24,7 @@ from ray_jobs.spaces import Space, Trial
 from ray_jobs.sweep import Drawn, Listed, Resources, open_study, run_sweep
 from ray_jobs.trials import Shared, time_trials
 
-FILE = "experiment.json"
+FILE, BASELINE = "experiment.json", "baseline.json"
 MEASURES_PER_GPU = 4
 """Measure trials that share a GPU unless told otherwise."""
 
@@ -141,10 +141,10 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
         baseline: dict[str, float] = {}
         if experiment.checkpoint is not None:
             ckpt.check_start(experiment.checkpoint, len(data.classes), data.train.images.shape[1])
-            path = folder / "baseline.json"
-            if not path.exists():
-                write_json(path, measure(config, experiment.checkpoint))
-            baseline = json.loads(path.read_text())
+            baseline = baseline_of(folder)
+            if not baseline:
+                baseline = measure(config, experiment.checkpoint)
+                write_json(folder / BASELINE, baseline)
         shared = Shared(
             experiment.space.kind,
             folder,
@@ -200,8 +200,7 @@ def _time(shared: Shared, say: Callable[[str], None]) -> None:
         speeds = ray.get(ray.remote(num_gpus=1)(time_trials).remote(shared, changed))
     else:
         speeds = time_trials(shared, changed)
-    baseline = shared.folder / "baseline.json"
-    write_json(baseline, {**json.loads(baseline.read_text()), **speeds[0]})
+    write_json(shared.folder / BASELINE, {**baseline_of(shared.folder), **speeds[0]})
     for (name, _), speed in zip(changed, speeds[1:], strict=True):
         result = _result(shared, name)
         result["metrics"] |= speed
@@ -217,6 +216,12 @@ def _search(experiment: Experiment, folder: Path) -> Listed:
         study = open_study(experiment.space, folder, experiment.storage, experiment.config.seed)
         return Drawn(experiment.space, study, folder, experiment.count)
     return Listed([t for t in experiment.trials if "values" not in (finished_result(folder / t.name) or {})])
+
+
+def baseline_of(folder: Path) -> dict[str, float]:
+    """Metrics of the model that an experiment cuts, as measured when it began; empty where there is none."""
+    path = folder / BASELINE
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ray_jobs import experiment
-from ray_jobs.findings import findings
+from ray_jobs.findings import findings, ranked
 from ray_jobs.report import write_report
 
 SHOWN = 10
@@ -43,16 +42,14 @@ def conclude(folder: Path, script: str) -> int:
     failed = [row for row in rows if row["status"] == "failed"]
     told = experiment.load(folder)
     objective, mode = next(iter(told.space.objectives.items()), ("val/accuracy", "max"))
-    sign = -1 if mode == "max" else 1
-    best = sorted(rows, key=lambda row: sign * row["metrics"].get(objective, -sign * float("inf")))
-    show(best[:SHOWN])
+    best = ranked(rows, objective, mode)
+    show(best[:SHOWN], first=list(told.space.objectives))
     if len(best) > SHOWN:
         console.print(f"the best {SHOWN} of {len(best)}; all of them: {folder / 'results.csv'}", markup=False)
     for row in failed:
         console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
-    baseline = folder / "baseline.json"
-    measured = json.loads(baseline.read_text()) if baseline.exists() else {}
-    text = findings(rows, measured, int(measured.get("val/images", 0)))
+    measured = experiment.baseline_of(folder)
+    text = findings(rows, measured, int(measured.get("val/images", 0)), told.space.objectives)
     console.print(text, markup=False)
     if rows:
         console.print(f"report: {write_report(folder, rows, text)}", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,20 +20,21 @@ from mamba import checkpoint as ckpt
 from mamba.config import RunConfig
 from mamba.data import load_data
 from mamba.errors import ConfigError
+from mamba.tracking import HPARAM_METRICS
 from pruning import measure as meter
 from pruning import prune_multiple
 from ray_jobs import experiment
 from ray_jobs.ablate import main as ablate
 from ray_jobs.cluster import Cluster
 from ray_jobs.compare import main as compare
-from ray_jobs.findings import findings
-from ray_jobs.report import pareto_front
+from ray_jobs.findings import findings, front
+from ray_jobs.report import write_report
 from ray_jobs.spaces import expand, load_space
 from ray_jobs.sweep import Drawn, Listed, Watcher, open_study
 from ray_jobs.train import main as train
 from ray_jobs.trials import Shared, run_trial
 from ray_jobs.tune import main as tune
-from tests.test_tracking import shown_status
+from tests.test_tracking import hparams_table, shown_status
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = [
@@ -200,7 +202,7 @@ def test_findings_say_what_the_numbers_say():
         row({"prune.mlp": 0.7}, 0.9),
         row({"prune.mlp": 0.9}, 7.0),
         row({"prune.conv1d": 0.3}, 6.0),
-        *(row({"prune.layer": i, "prune.mlp": 0.7}, float(i)) for i in range(5)),
+        *(row({"prune.layer": i, "prune.mlp": 0.7}, float(i)) for i in range(6)),
         row({"prune.mlp": 0.7, "prune.linear_out": 0.7}, 3.0, **{"model/params": 50, "bench/images_per_s": 30.0}),
         {"status": "failed", "values": {"prune.mlp": 0.95}, "metrics": {}},
     ]
@@ -208,14 +210,75 @@ def test_findings_say_what_the_numbers_say():
     assert "prune first: mlp at 0.7 costs 0.90 points" in text
     assert "careful: conv1d costs 6.00 points already at 0.3" in text
     assert "matter least, points lost: 0 (0.00), 1 (1.00), 2 (2.00)" in text
-    assert "not to touch, points lost: 4 (4.00), 3 (3.00), 2 (2.00)" in text
+    assert "not to touch, points lost: 5 (5.00), 4 (4.00), 3 (3.00)" in text
+    few = findings(rows[4:8], {}).splitlines()
+    assert few[1:] == ["blocks that matter least, points lost: 0 (0.00), 1 (1.00)",
+                       "blocks not to touch, points lost: 3 (3.00), 2 (2.00)"]  # fmt: skip
     assert "3.00 points, 50 % of the parameters, 1.50 times the throughput" in text
 
 
 def test_the_pareto_front_by_hand():
-    points = [(1, 5), (2, 7), (3, 6), (2, 4), (4, 7)]
-    assert pareto_front(points, more=False) == [(1, 5), (2, 7)]
-    assert pareto_front(points, more=True) == [(4, 7)]
+    def of(points, **modes):
+        rows = [{"trial": str(i), "status": "finished", "metrics": dict(zip("xy", p, strict=False))}
+                for i, p in enumerate(points)]  # fmt: skip
+        rows.append({"trial": "early", "status": "stopped early", "metrics": {"x": -99, "y": 99}})
+        return [tuple(row["metrics"].values()) for row in front(rows, modes)]
+
+    points = [(1, 5), (2, 7), (3, 6), (2, 4), (4, 7), (1,)]
+    assert of(points, y="max", x="min") == [(2, 7), (1, 5)]
+    assert of(points, y="max", x="max") == [(4, 7)]
+    assert of(points, y="min", x="min") == [(2, 4), (1, 5)]
+    assert of(points, x="min") == [(1, 5), (1,)]
+    assert of([], y="max") == []
+
+
+def searched(folder, space, rows):
+    """The folder that a search leaves, without the search."""
+    config = RunConfig(out=folder.parent, name=folder.name).resolve()
+    experiment.create(folder, experiment.Experiment(space, [], config, None, None, None, len(rows)), ["tune.py"])
+    for i, (values, metrics) in enumerate(rows):
+        (folder / f"trial-{i:04d}").mkdir()
+        status = "finished" if metrics else "failed"
+        result = {"status": status, "reason": "" if metrics else "it could not be", "values": values}
+        (folder / f"trial-{i:04d}" / "result.json").write_text(json.dumps({**result, "metrics": metrics}))
+    return experiment.rows(folder)
+
+
+def test_the_report_of_a_search_with_two_objectives(tmp_path):
+    space = load_space("pruning")
+    points = [(90.0, 400.0), (95.0, 500.0), (80.0, 450.0), (97.0, 900.0), None]
+    rows = searched(tmp_path / "exp", space, [
+        ({"prune.structured": True, **dict.fromkeys(space.search, 0.05 * (i + 1))},
+         {} if p is None else {"val/accuracy": p[0], "model/macs": p[1], "model/nonzero": 10.0 * i, "val/drop": 1.0})
+        for i, p in enumerate(points)
+    ])  # fmt: skip
+    baseline = {"val/accuracy": 98.0, "model/macs": 1000.0, "model/nonzero": 100.0}
+    (tmp_path / "exp" / "baseline.json").write_text(json.dumps(baseline))
+    text = findings(rows, baseline, 143, space.objectives)
+    assert "5 trials: 4 finished, 1 failed" in text and "Pareto front, 3 trials" in text
+    front_lines = [line for line in text.splitlines() if line.startswith("trial-")]
+    assert [line.split(":")[0] for line in front_lines] == ["trial-0003", "trial-0001", "trial-0000"]
+    assert "model/macs 900 (90 % of the dense model's) with linear_out 0.2" in front_lines[0]
+    assert "structured" not in text, "what is the same in all trials says nothing"
+    page = write_report(tmp_path / "exp", rows, text).read_text()
+    made = {p.stem for p in (tmp_path / "exp" / "report").glob("*.png")}
+    assert made == {"pareto", "model-nonzero", "importance", "parallel"}
+    assert re.findall(r'class="best"><td>(trial-\d+)', page) == ["trial-0003", "trial-0001", "trial-0000"]
+    assert "failed: trial-0004: it could not be" in page and "prune.structured True" in page
+
+
+def test_the_report_of_a_search_with_one_objective(tmp_path):
+    space = load_space("recipe")
+    rows = searched(tmp_path / "exp", space, [
+        ({"model.drop_path": 0.1 * i, "optim.layer_decay": 0.7, "ema.decay": 0.999, "optim.lr": 1e-3},
+         {"val/best_accuracy": 90.0 + i})
+        for i in range(3)
+    ])  # fmt: skip
+    text = findings(rows, {}, 0, space.objectives)
+    assert text.splitlines()[1] == "best: trial-0002: val/best_accuracy 92 with model.drop_path 0.2"
+    page = write_report(tmp_path / "exp", rows, text)
+    assert {p.stem for p in page.parent.glob("*.png")} == {"importance", "parallel"}
+    assert page.read_text().count('class="best"') == 1
 
 
 @pytest.mark.parametrize(
@@ -278,6 +341,9 @@ def test_an_ablation_killed_and_continued(trained, tmp_path, capsys):
     ]
     assert "Traceback" not in out and "prune" in out and f"report: {folder}/report/index.html" in out
     assert {p.name for p in (folder / "report").glob("*.png")} >= {"components.png", "layers.png", "joint.png"}
+    columns, groups = hparams_table(tmp_path)
+    assert {m.name.tag for m in columns.metric_infos} == set(HPARAM_METRICS), "Tune's own files took the tab over"
+    assert [g.hparams["status"].string_value for g in groups] == ["finished"] * len(table)
     page = (folder / "report" / "index.html").read_text()
     assert page.count("data:image/png;base64") >= 3 and "ray_jobs/ablate.py" in page
     assert ablate(["--checkpoint", str(trained), "--out", str(tmp_path)]) == 2
