@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -50,16 +50,8 @@ HPARAM_METRICS = (
     "model/params",
     "model/macs",
 )
-FIRST_HPARAMS = {
-    "status",
-    "model.name",
-    "model.drop_path",
-    "optim.lr",
-    "optim.weight_decay",
-    "optim.layer_decay",
-    "data.augment",
-}
-"""Columns that TensorBoard shows before the others; the rest is one click away."""
+FIRST_HPARAMS = frozenset({"data.augment", "model.drop_path", "model.name", "optim.lr"})
+"""Columns that TensorBoard shows before the others, with the status: five in all; the rest is one click away."""
 STATUSES = {
     "finished": Status.STATUS_SUCCESS,
     "stopped early": Status.STATUS_SUCCESS,
@@ -261,7 +253,7 @@ class Tracker:
         self.writer.close()
 
 
-def write_hparams(folder: Path, config: RunConfig, status: str) -> None:
+def write_hparams(folder: Path, config: RunConfig, status: str, first: Collection[str] = FIRST_HPARAMS) -> None:
     """A run's line in TensorBoard's HPARAMS tab, with a status to filter and sort by; replaces the one before.
 
     Written when a run has ended: a TensorBoard that is open keeps the first entry that it reads of a run. Every run of
@@ -272,6 +264,7 @@ def write_hparams(folder: Path, config: RunConfig, status: str) -> None:
         folder: of the run.
         config: of the run.
         status: one of STATUSES.
+        first: the hyperparameters whose columns come first.
     """
     shown = {
         key: value
@@ -284,7 +277,7 @@ def write_hparams(folder: Path, config: RunConfig, status: str) -> None:
     experiment, start, end = hparams({"status": status, **shown}, metrics, {"status": list(STATUSES)})
     with _content(experiment) as content:
         for info in content.experiment.hparam_infos:  # TensorBoard sorts first what differs between runs
-            info.differs = info.name in FIRST_HPARAMS
+            info.differs = info.name == "status" or info.name in first
     with _content(end) as content:
         content.session_end_info.status = STATUSES[status]
     now = time.time()

@@ -155,6 +155,7 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
             int(held.cpus) or config.scaling.cpus_per_worker or 1,
             config.scaling.num_workers or 1,
             cluster.gpus > 0,
+            compared(experiment),
         )
         search = _search(experiment, folder)
         done = len(rows(folder))
@@ -180,6 +181,15 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
         if ended and experiment.space.kind == "measure":
             _time(shared, say)
     return ended, rows(folder)
+
+
+def compared(experiment: Experiment) -> tuple[str, ...]:
+    """The keys in which an experiment's trials differ."""
+    if experiment.space.search:
+        return tuple(experiment.space.search)
+    values = [trial.values for trial in experiment.trials]
+    keys = dict.fromkeys(key for own in values for key in own)
+    return tuple(key for key in keys if any(own.get(key, ...) != values[0].get(key, ...) for own in values))
 
 
 def _time(shared: Shared, say: Callable[[str], None]) -> None:

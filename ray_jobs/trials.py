@@ -24,7 +24,7 @@ from mamba.config import RunConfig
 from mamba.data import ImageData
 from mamba.errors import ConfigError, ForgeError
 from mamba.model import MambaModel
-from mamba.tracking import Tracker, environment, finished_result, write_hparams, write_json
+from mamba.tracking import FIRST_HPARAMS, Tracker, environment, finished_result, write_hparams, write_json
 from mamba.trainer import fit, request_stop, resolve_amp
 from mamba.worker import Worker
 from pruning import measure as meter
@@ -57,6 +57,8 @@ class Shared:
     """DDP workers of a training trial; 1: the trial trains by itself."""
     gpu: bool
     """Whether the cluster has GPUs."""
+    compared: tuple[str, ...] = ()
+    """The keys in which trials differ: TensorBoard's first columns."""
 
 
 class TrialWorker(Worker):
@@ -114,7 +116,7 @@ def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str
     with suppress(ConfigError):
         config = config.with_values(dict(values))
         config = trial_config(shared, name, values)
-    write_hparams(shared.folder / name, config, status)
+    write_hparams(shared.folder / name, config, status, shared.compared or FIRST_HPARAMS)
 
 
 @lru_cache(maxsize=1)

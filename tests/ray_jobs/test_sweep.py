@@ -6,15 +6,20 @@ import csv
 import json
 import os
 import re
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
+import yaml
 
 from mamba import checkpoint as ckpt
 from mamba.config import RunConfig
@@ -344,6 +349,7 @@ def test_an_ablation_killed_and_continued(trained, tmp_path, capsys):
     columns, groups = hparams_table(tmp_path)
     assert {m.name.tag for m in columns.metric_infos} == set(HPARAM_METRICS), "Tune's own files took the tab over"
     assert [g.hparams["status"].string_value for g in groups] == ["finished"] * len(table)
+    assert {h.name for h in columns.hparam_infos[:3]} == {"prune.conv1d", "prune.layer", "prune.linear_B_C"}
     page = (folder / "report" / "index.html").read_text()
     assert page.count("data:image/png;base64") >= 3 and "ray_jobs/ablate.py" in page
     assert ablate(["--checkpoint", str(trained), "--out", str(tmp_path)]) == 2
@@ -390,3 +396,80 @@ def test_a_trial_trains_with_two_workers_on_all_cpus_there_are(tmp_path):
     results = [json.loads(p.read_text()) for p in sorted((tmp_path / "search").glob("trial-*/result.json"))]
     assert len(results) == 1
     assert all(r["status"] == "stopped early" or r["world_size"] == 2 for r in results)
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    """A cluster of two nodes with a CPU each, on this machine; yields (environment, how to kill the second node)."""
+    scratch = Path("/tmp") / f"forge-{os.getpid()}"  # socket paths must be short
+    ray = str(Path(sys.executable).parent / "ray")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "300"}  # notice a death soon
+    env |= {"RAY_health_check_failure_threshold": "3", "OMP_NUM_THREADS": "1"}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # nodes and driver have to share one
+    address = f"127.0.0.1:{free_port()}"
+
+    def node(*words):
+        words = [*words, "--num-cpus=1", "--block", f"--dashboard-agent-listen-port={free_port()}"]
+        process = subprocess.Popen([ray, "start", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, start_new_session=True)  # fmt: skip
+        nodes.append(process)
+        assert any("Ray runtime started" in line for line in process.stdout), "the node did not start"
+
+    def kill(process):
+        listing = subprocess.run(["ps", "-s", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
+        for pid in listing.split():  # raylet, agents and workers share the terminal session that it was started in
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        process.wait(30)
+
+    nodes = []
+    try:
+        port = address.partition(":")[2]
+        node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={scratch}")
+        node(f"--address={address}")
+        yield {**env, "RAY_ADDRESS": address}, lambda: kill(nodes[1])
+    finally:
+        for process in reversed(nodes):
+            if process.poll() is None:
+                kill(process)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.cluster
+def test_a_node_that_dies_costs_only_the_trial_on_it(two_nodes, tmp_path, monkeypatch):
+    """Two training trials at once, one a node; the second node goes; its trial alone goes on, on the first node."""
+    env, kill_second = two_nodes
+    space = {"question": "?", "cost": "2 trials", "kind": "train", "set": {"optim.epochs": 16, "data.batch_size": 64},
+             "grids": [{"seed": [0, 1]}]}  # fmt: skip
+    (tmp_path / "seeds.yaml").write_text(yaml.safe_dump(space))
+    for name in env:
+        monkeypatch.setenv(name, env[name])
+    driver = start("tune", *FAST[:6], "--space", str(tmp_path / "seeds.yaml"), "--out", str(tmp_path))
+    folder = tmp_path / "search"
+
+    def epochs(name):
+        path = folder / name / "metrics.jsonl"
+        return [json.loads(line)["epoch"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    ends = time.monotonic() + 100
+    while min(len(epochs("seed-0")), len(epochs("seed-1"))) < 2:
+        assert time.monotonic() < ends and driver.poll() is None
+        time.sleep(0.02)
+    kill_second()
+    assert not list(folder.glob("*/result.json")), "a trial was over before the node died"
+    out, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, out
+    with (folder / "results.csv").open() as file:
+        assert [(r["trial"], r["status"]) for r in csv.DictReader(file)] == [
+            (f"seed-{i}", "finished") for i in range(2)
+        ]
+    assert all(epochs(f"seed-{i}") == list(range(1, 17)) for i in range(2)), "epochs were lost or counted twice"
+    starts = [len(list((folder / f"seed-{i}").glob("events.out.tfevents.[1-9]*"))) for i in range(2)]
+    assert sorted(starts) == [1, 2], "a trial on the living node started again"
