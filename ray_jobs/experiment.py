@@ -256,13 +256,3 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def command() -> list[str]:
     """The words that started this process."""
     return list(sys.argv)
-
-
-def number(flag: str, text: str | None, default: float | None) -> float | None:
-    """A number typed on the command line; raises ConfigError where it is none."""
-    if text is None:
-        return default
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"--{flag} {text}: a number is needed") from None

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -26,6 +27,8 @@ from mamba.config import RunConfig
 from mamba.data import load_data
 from mamba.errors import ConfigError
 from mamba.tracking import HPARAM_METRICS
+from mamba.trainer import fit
+from mamba.worker import local_worker
 from pruning import measure as meter
 from pruning import prune_multiple
 from ray_jobs import experiment
@@ -148,6 +151,30 @@ def test_a_training_trial_reports_every_epoch_and_repeats_itself(trained, tmp_pa
     assert len(told) == 3 and told[-1]["val/best_accuracy"] >= told[0]["val/best_accuracy"]
     same = ("val/loss", "val/best_accuracy", "test/accuracy", "train/loss")
     assert [a["metrics"][k] for k in same] == [b["metrics"][k] for k in same]
+
+
+def test_a_trial_of_several_workers_is_followed_and_stopped(trained, tmp_path, monkeypatch):
+    """Tune stops a trial where it reports: the workers are asked to end, and have ended before the trial has."""
+    shared = replace(shared_of(trained, tmp_path / "runs" / "exp", "train"), workers=2)
+    ended = []
+
+    def workers(config, folder, *_):
+        ended.append(fit(config, local_worker(), folder, shared.data))
+        return ended[-1]
+
+    monkeypatch.setattr("ray_jobs.launch.train_with_workers", workers)
+    told = []
+    result = run_trial(shared, "whole", {}, told.append)
+    assert [m["epoch"] for m in told] == [1, 2, 3]
+    assert result["metrics"]["val/best_accuracy"] == told[-1]["val/best_accuracy"] > 0
+
+    def stop(metrics):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        run_trial(shared, "stopped", {"optim.epochs": 500}, stop)
+    assert [r["status"] for r in ended] == ["finished", "interrupted"] and ended[-1]["epoch"] < 499
+    assert not (shared.folder / "stopped" / "result.json").exists()
 
 
 def test_a_study_goes_on_after_its_sweep_died(tmp_path):
@@ -292,7 +319,9 @@ def test_the_report_of_a_search_with_one_objective(tmp_path):
         (tune, [], "--space is missing"),
         (tune, ["--space", "nowhere"], "no search space nowhere"),
         (tune, ["--space", "pruning"], "give --checkpoint"),
-        (tune, ["--space", "quickstart", "--trials", "many"], "--trials many: a number is needed"),
+        (tune, ["--space", "quickstart", "--trials", "many"], "--trials many: a whole number is needed"),
+        (tune, ["--space", "quickstart", "--trials", "0"], "--trials 0 draws nothing; at least 1"),
+        (ablate, ["--gpus-per-trial", "half"], "--gpus-per-trial half: a number is needed"),
         (
             ablate,
             ["--grid", "everything", "--checkpoint", "CHECKPOINT"],
@@ -360,8 +389,9 @@ def test_an_ablation_killed_and_continued(trained, tmp_path, capsys):
 
 @pytest.mark.cluster
 def test_a_search_stopped_and_continued(tmp_path):
-    """SIGTERM, as `ray job stop` sends it: an orderly end with results so far; then the rest, with the same study."""
-    words = [*FAST[:8], "--space", "quickstart", "--trials", "5", "--out", str(tmp_path)]
+    """SIGTERM, as `ray job stop` sends it: an orderly end with results so far; then the rest, with the same study.
+    Learning rates below optim.min_lr cannot be, which costs those trials alone."""
+    words = [*FAST[:8], "--space", "quickstart", "--trials", "5", "--out", str(tmp_path), "--optim.min-lr", "2e-3"]
     driver = start("tune", *words)
     folder = tmp_path / "search"
     ends = time.monotonic() + 150
@@ -374,13 +404,15 @@ def test_a_search_stopped_and_continued(tmp_path):
     assert (folder / "results.csv").exists()
     done = start("tune", "--resume", str(folder))
     out, _ = done.communicate(timeout=200)
-    assert done.returncode == 0, out
+    assert done.returncode == 1 and "Traceback" not in out, out
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{folder / 'study.db'}")
-    assert len(study.trials) == 5 and {t.state.name for t in study.trials} <= {"COMPLETE", "PRUNED"}
+    states = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed"}
+    assert len(study.trials) == 5 and {"COMPLETE", "FAIL"} <= {t.state.name for t in study.trials} <= set(states)
     for t in study.trials:
         result = json.loads((folder / f"trial-{t.number:04d}" / "result.json").read_text())
         assert result["values"]["optim.lr"] == pytest.approx(t.params["optim.lr"])
-        assert result["status"] == ("finished" if t.state.name == "COMPLETE" else "stopped early")
+        assert result["status"] == states[t.state.name]
+        assert (result["status"] == "failed") == (t.params["optim.lr"] < 2e-3)
         assert shown_status(folder / f"trial-{t.number:04d}") == result["status"]
     assert torch.tensor(study.best_value).isfinite()
 
