@@ -35,7 +35,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from torchvision.utils import make_grid
 
 from mamba.checkpoint import check_resumable
 from mamba.config import RunConfig, may_be_none
@@ -231,6 +230,8 @@ class Tracker:
 
     def samples(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """A grid of the first training batch as the model sees it, normalisation undone."""
+        from torchvision.utils import make_grid  # not above: a slow import
+
         shift, scale = (torch.tensor(v)[:, None, None] for v in (mean, std))
         pictures = (images[:32].detach().float().cpu() * scale + shift).clamp(0, 1)
         factor = max(1, 64 // pictures.shape[-1])
