@@ -12,13 +12,14 @@ Only rank 0 writes. A resumed run drops what was logged after the checkpoint tha
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -154,6 +155,16 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Replace a JSON file so that a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.replace(path)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a CSV file so that a reader never sees half of it; what a row does not have stays empty."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
     partial.replace(path)
 
 

@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--by {args.by}: no trial has it; valid: {', '.join(known)}")
         show(sorted(found, key=lambda row: -row["metrics"].get(args.by, float("-inf"))))
         if args.csv:
-            from ray_jobs.outcome import write_csv
+            from ray_jobs.outcome import write_results
 
-            write_csv(args.csv, found)
+            write_results(args.csv, found)
             print(f"table: {args.csv}")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from mamba.tracking import write_csv
 from ray_jobs import experiment
 from ray_jobs.findings import findings, ranked
 from ray_jobs.report import write_report
@@ -35,7 +35,7 @@ def conclude(folder: Path, script: str) -> int:
         console.print(text, markup=False)
 
     def write_table() -> None:
-        write_csv(folder / "results.csv", experiment.rows(folder))
+        write_results(folder / "results.csv", experiment.rows(folder))
 
     ended, rows = experiment.run(folder, say, write_table)
     write_table()
@@ -60,15 +60,10 @@ def conclude(folder: Path, script: str) -> int:
     return 1 if failed else 0
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One trial a line: name, status, reason, every value and metric that any trial has."""
     values = sorted({key for row in rows for key in row["values"]})
     metrics = sorted({key for row in rows for key in row["metrics"]})
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["trial", "status", "reason", "seconds", *values, *metrics], restval="")
-        writer.writeheader()
-        for row in rows:
-            plain = {key: row[key] for key in ("trial", "status", "reason", "seconds")}
-            writer.writerow({**plain, **row["values"], **row["metrics"]})
-    partial.replace(path)
+    about = ("trial", "status", "reason", "seconds")
+    lines = [{**{key: row[key] for key in about}, **row["values"], **row["metrics"]} for row in rows]
+    write_csv(path, [*about, *values, *metrics], lines)
