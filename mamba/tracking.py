@@ -130,6 +130,13 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} is damaged ({error}); remove it to finish the run again") from None
 
 
+def epochs_of(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every epoch that a run has finished, while it goes on too."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def prepare_resume(folder: Path) -> None:
     """Forget an earlier request to stop, and see that the newest checkpoint can be read.
 

@@ -6,7 +6,6 @@ object store and is kept by the process.
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from mamba.config import RunConfig
 from mamba.data import ImageData
 from mamba.errors import ConfigError, ForgeError
 from mamba.model import MambaModel
-from mamba.tracking import FIRST_HPARAMS, Tracker, environment, finished_result, write_hparams, write_json
+from mamba.tracking import FIRST_HPARAMS, Tracker, environment, epochs_of, finished_result, write_hparams, write_json
 from mamba.trainer import fit, request_stop, resolve_amp
 from mamba.worker import Worker
 from pruning import measure as meter
@@ -229,13 +228,6 @@ def _train_nested(shared: Shared, config: RunConfig, folder: Path, told: Report)
         except BaseException:  # Tune stops a trial where it reports
             request_stop(folder)
             raise
-
-
-def epochs_of(folder: Path) -> list[dict[str, float]]:
-    """The metrics of every epoch that a run has finished."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def best_accuracy(metrics: Mapping[str, float]) -> float:
