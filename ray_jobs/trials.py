@@ -25,7 +25,7 @@ from mamba.errors import ConfigError, ForgeError
 from mamba.model import MambaModel
 from mamba.tracking import FIRST_HPARAMS, Tracker, environment, epochs_of, finished_result, write_hparams, write_json
 from mamba.trainer import fit, request_stop, resolve_amp
-from mamba.worker import Worker
+from mamba.worker import Worker, own_device
 from pruning import measure as meter
 from pruning.cut import cut
 from pruning.masks import Masks
@@ -148,19 +148,19 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
 def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, float]]:
     """Speed of the dense model and of each trial's, one after the other with nothing beside them: dense first."""
     assert shared.checkpoint is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     dense, *_ = trained_model(shared.checkpoint, device)
     configs = [trial_config(shared, name, values) for name, values in trials]
     models = (dense, *(cut_model(shared, config, device).model for config in configs))
     amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
-    batch_size = 1024 if device.type == "cuda" else 128
+    batch_size = meter.usual_batch(device)
     return [meter.speed(model, batch_size, BENCH_SECONDS, amp) for model in models]
 
 
 def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
     """Cut the trained model as `prune.*` says, fine-tune it if asked to, and measure what is left."""
     assert shared.checkpoint is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     _, description, _ = trained_model(shared.checkpoint, device)
     prune, data = config.prune, shared.data
     if not config.cuts():
@@ -202,7 +202,7 @@ def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report)
     if shared.workers > 1:
         result = _train_nested(shared, config, folder, told)
     else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = own_device()
         result = fit(config, TrialWorker(device, shared.threads, told), folder, shared.data, hooks_for(config))
     return {**result, "metrics": {**result["metrics"], "val/best_accuracy": max(map(best_accuracy, epochs_of(folder)))}}
 
