@@ -17,14 +17,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mamba import checkpoint as ckpt
 from mamba.config import RunConfig
 from mamba.data import load_data
 from mamba.errors import ConfigError, ForgeError
 from mamba.tracking import environment
 from mamba.trainer import resolve_amp
+from mamba.worker import own_device
 from pruning import COMPONENTS, PLANS, apply_plan, measure
 from pruning.components import ELEMENT
 from pruning.cut import cut
@@ -98,14 +97,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     model, description = ckpt.load_model(args.checkpoint, device=device)
     config = RunConfig(**description["config"])
     data = load_data(config.data, config.seed)
     if data.val is None:
         raise ConfigError("the run kept no validation split (data.val_fraction 0); there is nothing to measure on")
     amp = resolve_amp(config.optim.amp, device)
-    batch_size = args.batch_size or (1024 if device.type == "cuda" else 128)
+    batch_size = args.batch_size or measure.usual_batch(device)
     about = {
         "command": " ".join(["python", *sys.argv]),
         "date": str(date.today()),

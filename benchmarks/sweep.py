@@ -53,6 +53,7 @@ def compare(checkpoint: Path) -> dict[str, object]:
     config = RunConfig(**description["config"])
     data = load_data(config.data, config.seed)
     assert data.val is not None
+    measure.accuracy(model, data, data.val, config.eval.batch_size)  # the first call imports, and builds, what it needs
     began = time.perf_counter()
     for trial in trials:
         ((key, rate),) = trial.values.items()

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 Normalise = Callable[[Tensor], Tensor]
 
@@ -27,6 +26,11 @@ class SampleTransform:
     """
 
     def __init__(self, augment: str, random_erasing: float, side: int) -> None:
+        self.image = self.erase = None
+        if augment == "none" and random_erasing == 0:
+            return
+        from torchvision.transforms import v2  # it imports torch.compile: seconds that not every process needs
+
         steps: list[torch.nn.Module] = []
         if augment != "none":
             steps += [v2.RandomCrop(side, padding=max(1, side // 8)), v2.RandomHorizontalFlip()]

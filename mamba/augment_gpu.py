@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import v2
 
 Ints = NDArray[np.int64]
 
@@ -38,6 +37,8 @@ class Policy:
     slots = 2
 
     def __init__(self, name: str, side: int) -> None:
+        from torchvision.transforms import v2
+
         self.transform = (
             v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
             if name == "autoaugment"

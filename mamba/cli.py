@@ -44,9 +44,9 @@ class SweepArgs(TrainArgs):
 
     space: str | None = None
     """The search space: a YAML file, or the name of one in search_spaces/."""
-    trials: str | None = None
+    trials: int | None = None
     """Trials of a search in all; None: what the space says."""
-    gpus_per_trial: str | None = None
+    gpus_per_trial: float | None = None
     """GPUs that a trial holds, fractions allowed; None: 1 to train, 0.25 to measure."""
     storage: str | None = None
     """URL of the Optuna study; None: a SQLite file in the experiment's folder."""
@@ -58,7 +58,7 @@ class AblateArgs(TrainArgs):
 
     grid: Annotated[str, tyro.conf.arg(metavar="{components,layers,joint,all}")] = "all"
     """Which grids: each component at each rate; each block alone; combinations; or all of them."""
-    gpus_per_trial: str | None = None
+    gpus_per_trial: float | None = None
     """GPUs that a trial holds, fractions allowed; None: 0.25."""
 
 
@@ -134,7 +134,7 @@ def _parse(
             f"model.checkpoint brings its own widths: leave out {', '.join(ignored)}; of model.* only model.drop_path "
             "goes with it"
         )
-    given = {key: launch[key] for key in options - {"preset", "resume"} if key in launch}
+    given = {key: _typed(kind, key, launch[key]) for key in options - {"preset", "resume"} if key in launch}
     args = kind(
         config=base.with_values(values),
         preset=preset,
@@ -148,6 +148,16 @@ def _parse(
             description += f" Short names: {words}."
         tyro.cli(kind, args=["--help"], default=args, prog=prog, description=description)
     return args
+
+
+def _typed(kind: type[TrainArgs], key: str, text: str) -> int | float | str:
+    """An option's text as the type that it is declared with."""
+    declared = next(str(field.type) for field in fields(kind) if field.name == key)
+    try:
+        return int(text) if declared.startswith("int") else float(text) if declared.startswith("float") else text
+    except ValueError:
+        what = "a whole number" if declared.startswith("int") else "a number"
+        raise ConfigError(f"--{key.replace('_', '-')} {text}: {what} is needed") from None
 
 
 def _config_in(folder: Path) -> RunConfig:

@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mamba.augment import SampleTransform
 from mamba.augment_gpu import BatchAugment, Draws, to_device
@@ -151,6 +149,8 @@ def _digits() -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
 
 
 def _cifar(name: str, root: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    from torchvision.datasets import CIFAR10, CIFAR100  # not above: a slow import
+
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = root / source.base_folder
     try:
@@ -200,6 +200,8 @@ def _load_folder(root: Path, side: int, val_fraction: float, seed: int) -> Image
 
 def _list_images(folder: Path) -> dict[str, list[Path]]:
     """Class name -> its image files, both sorted."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     try:
         listing = {
             d.name: sorted(f for f in d.iterdir() if f.suffix.lower() in IMG_EXTENSIONS)

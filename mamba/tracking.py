@@ -1,7 +1,7 @@
 """What a run leaves in its folder: config, TensorBoard events, metrics as JSON lines, the live position, the result.
 
     config.yaml         the resolved config
-    events.out.*        TensorBoard: scalars, images, config as text, the HPARAMS entry
+    events.out.*        TensorBoard: scalars, images, config as text; the HPARAMS entry in a file of its own
     metrics.jsonl       one line an epoch
     progress.json       where the run is now (replaced in place)
     result.json         written once, at the end
@@ -12,12 +12,14 @@ Only rank 0 writes. A resumed run drops what was logged after the checkpoint tha
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -27,11 +29,13 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from torchvision.utils import make_grid
 
 from mamba.checkpoint import check_resumable
 from mamba.config import RunConfig, may_be_none
@@ -46,8 +50,16 @@ HPARAM_METRICS = (
     "model/params",
     "model/macs",
 )
-FIRST_HPARAMS = {"model.name", "model.drop_path", "optim.lr", "optim.weight_decay", "optim.layer_decay", "data.augment"}
-"""Columns that TensorBoard shows before the others; the rest is one click away."""
+FIRST_HPARAMS = frozenset({"data.augment", "model.drop_path", "model.name", "optim.lr"})
+"""Columns that TensorBoard shows before the others, with the status: five in all; the rest is one click away."""
+STATUSES = {
+    "finished": Status.STATUS_SUCCESS,
+    "stopped early": Status.STATUS_SUCCESS,
+    "failed": Status.STATUS_FAILURE,
+    "interrupted": Status.STATUS_UNKNOWN,
+}
+"""What the HPARAMS tab's column `status` says of a run, and the word that TensorBoard itself has for it."""
+HPARAMS_FILE = "events.out.tfevents.0.hparams"
 NOT_COMPARED = {
     *("trial", "out", "data.root", "data.loader_workers", "eval.batch_size", "checkpoint.every", "checkpoint.keep"),
     *("scaling.cpus_per_worker", "scaling.max_failures"),
@@ -118,6 +130,13 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} is damaged ({error}); remove it to finish the run again") from None
 
 
+def epochs_of(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every epoch that a run has finished, while it goes on too."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def prepare_resume(folder: Path) -> None:
     """Forget an earlier request to stop, and see that the newest checkpoint can be read.
 
@@ -143,6 +162,16 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Replace a JSON file so that a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.replace(path)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a CSV file so that a reader never sees half of it; what a row does not have stays empty."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
     partial.replace(path)
 
 
@@ -184,7 +213,7 @@ class Tracker:
             if steps_done == 0:
                 lines = [f"    {line}" for line in config.to_yaml().splitlines()]
                 self.writer.add_text("config", "\n".join(lines))
-            self._hparams_start()
+            self.writer.flush()
         except OSError as error:
             raise CheckpointError(f"the run's folder {folder} cannot be written: {error}") from None
 
@@ -195,23 +224,6 @@ class Tracker:
             partial = path.with_name(".metrics.partial")
             partial.write_text("".join(line + "\n" for line in lines))
             partial.replace(path)
-
-    def _hparams_start(self) -> None:
-        """Every run of ours has the same keys, so each can carry the same experiment summary, whichever TensorBoard
-        reads: one table with every run under `--logdir`, whatever was or was not searched."""
-        shown = {
-            key: value
-            if isinstance(value, int | float) and not isinstance(value, bool) and not may_be_none(key)
-            else str(value)
-            for key, value in self.config.flat().items()
-            if key not in NOT_COMPARED
-        }
-        experiment, start, self.session_end = hparams(shown, dict.fromkeys(HPARAM_METRICS, 0.0))
-        _put_first(experiment, FIRST_HPARAMS)
-        writer = self.writer._get_file_writer()
-        writer.add_summary(experiment)
-        writer.add_summary(start)
-        writer.flush()
 
     def step(self, global_step: int, metrics: Mapping[str, float]) -> None:
         """Scalars of one optimizer step, under tags of their own (`step/*`)."""
@@ -236,6 +248,8 @@ class Tracker:
 
     def samples(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """A grid of the first training batch as the model sees it, normalisation undone."""
+        from torchvision.utils import make_grid  # not above: a slow import
+
         shift, scale = (torch.tensor(v)[:, None, None] for v in (mean, std))
         pictures = (images[:32].detach().float().cpu() * scale + shift).clamp(0, 1)
         factor = max(1, 64 // pictures.shape[-1])
@@ -246,16 +260,63 @@ class Tracker:
         write_json(self.folder / "progress.json", position)
 
     def finish(self, result: Mapping[str, Any], global_step: int) -> None:
-        """The final scalars, the HPARAMS entry's end, and result.json."""
+        """The final scalars, the HPARAMS entry's status, and result.json."""
         for name, value in result["metrics"].items():
             if name.split("/")[0] in ("test", "model"):
                 self.writer.add_scalar(name, value, global_step)
-        self.writer._get_file_writer().add_summary(self.session_end)
         self.writer.close()
+        write_hparams(self.folder, self.config, "finished")
         write_json(self.folder / "result.json", result)
 
     def close(self) -> None:
         self.writer.close()
+
+
+def write_hparams(folder: Path, config: RunConfig, status: str, first: Collection[str] = FIRST_HPARAMS) -> None:
+    """A run's line in TensorBoard's HPARAMS tab, with a status to filter and sort by; replaces the one before.
+
+    Written when a run has ended: a TensorBoard that is open keeps the first entry that it reads of a run. Every run of
+    ours has the same keys, so each can carry the same experiment summary, whichever TensorBoard reads: one table with
+    every run under `--logdir`, whatever was or was not searched.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        status: one of STATUSES.
+        first: the hyperparameters whose columns come first.
+    """
+    shown = {
+        key: value
+        if isinstance(value, int | float) and not isinstance(value, bool) and not may_be_none(key)
+        else str(value)
+        for key, value in config.flat().items()
+        if key not in NOT_COMPARED
+    }
+    metrics = dict.fromkeys(HPARAM_METRICS, 0.0)
+    experiment, start, end = hparams({"status": status, **shown}, metrics, {"status": list(STATUSES)})
+    with _content(experiment) as content:
+        for info in content.experiment.hparam_infos:  # TensorBoard sorts first what differs between runs
+            info.differs = info.name == "status" or info.name in first
+    with _content(end) as content:
+        content.session_end_info.status = STATUSES[status]
+    now = time.time()
+    events = [Event(wall_time=now, file_version="brain.Event:2")]
+    events += [Event(wall_time=now, summary=part) for part in (experiment, start, end)]
+    partial = folder / ".hparams.partial"
+    with partial.open("wb") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())
+    partial.replace(folder / HPARAMS_FILE)
+
+
+@contextmanager
+def _content(summary: Any) -> Iterator[Any]:
+    """What a summary says to the HPARAMS tab, to be changed."""
+    data = summary.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(data.content)
+    yield content
+    data.content = content.SerializeToString()
 
 
 def _epoch_of(line: str) -> int:
@@ -263,12 +324,3 @@ def _epoch_of(line: str) -> int:
         return int(json.loads(line)["epoch"])
     except (ValueError, KeyError):  # a line that a crash cut short
         return 10**9
-
-
-def _put_first(experiment: Any, names: set[str]) -> None:
-    """Mark hyperparameters of an experiment summary as differing between runs: TensorBoard sorts those first."""
-    data = experiment.value[0].metadata.plugin_data
-    content = HParamsPluginData.FromString(data.content)
-    for info in content.experiment.hparam_infos:
-        info.differs = info.name in names
-    data.content = content.SerializeToString()

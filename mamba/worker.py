@@ -57,9 +57,14 @@ class Worker:
         return box[0]
 
 
+def own_device() -> torch.device:
+    """This process's first GPU if it has one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def local_worker() -> Worker:
-    """This process alone, on its first GPU if it has one."""
-    return Worker(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    """This process alone, on its own device."""
+    return Worker(device=own_device())
 
 
 def torchrun_worker() -> Worker:

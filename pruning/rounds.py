@@ -19,7 +19,6 @@ Knows nothing of Ray: how a run is trained and measured is passed in.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from mamba.ema import ModelEma
 from mamba.errors import CheckpointError, ConfigError
 from mamba.hooks import TrainHook
 from mamba.model import Architecture, MambaModel
-from mamba.tracking import write_json
+from mamba.tracking import write_csv, write_json
 from pruning.importance import Batches
 from pruning.masks import FILE as MASKS
 from pruning.masks import MaskHook, Masks, load_masks
@@ -85,7 +84,7 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
                 return None
             write_json(here / "row.json", row)
         rows.append(_read_json(here / "row.json"))
-        write_table(folder, rows)
+        write_csv(folder / "rounds.csv", COLUMNS, rows)
         row = rows[-1]
         engine.say(
             f"round {number}: density {row['density']:.4f}, {row['params']:,} parameters, "
@@ -290,13 +289,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); remove it to measure that round again") from None
-
-
-def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """rounds.csv: one line a round."""
-    partial = folder / ".rounds.partial"
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(folder / "rounds.csv")

@@ -33,13 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _create(args: AblateArgs) -> Path:
     from mamba import checkpoint as ckpt
     from mamba.model import Architecture
-    from ray_jobs.experiment import FILE, Experiment, create, number, taken
+    from ray_jobs.experiment import FILE, Experiment, create, taken
     from ray_jobs.spaces import expand, load_space
 
     chosen = list(GRIDS) if args.grid == "all" else [args.grid]
     if not set(chosen) <= set(GRIDS):
         raise ConfigError(f"unknown grid '{args.grid}'; valid: {', '.join(GRIDS)}, all")
-    share = number("gpus-per-trial", args.gpus_per_trial, None)
     config = args.config.resolve()
     folder = config.out / config.name
     if (folder / FILE).exists():
@@ -53,7 +52,7 @@ def _create(args: AblateArgs) -> Path:
     question = spaces[0].question if not many else "What does each cut cost: components, blocks, combinations?"
     space = spaces[0].model_copy(update={"question": question, "fixed": {}})
     config = config.with_values({"model.checkpoint": None})
-    create(folder, Experiment(space, trials, config, checkpoint, share, None, len(trials)), sys.argv)
+    create(folder, Experiment(space, trials, config, checkpoint, args.gpus_per_trial, None, len(trials)), sys.argv)
     return folder
 
 

@@ -19,6 +19,8 @@ RAY_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own banner; its verbosity 0 silences the older output
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # its own TensorBoard files would take over the HPARAMS tab
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no objective, and must not end the sweep
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it warns about otherwise
 }
 """Environment variables that Ray reads when a cluster or a run starts; a user's own setting wins."""
@@ -59,8 +61,8 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
         return
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
-        if address not in ("auto", "local"):
-            announce(f"connecting to the Ray cluster at {address}")
+        told = {"auto": "connecting to Ray, or starting it on this machine", "local": "starting Ray on this machine"}
+        announce(f"{told.get(address, f'connecting to the Ray cluster at {address}')} ...")
         try:
             ray.init(address=address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
         except (ConnectionError, ValueError, RuntimeError) as error:

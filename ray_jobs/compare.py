@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--by {args.by}: no trial has it; valid: {', '.join(known)}")
         show(sorted(found, key=lambda row: -row["metrics"].get(args.by, float("-inf"))))
         if args.csv:
-            from ray_jobs.outcome import write_csv
+            from ray_jobs.outcome import write_results
 
-            write_csv(args.csv, found)
+            write_results(args.csv, found)
             print(f"table: {args.csv}")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,13 +74,13 @@ def trials_under(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """One trial a row, and only the metrics that some trial has."""
+def show(rows: list[dict[str, Any]], first: Sequence[str] = ()) -> None:
+    """One trial a row, and only the metrics that some trial has; `first` before the others."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    used = [c for c in COLUMNS if any(c in row["metrics"] for row in rows)]
+    used = [c for c in dict.fromkeys((*first, *COLUMNS)) if any(c in row["metrics"] for row in rows)]
     for name in ("trial", "status", *used):
         table.add_column(name, justify="left" if name in ("trial", "status") else "right", no_wrap=True)
     for row in rows:

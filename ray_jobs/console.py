@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mamba.tracking import epochs_of
 from mamba.trainer import request_stop
 
 
@@ -29,7 +30,7 @@ class Display:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        self.seen_lines = len(self._metric_lines())
+        self.seen = len(epochs_of(folder))
         self.last: dict[str, Any] = {}
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -88,14 +89,10 @@ class Display:
             self.say("  ".join(words))
 
     def _new_epochs(self) -> list[dict[str, Any]]:
-        lines = self._metric_lines()
-        self.seen_lines = min(self.seen_lines, len(lines))  # a restarted run drops what it repeats
-        new, self.seen_lines = lines[self.seen_lines :], len(lines)
-        return [json.loads(line) for line in new]
-
-    def _metric_lines(self) -> list[str]:
-        path = self.folder / "metrics.jsonl"
-        return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        epochs = epochs_of(self.folder)
+        self.seen = min(self.seen, len(epochs))  # a restarted run drops what it repeats
+        new, self.seen = epochs[self.seen :], len(epochs)
+        return new
 
     def _position(self) -> dict[str, Any]:
         try:

@@ -24,7 +24,7 @@ from ray_jobs.spaces import Space, Trial
 from ray_jobs.sweep import Drawn, Listed, Resources, open_study, run_sweep
 from ray_jobs.trials import Shared, time_trials
 
-FILE = "experiment.json"
+FILE, BASELINE = "experiment.json", "baseline.json"
 MEASURES_PER_GPU = 4
 """Measure trials that share a GPU unless told otherwise."""
 
@@ -141,10 +141,10 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
         baseline: dict[str, float] = {}
         if experiment.checkpoint is not None:
             ckpt.check_start(experiment.checkpoint, len(data.classes), data.train.images.shape[1])
-            path = folder / "baseline.json"
-            if not path.exists():
-                write_json(path, measure(config, experiment.checkpoint))
-            baseline = json.loads(path.read_text())
+            baseline = baseline_of(folder)
+            if not baseline:
+                baseline = measure(config, experiment.checkpoint)
+                write_json(folder / BASELINE, baseline)
         shared = Shared(
             experiment.space.kind,
             folder,
@@ -155,6 +155,7 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
             int(held.cpus) or config.scaling.cpus_per_worker or 1,
             config.scaling.num_workers or 1,
             cluster.gpus > 0,
+            compared(experiment),
         )
         search = _search(experiment, folder)
         done = len(rows(folder))
@@ -182,6 +183,15 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
     return ended, rows(folder)
 
 
+def compared(experiment: Experiment) -> tuple[str, ...]:
+    """The keys in which an experiment's trials differ."""
+    if experiment.space.search:
+        return tuple(experiment.space.search)
+    values = [trial.values for trial in experiment.trials]
+    keys = dict.fromkeys(key for own in values for key in own)
+    return tuple(key for key in keys if any(own.get(key, ...) != values[0].get(key, ...) for own in values))
+
+
 def _time(shared: Shared, say: Callable[[str], None]) -> None:
     """Measure the speed of the trials that changed it, alone on one GPU or in this process, and add it to their
     results. Trials that ran side by side would have measured each other."""
@@ -200,8 +210,7 @@ def _time(shared: Shared, say: Callable[[str], None]) -> None:
         speeds = ray.get(ray.remote(num_gpus=1)(time_trials).remote(shared, changed))
     else:
         speeds = time_trials(shared, changed)
-    baseline = shared.folder / "baseline.json"
-    write_json(baseline, {**json.loads(baseline.read_text()), **speeds[0]})
+    write_json(shared.folder / BASELINE, {**baseline_of(shared.folder), **speeds[0]})
     for (name, _), speed in zip(changed, speeds[1:], strict=True):
         result = _result(shared, name)
         result["metrics"] |= speed
@@ -217,6 +226,12 @@ def _search(experiment: Experiment, folder: Path) -> Listed:
         study = open_study(experiment.space, folder, experiment.storage, experiment.config.seed)
         return Drawn(experiment.space, study, folder, experiment.count)
     return Listed([t for t in experiment.trials if "values" not in (finished_result(folder / t.name) or {})])
+
+
+def baseline_of(folder: Path) -> dict[str, float]:
+    """Metrics of the model that an experiment cuts, as measured when it began; empty where there is none."""
+    path = folder / BASELINE
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -241,13 +256,3 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def command() -> list[str]:
     """The words that started this process."""
     return list(sys.argv)
-
-
-def number(flag: str, text: str | None, default: float | None) -> float | None:
-    """A number typed on the command line; raises ConfigError where it is none."""
-    if text is None:
-        return default
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"--{flag} {text}: a number is needed") from None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+Row = TypeVar("Row", bound=Mapping[str, Any])
 CHEAP, DEAR = 1.0, 5.0
 """Points of accuracy: what a cut may cost to be advised, and what makes one dear."""
 
@@ -56,18 +59,27 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
     return {name: trials for name, trials in found.items() if len(trials) > 1}
 
 
-def findings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], val_images: int = 0) -> str:
-    """A short text: what to prune first, what not to touch; means over seeds. Empty where trials say nothing of it.
+def findings(
+    rows: Sequence[Mapping[str, Any]],
+    baseline: Mapping[str, float],
+    val_images: int = 0,
+    objectives: Mapping[str, str] | None = None,
+) -> str:
+    """A short text: what to prune first, what not to touch; of a search, its best trials; means over seeds.
 
     Args:
         rows: trials, as `ray_jobs.experiment.rows` gives them.
         baseline: metrics of the dense model.
         val_images: size of the validation split, to say how coarse its percents are.
+        objectives: of a search, metric -> max or min; none for a grid.
     """
-    lines = []
+    counts = Counter(row["status"] for row in rows)
+    lines = [f"{len(rows)} trials: {', '.join(f'{n} {status}' for status, n in counts.items())}"] if rows else []
     if "val/accuracy" in baseline:
         images = f" of {val_images} images, one of which is {100 / val_images:.2f} points" if val_images else ""
         lines.append(f"baseline: {baseline['val/accuracy']:.2f} % on the validation split{images}")
+    if objectives:
+        return "\n".join(lines + _searched(rows, baseline, objectives))
     components = by_component(rows)
     drops = {name: {r: row["metrics"]["val/drop"] for r, row in points.items()} for name, points in components.items()}
     cheap = {}
@@ -85,8 +97,9 @@ def findings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], v
     if layers:
         order = sorted(layers, key=lambda layer: layers[layer])
         words = [f"{layer} ({layers[layer]:.2f})" for layer in order]
-        lines.append(f"blocks that matter least, points lost: {', '.join(words[:3])}")
-        lines.append(f"blocks not to touch, points lost: {', '.join(words[:-4:-1])}")
+        named = min(3, max(1, len(words) // 2))  # none is in both lists
+        lines.append(f"blocks that matter least, points lost: {', '.join(words[:named])}")
+        lines.append(f"blocks not to touch, points lost: {', '.join(words[: -named - 1 : -1])}")
     for row in joint(rows):
         m = row["metrics"]
         words_of = ", ".join(f"{name} {rate:g}" for name, rate in cut_of(row).items())
@@ -114,3 +127,57 @@ def _means(repeated: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         f" ({scores[name][0]:.2f} to {scores[name][-1]:.2f})"
         for name in order
     ]
+
+
+def front(rows: Sequence[Mapping[str, Any]], objectives: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """The finished trials that no other beats: at least as good in every objective and better in one; best first by
+    the first objective. With one objective, its best trials."""
+    signs = {key: -1.0 if mode == "max" else 1.0 for key, mode in objectives.items()}
+    done = [r for r in rows if r["status"] == "finished" and all(key in r["metrics"] for key in signs)]
+    points = [tuple(sign * row["metrics"][key] for key, sign in signs.items()) for row in done]
+
+    def beaten(point: tuple[float, ...]) -> bool:
+        return any(q != point and all(b <= a for a, b in zip(point, q, strict=True)) for q in points)
+
+    best = [(point, row) for point, row in zip(points, done, strict=True) if not beaten(point)]
+    return [row for _, row in sorted(best, key=lambda item: item[0])]
+
+
+def ranked(rows: Sequence[Row], objective: str, mode: str) -> list[Row]:
+    """Trials from the best to the worst; last those that have no such metric."""
+    sign = -1 if mode == "max" else 1
+    return sorted(rows, key=lambda row: sign * row["metrics"].get(objective, sign * float("inf")))
+
+
+def _searched(
+    rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], objectives: Mapping[str, str]
+) -> list[str]:
+    """The best trial of a search, or its Pareto front."""
+    best, (first, *others) = front(rows, objectives), objectives
+    lines = []
+    if others and best:
+        words = " and ".join(f"{key} ({mode})" for key, mode in objectives.items())
+        lines.append(f"Pareto front, {len(best)} trials; none is better in both {words}:")
+    for row in best if others else best[:1]:
+        reached = [f"{first} {short(row['metrics'][first])}"]
+        for key in others:
+            value = row["metrics"][key]
+            share = f" ({100 * value / baseline[key]:.0f} % of the dense model's)" if baseline.get(key) else ""
+            reached.append(f"{key} {short(value)}{share}")
+        values = {key.removeprefix("prune."): value for key, value in varied(rows, row).items()}
+        chosen = ", ".join(f"{key} {value:.2g}" if isinstance(value, float) else f"{key} {value}"
+                           for key, value in values.items())  # fmt: skip
+        lines.append(f"{'' if others else 'best: '}{row['trial']}: {', '.join(reached)} with {chosen}")
+    return lines
+
+
+def varied(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's values, without those that are the same in all trials."""
+    return {k: v for k, v in row["values"].items() if any(r["values"].get(k, ...) != v for r in rows)}
+
+
+def short(value: Any) -> str:
+    """A value or metric: whole and large numbers whole, others in four significant digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"

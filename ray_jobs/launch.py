@@ -17,7 +17,7 @@ from mamba.checkpoint import check_start
 from mamba.config import RunConfig
 from mamba.data import check_batch_size, load_data
 from mamba.errors import ForgeError, TrainingError
-from mamba.tracking import write_json
+from mamba.tracking import write_hparams, write_json
 from mamba.trainer import fit
 from mamba.worker import Worker, local_worker
 from pruning.rounds import hooks_for
@@ -56,6 +56,18 @@ def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dic
         ForgeError: with a sentence for the user; before workers start where the cluster is too small.
     """
     await_orphans(folder)
+    try:
+        result = _run(config, folder, announce)
+    except ForgeError:
+        if any(folder.glob("events*")):  # it began
+            write_hparams(folder, config, "failed")
+        raise
+    if result["status"] == "interrupted":
+        write_hparams(folder, config, "interrupted")
+    return result
+
+
+def _run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dict[str, Any]:
     workers = config.scaling.num_workers
     if workers == 0:
         worker = local_worker()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mamba.config import RunConfig
 from mamba.data import load_data
 from mamba.trainer import resolve_amp
+from mamba.worker import own_device
 from pruning import measure as meter
 from pruning.store import load_smaller
 
@@ -38,12 +37,12 @@ def measure(config: RunConfig, path: Path, batch_size: int | None = None) -> dic
 
 def _measure(spec: dict[str, Any]) -> dict[str, float]:
     config, path = RunConfig(**spec["config"]), Path(spec["path"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     amp = resolve_amp(config.optim.amp, device)
     model = load_smaller(path, device)[0].model
     data = load_data(config.data, config.seed)
     evaluated_at = config.eval.batch_size
-    batch_size = spec["batch_size"] or (1024 if device.type == "cuda" else 128)
+    batch_size = spec["batch_size"] or meter.usual_batch(device)
     val: dict[str, float] = {}
     if data.val is not None:
         val["val/accuracy"] = meter.accuracy(model, data, data.val, evaluated_at, amp)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from mamba.tracking import write_csv
 from ray_jobs import experiment
-from ray_jobs.findings import findings
+from ray_jobs.findings import findings, ranked
 from ray_jobs.report import write_report
 
 SHOWN = 10
@@ -36,23 +35,21 @@ def conclude(folder: Path, script: str) -> int:
         console.print(text, markup=False)
 
     def write_table() -> None:
-        write_csv(folder / "results.csv", experiment.rows(folder))
+        write_results(folder / "results.csv", experiment.rows(folder))
 
     ended, rows = experiment.run(folder, say, write_table)
     write_table()
     failed = [row for row in rows if row["status"] == "failed"]
     told = experiment.load(folder)
     objective, mode = next(iter(told.space.objectives.items()), ("val/accuracy", "max"))
-    sign = -1 if mode == "max" else 1
-    best = sorted(rows, key=lambda row: sign * row["metrics"].get(objective, -sign * float("inf")))
-    show(best[:SHOWN])
+    best = ranked(rows, objective, mode)
+    show(best[:SHOWN], first=list(told.space.objectives))
     if len(best) > SHOWN:
         console.print(f"the best {SHOWN} of {len(best)}; all of them: {folder / 'results.csv'}", markup=False)
     for row in failed:
         console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
-    baseline = folder / "baseline.json"
-    measured = json.loads(baseline.read_text()) if baseline.exists() else {}
-    text = findings(rows, measured, int(measured.get("val/images", 0)))
+    measured = experiment.baseline_of(folder)
+    text = findings(rows, measured, int(measured.get("val/images", 0)), told.space.objectives)
     console.print(text, markup=False)
     if rows:
         console.print(f"report: {write_report(folder, rows, text)}", markup=False)
@@ -63,15 +60,10 @@ def conclude(folder: Path, script: str) -> int:
     return 1 if failed else 0
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One trial a line: name, status, reason, every value and metric that any trial has."""
     values = sorted({key for row in rows for key in row["values"]})
     metrics = sorted({key for row in rows for key in row["metrics"]})
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["trial", "status", "reason", "seconds", *values, *metrics], restval="")
-        writer.writeheader()
-        for row in rows:
-            plain = {key: row[key] for key in ("trial", "status", "reason", "seconds")}
-            writer.writerow({**plain, **row["values"], **row["metrics"]})
-    partial.replace(path)
+    about = ("trial", "status", "reason", "seconds")
+    lines = [{**{key: row[key] for key in about}, **row["values"], **row["metrics"]} for row in rows]
+    write_csv(path, [*about, *values, *metrics], lines)

@@ -12,6 +12,7 @@ early_stop: {grace_epochs, reduction}               ASHA, for one objective and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -50,6 +51,24 @@ class Range(BaseModel):
 
     def value(self, drawn: Any) -> Any:
         return 1 - drawn if self.one_minus else drawn
+
+    def drawn(self, value: Any) -> Any:
+        """What a value was made of: the inverse of `value`."""
+        return 1 - value if self.one_minus else value
+
+    def ends(self) -> tuple[Any, Any]:
+        """The values at the two ends of an axis."""
+        listed = self.extremes()
+        return listed[0], listed[-1]
+
+    def place(self, value: Any) -> float:
+        """Where a value lies between the ends, from 0 to 1, as the search draws it."""
+        if self.choices is not None:
+            return self.choices.index(value) / max(1, len(self.choices) - 1)
+        assert self.low is not None and self.high is not None
+        scale = math.log if self.log else float
+        low, here, high = scale(self.low), scale(self.drawn(value)), scale(self.high)
+        return (here - low) / (high - low)
 
     def extremes(self) -> list[Any]:
         """The values that decide whether all are valid."""

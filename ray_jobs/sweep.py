@@ -31,7 +31,7 @@ from ray.tune.search import Searcher
 
 from mamba.tracking import finished_result, write_json
 from ray_jobs.spaces import Space, Trial
-from ray_jobs.trials import Shared, run_trial
+from ray_jobs.trials import Shared, list_trial, run_trial
 
 RETRIES = 2
 """How often a trial whose process or node died is started again."""
@@ -162,8 +162,8 @@ def open_study(space: Space, folder: Path, storage: str | None, seed: int) -> op
 class Watcher(tune.Callback):
     """Keeps the folder complete: trials that Tune stopped early or gave up get a result too."""
 
-    def __init__(self, folder: Path, search: Listed, changed: Callable[[str, dict[str, Any]], None]) -> None:
-        self.folder, self.search, self.changed = folder, search, changed
+    def __init__(self, shared: Shared, search: Listed, changed: Callable[[str, dict[str, Any]], None]) -> None:
+        self.shared, self.search, self.changed = shared, search, changed
         self.running: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,12 +183,14 @@ class Watcher(tune.Callback):
     def _settle(self, trial: Any, status: str, reason: str, last: dict[str, Any]) -> None:
         name = trial.config["trial"]
         self.running.discard(name)
-        result = finished_result(self.folder / name)
+        folder = self.shared.folder / name
+        result = finished_result(folder)
         if result is None or "values" not in result:
             metrics = {k: v for k, v in last.items() if "/" in k and isinstance(v, int | float)}
             result = {"status": status, "reason": reason, "metrics": metrics, "values": trial.config["values"]}
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / name / "result.json", result)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "result.json", result)
+            list_trial(self.shared, name, trial.config["values"], status)
         self.search.settled(name, result)
         self.changed(name, result)
 
@@ -234,7 +236,7 @@ def run_sweep(
 
     # a trial whose work happens in workers of its own must not take what they need; nothing at all is refused by Tune
     held = {"CPU": resources.cpus, "GPU": resources.gpus} if resources.cpus else {"memory": 1}
-    watcher = Watcher(shared.folder, search, changed)
+    watcher = Watcher(shared, search, changed)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trainable, shared=shared), held),
         tune_config=tune.TuneConfig(

@@ -6,11 +6,11 @@ object store and is kept by the process.
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,9 +23,9 @@ from mamba.config import RunConfig
 from mamba.data import ImageData
 from mamba.errors import ConfigError, ForgeError
 from mamba.model import MambaModel
-from mamba.tracking import Tracker, environment, finished_result, write_json
+from mamba.tracking import FIRST_HPARAMS, Tracker, environment, epochs_of, finished_result, write_hparams, write_json
 from mamba.trainer import fit, request_stop, resolve_amp
-from mamba.worker import Worker
+from mamba.worker import Worker, own_device
 from pruning import measure as meter
 from pruning.cut import cut
 from pruning.masks import Masks
@@ -56,6 +56,8 @@ class Shared:
     """DDP workers of a training trial; 1: the trial trains by itself."""
     gpu: bool
     """Whether the cluster has GPUs."""
+    compared: tuple[str, ...] = ()
+    """The keys in which trials differ: TensorBoard's first columns."""
 
 
 class TrialWorker(Worker):
@@ -94,10 +96,9 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
     except (ForgeError, torch.OutOfMemoryError) as error:
         result = {"status": "failed", "reason": str(error).splitlines()[0], "metrics": {}}
         (folder / "error.log").write_text(traceback.format_exc())
-        if not list(folder.glob("events*")) and (folder / "config.yaml").exists():
-            Tracker(folder, config, 0, 0).close()  # listed in TensorBoard's table, without metrics
     result = {**result, "values": values, "trial_seconds": round(time.perf_counter() - began, 3)}
     write_json(folder / "result.json", result)
+    list_trial(shared, name, values, result["status"])
     return result
 
 
@@ -106,6 +107,15 @@ def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunCon
     base = RunConfig(**shared.config)
     own = {"out": shared.folder.parent, "name": shared.folder.name, "trial": name}
     return base.with_values({**values, **own}).resolve()
+
+
+def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str) -> None:
+    """A trial's line in TensorBoard's HPARAMS tab, also of one whose values do not go together."""
+    config = RunConfig(**shared.config)
+    with suppress(ConfigError):
+        config = config.with_values(dict(values))
+        config = trial_config(shared, name, values)
+    write_hparams(shared.folder / name, config, status, shared.compared or FIRST_HPARAMS)
 
 
 @lru_cache(maxsize=1)
@@ -138,19 +148,19 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
 def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, float]]:
     """Speed of the dense model and of each trial's, one after the other with nothing beside them: dense first."""
     assert shared.checkpoint is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     dense, *_ = trained_model(shared.checkpoint, device)
     configs = [trial_config(shared, name, values) for name, values in trials]
     models = (dense, *(cut_model(shared, config, device).model for config in configs))
     amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
-    batch_size = 1024 if device.type == "cuda" else 128
+    batch_size = meter.usual_batch(device)
     return [meter.speed(model, batch_size, BENCH_SECONDS, amp) for model in models]
 
 
 def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
     """Cut the trained model as `prune.*` says, fine-tune it if asked to, and measure what is left."""
     assert shared.checkpoint is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     _, description, _ = trained_model(shared.checkpoint, device)
     prune, data = config.prune, shared.data
     if not config.cuts():
@@ -192,7 +202,7 @@ def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report)
     if shared.workers > 1:
         result = _train_nested(shared, config, folder, told)
     else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = own_device()
         result = fit(config, TrialWorker(device, shared.threads, told), folder, shared.data, hooks_for(config))
     return {**result, "metrics": {**result["metrics"], "val/best_accuracy": max(map(best_accuracy, epochs_of(folder)))}}
 
@@ -218,13 +228,6 @@ def _train_nested(shared: Shared, config: RunConfig, folder: Path, told: Report)
         except BaseException:  # Tune stops a trial where it reports
             request_stop(folder)
             raise
-
-
-def epochs_of(folder: Path) -> list[dict[str, float]]:
-    """The metrics of every epoch that a run has finished."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def best_accuracy(metrics: Mapping[str, float]) -> float:

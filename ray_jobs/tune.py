@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _create(args: SweepArgs) -> Path:
-    from ray_jobs.experiment import Experiment, create, number
+    from ray_jobs.experiment import Experiment, create
     from ray_jobs.spaces import expand, load_space
 
     if args.space is None:
@@ -40,13 +40,12 @@ def _create(args: SweepArgs) -> Path:
     if space.kind == "measure" and checkpoint is None:
         raise ConfigError("a space of kind measure cuts a trained model: give --checkpoint")
     trials = expand(space, config.model.depth or 0) if space.grids else []
-    count = len(trials) or int(number("trials", args.trials, space.trials) or 0)
+    count = len(trials) or (space.trials if args.trials is None else args.trials)
     if count < 1:
         raise ConfigError(f"--trials {count} draws nothing; at least 1")
-    share = number("gpus-per-trial", args.gpus_per_trial, None)
     config = config.with_values({"model.checkpoint": None}) if space.kind == "measure" else config
     folder = config.out / config.name
-    experiment = Experiment(space, trials, config, checkpoint, share, args.storage, count)
+    experiment = Experiment(space, trials, config, checkpoint, args.gpus_per_trial, args.storage, count)
     create(folder, experiment, sys.argv)
     return folder
 

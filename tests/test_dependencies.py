@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,9 @@ def test_imports_point_downward(package, file):
 
 def test_the_rule_looks_at_something():
     assert len(FILES) > 20 and "ray" in imported(ROOT / "ray_jobs" / "cluster.py")
+
+
+def test_sweeps_start_without_what_only_compiling_needs():
+    """torch._dynamo takes more than a second to import, in the driver and in every process of a sweep."""
+    code = "import sys, ray_jobs.outcome, ray_jobs.trials; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

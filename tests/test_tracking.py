@@ -13,9 +13,11 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import backend_context
 from tensorboard.plugins.hparams.api_pb2 import ListSessionGroupsRequest, Status
 from tensorboard.plugins.hparams.list_session_groups import Handler
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from mamba.errors import ConfigError
-from mamba.tracking import FIRST_HPARAMS, HPARAM_METRICS, create_run, exclusive
+from mamba.tracking import FIRST_HPARAMS, HPARAM_METRICS, create_run, exclusive, write_hparams
 
 
 def test_scalars_images_and_config(small_fit, tmp_path):
@@ -30,6 +32,14 @@ def test_scalars_images_and_config(small_fit, tmp_path):
     assert tags["images"] == ["train/augmented"]
     text = next(t for t in tags["tensors"] if t.startswith("config"))
     assert b"batch_size: 16" in events.Tensors(text)[0].tensor_proto.string_val[0]
+
+
+def shown_status(run):
+    """What the HPARAMS tab says of one run."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    content = events.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    return HParamsPluginData.FromString(content).session_start_info.hparams["status"].string_value
 
 
 def hparams_table(logdir):
@@ -56,7 +66,7 @@ def test_hparams_tab_lists_every_run_with_its_final_metrics(small_fit, tmp_path)
     assert {m.name.tag for m in experiment.metric_infos} == set(HPARAM_METRICS)
     columns = {h.name for h in experiment.hparam_infos}
     assert {"optim.lr", "optim.grad_clip", "data.mixup", "ema.decay", "seed"} <= columns and "out" not in columns
-    assert {h.name for h in experiment.hparam_infos[:6]} == FIRST_HPARAMS
+    assert {h.name for h in experiment.hparam_infos[:5]} == {"status", *FIRST_HPARAMS}
     assert len(groups) == 2
     by_lr = {round(g.hparams["optim.lr"].number_value, 6): g for g in groups}
     assert by_lr[0.001].hparams["optim.grad_clip"].string_value == "1.0"
@@ -66,6 +76,25 @@ def test_hparams_tab_lists_every_run_with_its_final_metrics(small_fit, tmp_path)
         for metric in HPARAM_METRICS:
             assert shown[metric] == pytest.approx(results[name]["metrics"][metric], rel=1e-5), metric
         assert by_lr[lr].sessions[0].status == Status.STATUS_SUCCESS
+        assert by_lr[lr].hparams["status"].string_value == "finished"
+
+
+def test_hparams_tab_lists_what_did_not_finish_with_a_status_to_filter_by(small_fit, small_config, tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    write_hparams(tmp_path / "runs" / "a", small_config(optim__epochs=1), "interrupted")
+    small_fit("runs/a", optim__epochs=1)
+    for status in ("failed", "stopped early", "interrupted"):
+        (tmp_path / "runs" / status).mkdir()
+        write_hparams(tmp_path / "runs" / status, small_config(), status)
+    experiment, groups = hparams_table(tmp_path / "runs")
+    assert {g.hparams["status"].string_value: g.sessions[0].status for g in groups} == {
+        "finished": Status.STATUS_SUCCESS,
+        "stopped early": Status.STATUS_SUCCESS,
+        "failed": Status.STATUS_FAILURE,
+        "interrupted": Status.STATUS_UNKNOWN,
+    }
+    column = next(h for h in experiment.hparam_infos if h.name == "status")
+    assert set(column.domain_discrete) == {"finished", "failed", "stopped early", "interrupted"}
 
 
 def test_a_resumed_run_drops_what_it_repeats(small_fit, tmp_path):

@@ -58,6 +58,8 @@ def test_grids_multiply_and_repeat_over_seeds(tmp_path):
 def test_one_minus_turns_a_log_scale_towards_one():
     where = load_space("recipe").search["ema.decay"]
     assert where.value(1e-5) == pytest.approx(0.99999) and where.distribution().log
+    assert [where.place(end) for end in where.ends()] == pytest.approx([0, 1])
+    assert where.place(1 - 10**-3.5) == pytest.approx(0.5), "half way on the scale that it is drawn on"
 
 
 def write(tmp_path, **parts):

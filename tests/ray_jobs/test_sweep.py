@@ -5,33 +5,44 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
+import yaml
 
 from mamba import checkpoint as ckpt
 from mamba.config import RunConfig
 from mamba.data import load_data
 from mamba.errors import ConfigError
+from mamba.tracking import HPARAM_METRICS
+from mamba.trainer import fit
+from mamba.worker import local_worker
 from pruning import measure as meter
 from pruning import prune_multiple
 from ray_jobs import experiment
 from ray_jobs.ablate import main as ablate
 from ray_jobs.cluster import Cluster
 from ray_jobs.compare import main as compare
-from ray_jobs.findings import findings
-from ray_jobs.report import pareto_front
+from ray_jobs.findings import findings, front
+from ray_jobs.report import write_report
 from ray_jobs.spaces import expand, load_space
-from ray_jobs.sweep import Drawn, open_study
+from ray_jobs.sweep import Drawn, Listed, Watcher, open_study
 from ray_jobs.train import main as train
 from ray_jobs.trials import Shared, run_trial
 from ray_jobs.tune import main as tune
+from tests.test_tracking import hparams_table, shown_status
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = [
@@ -96,6 +107,30 @@ def test_a_trial_that_cannot_be_is_a_result_with_its_reason(trained, tmp_path, v
     result = run_trial(shared, "bad", values, lambda _: None)
     assert result["status"] == "failed" and reason in result["reason"]
     assert (tmp_path / "runs" / "exp" / "bad" / "error.log").exists()
+    assert shown_status(tmp_path / "runs" / "exp" / "bad") == "failed"
+
+
+def test_a_trial_that_tune_ended_gets_a_result_and_a_status(trained, tmp_path):
+    """Stopped early, its process died again and again, or done by itself: the last keeps what it left."""
+    shared = shared_of(trained, tmp_path / "runs" / "exp")
+
+    class Ended:
+        def __init__(self, name, values):
+            self.config = {"trial": name, "values": values}
+            self.last_result = {"val/accuracy": 50.0}
+
+        def get_error(self):
+            return "Traceback\nActorDiedError: gone"
+
+    told = {}
+    watcher = Watcher(shared, Listed([]), told.__setitem__)
+    run_trial(shared, "done", {"prune.mlp": 0.5}, lambda _: None)
+    watcher.on_trial_complete(0, [], Ended("done", {"prune.mlp": 0.5}))
+    watcher.on_trial_complete(0, [], Ended("stopped", {"optim.lr": 0.1}))
+    watcher.on_trial_error(0, [], Ended("dead", {"optim.lr": 0.1, "optim.min_lr": 0.2}))  # not even resolvable
+    states = {"done": "finished", "stopped": "stopped early", "dead": "failed"}
+    assert {name: result["status"] for name, result in told.items()} == states
+    assert {name: shown_status(shared.folder / name) for name in states} == states
 
 
 def test_a_cut_can_be_fine_tuned(trained, tmp_path):
@@ -116,6 +151,30 @@ def test_a_training_trial_reports_every_epoch_and_repeats_itself(trained, tmp_pa
     assert len(told) == 3 and told[-1]["val/best_accuracy"] >= told[0]["val/best_accuracy"]
     same = ("val/loss", "val/best_accuracy", "test/accuracy", "train/loss")
     assert [a["metrics"][k] for k in same] == [b["metrics"][k] for k in same]
+
+
+def test_a_trial_of_several_workers_is_followed_and_stopped(trained, tmp_path, monkeypatch):
+    """Tune stops a trial where it reports: the workers are asked to end, and have ended before the trial has."""
+    shared = replace(shared_of(trained, tmp_path / "runs" / "exp", "train"), workers=2)
+    ended = []
+
+    def workers(config, folder, *_):
+        ended.append(fit(config, local_worker(), folder, shared.data))
+        return ended[-1]
+
+    monkeypatch.setattr("ray_jobs.launch.train_with_workers", workers)
+    told = []
+    result = run_trial(shared, "whole", {}, told.append)
+    assert [m["epoch"] for m in told] == [1, 2, 3]
+    assert result["metrics"]["val/best_accuracy"] == told[-1]["val/best_accuracy"] > 0
+
+    def stop(metrics):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        run_trial(shared, "stopped", {"optim.epochs": 500}, stop)
+    assert [r["status"] for r in ended] == ["finished", "interrupted"] and ended[-1]["epoch"] < 499
+    assert not (shared.folder / "stopped" / "result.json").exists()
 
 
 def test_a_study_goes_on_after_its_sweep_died(tmp_path):
@@ -175,7 +234,7 @@ def test_findings_say_what_the_numbers_say():
         row({"prune.mlp": 0.7}, 0.9),
         row({"prune.mlp": 0.9}, 7.0),
         row({"prune.conv1d": 0.3}, 6.0),
-        *(row({"prune.layer": i, "prune.mlp": 0.7}, float(i)) for i in range(5)),
+        *(row({"prune.layer": i, "prune.mlp": 0.7}, float(i)) for i in range(6)),
         row({"prune.mlp": 0.7, "prune.linear_out": 0.7}, 3.0, **{"model/params": 50, "bench/images_per_s": 30.0}),
         {"status": "failed", "values": {"prune.mlp": 0.95}, "metrics": {}},
     ]
@@ -183,14 +242,75 @@ def test_findings_say_what_the_numbers_say():
     assert "prune first: mlp at 0.7 costs 0.90 points" in text
     assert "careful: conv1d costs 6.00 points already at 0.3" in text
     assert "matter least, points lost: 0 (0.00), 1 (1.00), 2 (2.00)" in text
-    assert "not to touch, points lost: 4 (4.00), 3 (3.00), 2 (2.00)" in text
+    assert "not to touch, points lost: 5 (5.00), 4 (4.00), 3 (3.00)" in text
+    few = findings(rows[4:8], {}).splitlines()
+    assert few[1:] == ["blocks that matter least, points lost: 0 (0.00), 1 (1.00)",
+                       "blocks not to touch, points lost: 3 (3.00), 2 (2.00)"]  # fmt: skip
     assert "3.00 points, 50 % of the parameters, 1.50 times the throughput" in text
 
 
 def test_the_pareto_front_by_hand():
-    points = [(1, 5), (2, 7), (3, 6), (2, 4), (4, 7)]
-    assert pareto_front(points, more=False) == [(1, 5), (2, 7)]
-    assert pareto_front(points, more=True) == [(4, 7)]
+    def of(points, **modes):
+        rows = [{"trial": str(i), "status": "finished", "metrics": dict(zip("xy", p, strict=False))}
+                for i, p in enumerate(points)]  # fmt: skip
+        rows.append({"trial": "early", "status": "stopped early", "metrics": {"x": -99, "y": 99}})
+        return [tuple(row["metrics"].values()) for row in front(rows, modes)]
+
+    points = [(1, 5), (2, 7), (3, 6), (2, 4), (4, 7), (1,)]
+    assert of(points, y="max", x="min") == [(2, 7), (1, 5)]
+    assert of(points, y="max", x="max") == [(4, 7)]
+    assert of(points, y="min", x="min") == [(2, 4), (1, 5)]
+    assert of(points, x="min") == [(1, 5), (1,)]
+    assert of([], y="max") == []
+
+
+def searched(folder, space, rows):
+    """The folder that a search leaves, without the search."""
+    config = RunConfig(out=folder.parent, name=folder.name).resolve()
+    experiment.create(folder, experiment.Experiment(space, [], config, None, None, None, len(rows)), ["tune.py"])
+    for i, (values, metrics) in enumerate(rows):
+        (folder / f"trial-{i:04d}").mkdir()
+        status = "finished" if metrics else "failed"
+        result = {"status": status, "reason": "" if metrics else "it could not be", "values": values}
+        (folder / f"trial-{i:04d}" / "result.json").write_text(json.dumps({**result, "metrics": metrics}))
+    return experiment.rows(folder)
+
+
+def test_the_report_of_a_search_with_two_objectives(tmp_path):
+    space = load_space("pruning")
+    points = [(90.0, 400.0), (95.0, 500.0), (80.0, 450.0), (97.0, 900.0), None]
+    rows = searched(tmp_path / "exp", space, [
+        ({"prune.structured": True, **dict.fromkeys(space.search, 0.05 * (i + 1))},
+         {} if p is None else {"val/accuracy": p[0], "model/macs": p[1], "model/nonzero": 10.0 * i, "val/drop": 1.0})
+        for i, p in enumerate(points)
+    ])  # fmt: skip
+    baseline = {"val/accuracy": 98.0, "model/macs": 1000.0, "model/nonzero": 100.0}
+    (tmp_path / "exp" / "baseline.json").write_text(json.dumps(baseline))
+    text = findings(rows, baseline, 143, space.objectives)
+    assert "5 trials: 4 finished, 1 failed" in text and "Pareto front, 3 trials" in text
+    front_lines = [line for line in text.splitlines() if line.startswith("trial-")]
+    assert [line.split(":")[0] for line in front_lines] == ["trial-0003", "trial-0001", "trial-0000"]
+    assert "model/macs 900 (90 % of the dense model's) with linear_out 0.2" in front_lines[0]
+    assert "structured" not in text, "what is the same in all trials says nothing"
+    page = write_report(tmp_path / "exp", rows, text).read_text()
+    made = {p.stem for p in (tmp_path / "exp" / "report").glob("*.png")}
+    assert made == {"pareto", "model-nonzero", "importance", "parallel"}
+    assert re.findall(r'class="best"><td>(trial-\d+)', page) == ["trial-0003", "trial-0001", "trial-0000"]
+    assert "failed: trial-0004: it could not be" in page and "prune.structured True" in page
+
+
+def test_the_report_of_a_search_with_one_objective(tmp_path):
+    space = load_space("recipe")
+    rows = searched(tmp_path / "exp", space, [
+        ({"model.drop_path": 0.1 * i, "optim.layer_decay": 0.7, "ema.decay": 0.999, "optim.lr": 1e-3},
+         {"val/best_accuracy": 90.0 + i})
+        for i in range(3)
+    ])  # fmt: skip
+    text = findings(rows, {}, 0, space.objectives)
+    assert text.splitlines()[1] == "best: trial-0002: val/best_accuracy 92 with model.drop_path 0.2"
+    page = write_report(tmp_path / "exp", rows, text)
+    assert {p.stem for p in page.parent.glob("*.png")} == {"importance", "parallel"}
+    assert page.read_text().count('class="best"') == 1
 
 
 @pytest.mark.parametrize(
@@ -199,7 +319,9 @@ def test_the_pareto_front_by_hand():
         (tune, [], "--space is missing"),
         (tune, ["--space", "nowhere"], "no search space nowhere"),
         (tune, ["--space", "pruning"], "give --checkpoint"),
-        (tune, ["--space", "quickstart", "--trials", "many"], "--trials many: a number is needed"),
+        (tune, ["--space", "quickstart", "--trials", "many"], "--trials many: a whole number is needed"),
+        (tune, ["--space", "quickstart", "--trials", "0"], "--trials 0 draws nothing; at least 1"),
+        (ablate, ["--gpus-per-trial", "half"], "--gpus-per-trial half: a number is needed"),
         (
             ablate,
             ["--grid", "everything", "--checkpoint", "CHECKPOINT"],
@@ -253,6 +375,10 @@ def test_an_ablation_killed_and_continued(trained, tmp_path, capsys):
     ]
     assert "Traceback" not in out and "prune" in out and f"report: {folder}/report/index.html" in out
     assert {p.name for p in (folder / "report").glob("*.png")} >= {"components.png", "layers.png", "joint.png"}
+    columns, groups = hparams_table(tmp_path)
+    assert {m.name.tag for m in columns.metric_infos} == set(HPARAM_METRICS), "Tune's own files took the tab over"
+    assert [g.hparams["status"].string_value for g in groups] == ["finished"] * len(table)
+    assert {h.name for h in columns.hparam_infos[:3]} == {"prune.conv1d", "prune.layer", "prune.linear_B_C"}
     page = (folder / "report" / "index.html").read_text()
     assert page.count("data:image/png;base64") >= 3 and "ray_jobs/ablate.py" in page
     assert ablate(["--checkpoint", str(trained), "--out", str(tmp_path)]) == 2
@@ -263,8 +389,9 @@ def test_an_ablation_killed_and_continued(trained, tmp_path, capsys):
 
 @pytest.mark.cluster
 def test_a_search_stopped_and_continued(tmp_path):
-    """SIGTERM, as `ray job stop` sends it: an orderly end with results so far; then the rest, with the same study."""
-    words = [*FAST[:8], "--space", "quickstart", "--trials", "5", "--out", str(tmp_path)]
+    """SIGTERM, as `ray job stop` sends it: an orderly end with results so far; then the rest, with the same study.
+    Learning rates below optim.min_lr cannot be, which costs those trials alone."""
+    words = [*FAST[:8], "--space", "quickstart", "--trials", "5", "--out", str(tmp_path), "--optim.min-lr", "2e-3"]
     driver = start("tune", *words)
     folder = tmp_path / "search"
     ends = time.monotonic() + 150
@@ -277,13 +404,16 @@ def test_a_search_stopped_and_continued(tmp_path):
     assert (folder / "results.csv").exists()
     done = start("tune", "--resume", str(folder))
     out, _ = done.communicate(timeout=200)
-    assert done.returncode == 0, out
+    assert done.returncode == 1 and "Traceback" not in out, out
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{folder / 'study.db'}")
-    assert len(study.trials) == 5 and {t.state.name for t in study.trials} <= {"COMPLETE", "PRUNED"}
+    states = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed"}
+    assert len(study.trials) == 5 and {"COMPLETE", "FAIL"} <= {t.state.name for t in study.trials} <= set(states)
     for t in study.trials:
         result = json.loads((folder / f"trial-{t.number:04d}" / "result.json").read_text())
         assert result["values"]["optim.lr"] == pytest.approx(t.params["optim.lr"])
-        assert result["status"] == ("finished" if t.state.name == "COMPLETE" else "stopped early")
+        assert result["status"] == states[t.state.name]
+        assert (result["status"] == "failed") == (t.params["optim.lr"] < 2e-3)
+        assert shown_status(folder / f"trial-{t.number:04d}") == result["status"]
     assert torch.tensor(study.best_value).isfinite()
 
 
@@ -298,3 +428,80 @@ def test_a_trial_trains_with_two_workers_on_all_cpus_there_are(tmp_path):
     results = [json.loads(p.read_text()) for p in sorted((tmp_path / "search").glob("trial-*/result.json"))]
     assert len(results) == 1
     assert all(r["status"] == "stopped early" or r["world_size"] == 2 for r in results)
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    """A cluster of two nodes with a CPU each, on this machine; yields (environment, how to kill the second node)."""
+    scratch = Path("/tmp") / f"forge-{os.getpid()}"  # socket paths must be short
+    ray = str(Path(sys.executable).parent / "ray")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "300"}  # notice a death soon
+    env |= {"RAY_health_check_failure_threshold": "3", "OMP_NUM_THREADS": "1"}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # nodes and driver have to share one
+    address = f"127.0.0.1:{free_port()}"
+
+    def node(*words):
+        words = [*words, "--num-cpus=1", "--block", f"--dashboard-agent-listen-port={free_port()}"]
+        process = subprocess.Popen([ray, "start", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, start_new_session=True)  # fmt: skip
+        nodes.append(process)
+        assert any("Ray runtime started" in line for line in process.stdout), "the node did not start"
+
+    def kill(process):
+        listing = subprocess.run(["ps", "-s", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
+        for pid in listing.split():  # raylet, agents and workers share the terminal session that it was started in
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        process.wait(30)
+
+    nodes = []
+    try:
+        port = address.partition(":")[2]
+        node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={scratch}")
+        node(f"--address={address}")
+        yield {**env, "RAY_ADDRESS": address}, lambda: kill(nodes[1])
+    finally:
+        for process in reversed(nodes):
+            if process.poll() is None:
+                kill(process)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.cluster
+def test_a_node_that_dies_costs_only_the_trial_on_it(two_nodes, tmp_path, monkeypatch):
+    """Two training trials at once, one a node; the second node goes; its trial alone goes on, on the first node."""
+    env, kill_second = two_nodes
+    space = {"question": "?", "cost": "2 trials", "kind": "train", "set": {"optim.epochs": 16, "data.batch_size": 64},
+             "grids": [{"seed": [0, 1]}]}  # fmt: skip
+    (tmp_path / "seeds.yaml").write_text(yaml.safe_dump(space))
+    for name in env:
+        monkeypatch.setenv(name, env[name])
+    driver = start("tune", *FAST[:6], "--space", str(tmp_path / "seeds.yaml"), "--out", str(tmp_path))
+    folder = tmp_path / "search"
+
+    def epochs(name):
+        path = folder / name / "metrics.jsonl"
+        return [json.loads(line)["epoch"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    ends = time.monotonic() + 100
+    while min(len(epochs("seed-0")), len(epochs("seed-1"))) < 2:
+        assert time.monotonic() < ends and driver.poll() is None
+        time.sleep(0.02)
+    kill_second()
+    assert not list(folder.glob("*/result.json")), "a trial was over before the node died"
+    out, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, out
+    with (folder / "results.csv").open() as file:
+        assert [(r["trial"], r["status"]) for r in csv.DictReader(file)] == [
+            (f"seed-{i}", "finished") for i in range(2)
+        ]
+    assert all(epochs(f"seed-{i}") == list(range(1, 17)) for i in range(2)), "epochs were lost or counted twice"
+    starts = [len(list((folder / f"seed-{i}").glob("events.out.tfevents.[1-9]*"))) for i in range(2)]
+    assert sorted(starts) == [1, 2], "a trial on the living node started again"

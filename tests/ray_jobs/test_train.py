@@ -15,6 +15,7 @@ import yaml
 
 from mamba import checkpoint as ckpt
 from ray_jobs.train import main
+from tests.test_tracking import shown_status
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = [
@@ -124,6 +125,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
     assert "saving a checkpoint" in out and f"--resume {run}" in out and "Traceback" not in out
     position = ckpt.load_training_state(ckpt.newest_checkpoint(run))
     assert position["epoch"] >= 2 and not (run / "result.json").exists()
+    assert shown_status(run) == "interrupted"
 
 
 @pytest.mark.cluster
@@ -167,3 +169,4 @@ def test_an_error_inside_a_worker_ends_with_one_sentence(tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "error: loss or gradient was not finite in" in done.stderr and "Traceback" not in done.stderr
     assert len(list((tmp_path / "quickstart" / "one" / ".ray").glob("attempt-*"))) == 1
+    assert shown_status(tmp_path / "quickstart" / "one") == "failed"
