@@ -165,8 +165,7 @@ def _searched(
             share = f" ({100 * value / baseline[key]:.0f} % of the dense model's)" if baseline.get(key) else ""
             reached.append(f"{key} {short(value)}{share}")
         values = {key.removeprefix("prune."): value for key, value in varied(rows, row).items()}
-        chosen = ", ".join(f"{key} {value:.2g}" if isinstance(value, float) else f"{key} {value}"
-                           for key, value in values.items())  # fmt: skip
+        chosen = ", ".join(f"{key} {brief(value)}" for key, value in values.items())
         lines.append(f"{'' if others else 'best: '}{row['trial']}: {', '.join(reached)} with {chosen}")
     return lines
 
@@ -176,8 +175,15 @@ def varied(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> dict[st
     return {k: v for k, v in row["values"].items() if any(r["values"].get(k, ...) != v for r in rows)}
 
 
+def brief(value: Any) -> str:
+    """A searched value in two significant digits."""
+    return f"{value:.2g}" if isinstance(value, float) and not 0.99 <= value < 1 else short(value)
+
+
 def short(value: Any) -> str:
-    """A value or metric: whole and large numbers whole, others in four significant digits."""
+    """A value or metric: whole and large numbers whole, others in four significant digits, decays in six."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
+    if 0.99 <= value < 1:  # a decay close to 1 must not become one
+        return f"{value:.6g}"
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +63,7 @@ def write_report(folder: Path, rows: Rows, text: str) -> Path:
         figures["joint"] = joint_bars(together, baseline)
     for key in COSTS:
         values = {r["metrics"][key] for r in rows if key in r["metrics"] and "val/accuracy" in r["metrics"]}
-        if len(values) > 3 and key not in objectives:
+        if len(values) > 1 and key not in objectives:
             mode = "max" if key == "bench/images_per_s" else "min"
             figures[key.replace("/", "-")] = pareto(rows, ("val/accuracy", "max"), (key, mode), baseline)
     figures |= search_figures(folder, told, rows)
@@ -225,7 +224,8 @@ def slices(rows: Rows, space: Space, objective: str, importances: Mapping[str, f
         axis.set_xlabel(f"1 - {key}" if where.one_minus else key)
         if where.log:
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            assert where.low is not None and where.high is not None
+            axis.xaxis.set_major_locator(LogLocator(subs=(1,) if where.high > 20 * where.low else (1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter(NullFormatter())
         if key in importances:
@@ -289,6 +289,8 @@ def _amount(value: Any) -> str:
     """A number as short as an axis has it: 327k, 5.44M, 0.003."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
+    if 0.99 <= value < 1:  # a decay; three digits would make it a 1
+        return f"{value:.6g}"
     scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1.0, ""))
     return f"{value / scale:.3g}{unit}"
 
@@ -307,8 +309,10 @@ def _tensorboard(out: Path, names: Sequence[str]) -> None:
 def _page(folder: Path, told: experiment.Experiment, rows: Rows, text: str, names: Sequence[str]) -> str:
     tree = json.loads((folder / experiment.FILE).read_text())
     results = (json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json")))
-    hardware: dict[str, Any] = next((result["hardware"] for result in results if "hardware" in result), {})
-    packages = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "ray", "optuna")}}
+    ran: dict[str, Any] = next((result for result in results if "hardware" in result), {})
+    hardware, packages = ran.get("hardware", {}), dict(ran.get("versions", {}))
+    if told.space.search:
+        packages["optuna"] = version("optuna")
     same = {k: v for k, v in rows[0]["values"].items() if k not in varied(rows, rows[0])} if len(rows) > 1 else {}
     about = {
         "question": tree["space"]["question"],
@@ -337,8 +341,8 @@ def _page(folder: Path, told: experiment.Experiment, rows: Rows, text: str, name
     for row in rows:
         measured = [short(row["metrics"].get(k, "")) for k in columns]
         values = [short(row["values"].get(k, "")) for k in keys]
-        cells = [row["trial"], row["status"], *measured[:first], *values, *measured[first:]]
-        cells += [row["reason"] for _ in reasons]
+        told_why = [row["reason"]] if reasons else []
+        cells = [row["trial"], row["status"], *told_why, *measured[:first], *values, *measured[first:]]
         kind = "best" if row["trial"] in best else row["status"].replace(" ", "-")
         body.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
     pictures = []

@@ -297,13 +297,19 @@ def test_the_report_of_a_search_with_two_objectives(tmp_path):
     assert made == {"pareto", "model-nonzero", "importance", "parallel"}
     assert re.findall(r'class="best"><td>(trial-\d+)', page) == ["trial-0003", "trial-0001", "trial-0000"]
     assert "failed: trial-0004: it could not be" in page and "prune.structured True" in page
+    heads = re.findall(r"<th>(.*?)</th>", page)
+    for line in re.findall(r"<tr class=.*?</tr>", page):
+        cells = dict(zip(heads, re.findall(r"<td>(.*?)</td>", line), strict=True))
+        failed = cells["trial"] == "trial-0004"
+        assert cells["reason"] == ("it could not be" if failed else "")
+        assert cells["val/accuracy"] == ("" if failed else f"{points[int(cells['trial'][-1])][0]:.0f}")
 
 
 def test_the_report_of_a_search_with_one_objective(tmp_path):
     space = load_space("recipe")
     rows = searched(tmp_path / "exp", space, [
         ({"model.drop_path": 0.1 * i, "optim.layer_decay": 0.7, "ema.decay": 0.999, "optim.lr": 1e-3},
-         {"val/best_accuracy": 90.0 + i})
+         {"val/best_accuracy": 90.0 + i, "model/macs": 1e6 * i})
         for i in range(3)
     ])  # fmt: skip
     text = findings(rows, {}, 0, space.objectives)
@@ -311,6 +317,16 @@ def test_the_report_of_a_search_with_one_objective(tmp_path):
     page = write_report(tmp_path / "exp", rows, text)
     assert {p.stem for p in page.parent.glob("*.png")} == {"importance", "parallel"}
     assert page.read_text().count('class="best"') == 1
+
+
+def test_means_over_seeds():
+    def row(name, seed, best, status="finished"):
+        return {"trial": f"{name}-seed{seed}", "status": status, "values": {"seed": seed, "model.mixer": name},
+                "metrics": {"val/best_accuracy": best}}  # fmt: skip
+
+    rows = [row("a", 0, 70.0), row("b", 0, 80.0), row("a", 1, 71.0), row("b", 1, 75.0), row("b", 2, 9.0, "failed")]
+    lines = findings([*rows, row("c", 0, 99.0)], {}).splitlines()[1:]
+    assert lines == ["b  77.50 % over 2 seeds (75.00 to 80.00)", "a  70.50 % over 2 seeds (70.00 to 71.00)"]
 
 
 @pytest.mark.parametrize(
