@@ -19,12 +19,11 @@ from mamba.errors import ConfigError
 from mamba.tracking import exclusive, finished_result, write_json
 from ray_jobs.cluster import Cluster, connected
 from ray_jobs.console import SweepDisplay
-from ray_jobs.measure import measure
 from ray_jobs.spaces import Space, Trial
 from ray_jobs.sweep import Drawn, Listed, Resources, open_study, run_sweep
-from ray_jobs.trials import Shared, time_trials
+from ray_jobs.trials import BASELINE, Shared, time_trials
 
-FILE, BASELINE = "experiment.json", "baseline.json"
+FILE = "experiment.json"
 MEASURES_PER_GPU = 4
 """Measure trials that share a GPU unless told otherwise."""
 
@@ -134,24 +133,20 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
         ForgeError: with a sentence for the user, before trials start.
     """
     experiment = load(folder)
+    config = experiment.config
+    data = load_data(config.data, config.seed)
+    if experiment.checkpoint is not None:
+        ckpt.check_start(experiment.checkpoint, len(data.classes), data.train.images.shape[1])
+        if data.val is None:
+            raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
     with exclusive(folder), connected(say) as cluster:
         held = resources(experiment, cluster)
-        config = experiment.config
-        data = load_data(config.data, config.seed)
-        baseline: dict[str, float] = {}
-        if experiment.checkpoint is not None:
-            ckpt.check_start(experiment.checkpoint, len(data.classes), data.train.images.shape[1])
-            baseline = baseline_of(folder)
-            if not baseline:
-                baseline = measure(config, experiment.checkpoint)
-                write_json(folder / BASELINE, baseline)
         shared = Shared(
             experiment.space.kind,
             folder,
             config.model_dump(mode="json"),
             data,
             experiment.checkpoint,
-            baseline,
             int(held.cpus) or config.scaling.cpus_per_worker or 1,
             config.scaling.num_workers or 1,
             cluster.gpus > 0,
@@ -229,7 +224,7 @@ def _search(experiment: Experiment, folder: Path) -> Listed:
 
 
 def baseline_of(folder: Path) -> dict[str, float]:
-    """Metrics of the model that an experiment cuts, as measured when it began; empty where there is none."""
+    """Metrics of the model that an experiment cuts; empty where there is none, or before the first trial."""
     path = folder / BASELINE
     return json.loads(path.read_text()) if path.exists() else {}
 

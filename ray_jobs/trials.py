@@ -6,6 +6,7 @@ object store and is kept by the process.
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ from pruning.store import masks_of, save_pruned
 
 Report = Callable[[Mapping[str, float]], None]
 BENCH_SECONDS = 0.2
+BASELINE = "baseline.json"
+"""In an experiment's folder: metrics of the model that its trials cut."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,6 @@ class Shared:
     data: ImageData
     checkpoint: Path | None
     """The trained model that measure trials cut."""
-    baseline: dict[str, float]
-    """Its own metrics."""
     threads: int
     """CPU threads of a trial."""
     workers: int
@@ -157,16 +158,36 @@ def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) ->
     return [meter.speed(model, batch_size, BENCH_SECONDS, amp) for model in models]
 
 
+_baselines: dict[Path, dict[str, float]] = {}
+
+
+def measured_baseline(shared: Shared, device: torch.device) -> dict[str, float]:
+    """Validation accuracy and size of the model that is cut: measured once a process, by the process's first trial, so
+    that no sweep waits for it, and kept in the experiment's folder."""
+    path = shared.folder / BASELINE
+    if path not in _baselines:
+        if not path.exists():
+            assert shared.checkpoint is not None and shared.data.val is not None
+            config = RunConfig(**shared.config)
+            model, *_ = trained_model(shared.checkpoint, device)
+            amp = resolve_amp(config.optim.amp, device)
+            accuracy = meter.accuracy(model, shared.data, shared.data.val, config.eval.batch_size, amp)
+            images = float(len(shared.data.val))
+            write_json(path, {"val/accuracy": accuracy, "val/images": images, **meter.size(model)})
+        _baselines[path] = json.loads(path.read_text())
+    return _baselines[path]
+
+
 def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
     """Cut the trained model as `prune.*` says, fine-tune it if asked to, and measure what is left."""
     assert shared.checkpoint is not None
     device = own_device()
     _, description, _ = trained_model(shared.checkpoint, device)
     prune, data = config.prune, shared.data
+    assert data.val is not None
     if not config.cuts():
         raise ConfigError("prune.*: nothing is cut; set at least one component's rate above 0")
-    if data.val is None:
-        raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
+    baseline = measured_baseline(shared, device)
     pruned = cut_model(shared, config, device)
     smaller = pruned.model
     if prune.finetune_epochs:
@@ -183,7 +204,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     amp = resolve_amp(config.optim.amp, device)
     accuracy = meter.accuracy(smaller, data, data.val, config.eval.batch_size, amp)
     metrics |= meter.size(smaller)
-    metrics |= {"val/accuracy": accuracy, "val/drop": shared.baseline["val/accuracy"] - accuracy}
+    metrics |= {"val/accuracy": accuracy, "val/drop": baseline["val/accuracy"] - accuracy}
     result = {"status": "finished", "metrics": metrics, "seed": config.seed, **environment(device)}
     if not prune.finetune_epochs:
         tracker = Tracker(folder, config, 0, 0)

@@ -66,8 +66,7 @@ def trained(tmp_path_factory):
 def shared_of(trained, folder, kind="measure"):
     config = RunConfig.from_yaml(trained / "config.yaml")
     data = load_data(config.data, config.seed)
-    baseline = {"val/accuracy": meter.accuracy(ckpt.load_model(trained)[0], data, data.val)}
-    return Shared(kind, folder, config.model_dump(mode="json"), data, trained, baseline, 1, 1, False)
+    return Shared(kind, folder, config.model_dump(mode="json"), data, trained, 1, 1, False)
 
 
 # --- without a cluster -----------------------------------------------------------------------------------------------
@@ -76,16 +75,22 @@ def shared_of(trained, folder, kind="measure"):
 def test_a_measure_trial_is_the_prune_done_by_hand(trained, tmp_path):
     shared = shared_of(trained, tmp_path / "runs" / "exp")
     model, _ = ckpt.load_model(trained)
+    assert shared.data.val is not None
+    dense = meter.accuracy(model, shared.data, shared.data.val)
     for trial in expand(load_space("layer_sensitivity"), 2) + expand(load_space("joint_pruning"), 2):
         result = run_trial(shared, trial.name, trial.values, lambda _: None)
         rates = {k.removeprefix("prune."): v for k, v in trial.values.items() if isinstance(v, float)}
         layer = trial.values.get("prune.layer")
         layers = None if layer is None else [layer]
         by_hand = prune_multiple(model, rates, shrink="prune.structured" in trial.values, layers=layers)
-        drop = shared.baseline["val/accuracy"] - meter.accuracy(by_hand, shared.data, shared.data.val)
+        drop = dense - meter.accuracy(by_hand, shared.data, shared.data.val)
         assert result["metrics"]["val/drop"] == pytest.approx(drop, abs=1e-6)
         assert result["metrics"]["model/params"] == sum(p.numel() for p in by_hand.parameters())
         assert "bench/images_per_s" not in result["metrics"], "measured beside other trials"
+    baseline = experiment.baseline_of(shared.folder)
+    assert baseline["val/accuracy"] == pytest.approx(dense, abs=1e-6)
+    assert baseline["model/params"] == sum(p.numel() for p in model.parameters())
+    assert baseline["val/images"] == len(shared.data.val)
 
 
 def test_a_trial_that_is_done_is_read_not_run(trained, tmp_path):
