@@ -15,11 +15,7 @@ from typing import Any
 import yaml
 
 from mamba.errors import ConfigError, ForgeError
-
-COLUMNS = (
-    *("test/accuracy", "val/best_accuracy", "val/accuracy", "val/drop"),
-    *("model/params", "model/nonzero", "model/macs", "bench/images_per_s"),
-)
+from ray_jobs.table import show, write_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--by {args.by}: no trial has it; valid: {', '.join(known)}")
         show(sorted(found, key=lambda row: -row["metrics"].get(args.by, float("-inf"))))
         if args.csv:
-            from ray_jobs.outcome import write_results
-
             write_results(args.csv, found)
             print(f"table: {args.csv}")
     except ForgeError as error:
@@ -72,25 +66,6 @@ def trials_under(folder: Path) -> list[dict[str, Any]]:
         rows.append({"trial": name, "status": "pruned", "reason": "", "seconds": "", "values": {},
                      "metrics": report["after"]})  # fmt: skip
     return rows
-
-
-def show(rows: list[dict[str, Any]], first: Sequence[str] = ()) -> None:
-    """One trial a row, and only the metrics that some trial has; `first` before the others."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    used = [c for c in dict.fromkeys((*first, *COLUMNS)) if any(c in row["metrics"] for row in rows)]
-    for name in ("trial", "status", *used):
-        table.add_column(name, justify="left" if name in ("trial", "status") else "right", no_wrap=True)
-    for row in rows:
-        values = [row["metrics"].get(c) for c in used]
-        table.add_row(
-            row["trial"], row["status"], *("" if v is None else f"{v:,.2f}".removesuffix(".00") for v in values)
-        )
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=160)
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from mamba.tracking import write_csv
 from ray_jobs import experiment
 from ray_jobs.findings import findings, ranked
 from ray_jobs.report import write_report
+from ray_jobs.table import show, write_results
 
 SHOWN = 10
 """Trials in the table at the end."""
@@ -26,8 +24,6 @@ def conclude(folder: Path, script: str) -> int:
     Raises:
         ForgeError: before trials start.
     """
-    from ray_jobs.compare import show
-
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"folder: {folder}", markup=False)
 
@@ -58,12 +54,3 @@ def conclude(folder: Path, script: str) -> int:
         console.print(f"interrupted; continue with\n  python {script} --resume {folder}", markup=False)
         return 130
     return 1 if failed else 0
-
-
-def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One trial a line: name, status, reason, every value and metric that any trial has."""
-    values = sorted({key for row in rows for key in row["values"]})
-    metrics = sorted({key for row in rows for key in row["metrics"]})
-    about = ("trial", "status", "reason", "seconds")
-    lines = [{**{key: row[key] for key in about}, **row["values"], **row["metrics"]} for row in rows]
-    write_csv(path, [*about, *values, *metrics], lines)

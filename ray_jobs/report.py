@@ -22,9 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ray_jobs import experiment
-from ray_jobs.compare import COLUMNS
 from ray_jobs.findings import by_component, by_layer, cut_of, front, joint, ranked, short, varied
 from ray_jobs.spaces import Space
+from ray_jobs.table import COLUMNS
 
 Rows = Sequence[Mapping[str, Any]]
 INK, FRONT, DENSE, PALE = "#31688e", "#d1495b", "#555555", "#c8c8c8"
