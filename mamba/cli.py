@@ -128,11 +128,12 @@ def _parse(
         if extra:
             raise ConfigError(f"--resume continues a run as it was: leave out {', '.join(extra)}")
         base = _config_in(Path(launch["resume"]))
-    ignored = [f"--{k}" for k in values if k.startswith("model.") and k not in ("model.checkpoint", "model.drop_path")]
+    counts = ("model.checkpoint", "model.drop_path", "model.sync_batchnorm")
+    ignored = [f"--{k}" for k in values if k.startswith("model.") and k not in counts]
     if values.get("model.checkpoint") and ignored:
         raise ConfigError(
             f"model.checkpoint brings its own widths: leave out {', '.join(ignored)}; of model.* only model.drop_path "
-            "goes with it"
+            "and model.sync_batchnorm go with it"
         )
     given = {key: _typed(kind, key, launch[key]) for key in options - {"preset", "resume"} if key in launch}
     args = kind(

@@ -7,6 +7,7 @@ other fields and refuses combinations that cannot run. Nothing here imports torc
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,6 +151,8 @@ def _check_model(model: ModelConfig, side: int) -> None:
         for key, value in (("patch_size", patch), ("stride", stride)):
             if value != 4:
                 raise ConfigError(f"model.{key} {value} does not go with model.stem 'conv'; valid: 4 (its strides)")
+        if side % 4:
+            raise ConfigError(f"data.img_size {side} does not go with model.stem 'conv'; valid: a multiple of 4")
     if stride == patch and side % patch:
         raise ConfigError(
             f"data.img_size {side} is not divisible by model.patch_size {patch}; "
@@ -199,7 +202,8 @@ class OptimConfig(_Group):
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; None: no clipping."""
     accumulate: int = Field(1, ge=1)
-    """Micro-batches per optimizer step: the same result as the whole batch at once, in less memory."""
+    """Micro-batches per optimizer step: the same result as the whole batch at once, in less memory; but for stem conv,
+    whose batch norm takes its statistics over each micro-batch."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Part of the target spread over all classes."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
@@ -420,6 +424,11 @@ class RunConfig(_Group):
                 f"data.mixup and data.cutmix pair neighbours, and data.batch_size {self.data.batch_size} over "
                 f"{shards} shares (workers x optim.accumulate) leaves {share} each; valid: a multiple of {2 * shards}"
             )
+        if share == 1 and self.model.stem == "conv" and self.data.img_size == 4:
+            raise ConfigError(
+                "model.stem 'conv' makes one token of data.img_size 4, and one image a pass (data.batch_size over "
+                "workers x optim.accumulate) leaves its batch norm one value a channel; valid: two images or more"
+            )
         if self.data.device == "gpu" and not gpu:
             raise ConfigError("data.device 'gpu' needs a GPU and there is none; valid on CPU: auto, cpu")
         if self.optim.cuda_graph is True and not gpu:
@@ -514,10 +523,12 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
             findings[str(inner)] = str(inner)
             continue
         # a union's location ends in the name of the member that was tried
-        path = [str(p) for p in item["loc"] if str(p) not in ("int", "float", "none", "str")]
+        path = [str(p) for p in item["loc"] if not re.fullmatch(r"int|float|none|str|bool|literal\[.*\]", str(p))]
         key = ".".join(([group] if group else []) + path)
         if item["type"] == "extra_forbidden":
             findings[key] = str(unknown_key(key))
+        elif item["type"] == "literal_error" and item["loc"][-1] != path[-1]:  # the other member is a boolean
+            findings[key] = f"{key}: {_lower_first(item['msg'])}, True or False, got {item['input']!r}"
         else:
             findings.setdefault(key, f"{key}: {_lower_first(item['msg'])}, got {item['input']!r}")
     return "; ".join(findings.values())

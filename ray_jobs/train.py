@@ -47,6 +47,8 @@ def dry_run(args: TrainArgs) -> int:
     else:
         check_start(config.model.checkpoint, classes, config.data.img_size)
         parameters = parameters_in(config.model.checkpoint)
+    if config.distill.teacher is not None:
+        check_start(config.distill.teacher, classes, config.data.img_size, "distill.teacher")
     print(f"# parameters: {parameters:,}")
     print(f"# training images: {train_images:,} in {classes} classes")
     print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")

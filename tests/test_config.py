@@ -59,6 +59,10 @@ def test_workers_and_precision_refused():
     mixed.check_workers(1, gpu=True)
     with pytest.raises(ConfigError, match="data.batch_size 30 over 2 shares .* leaves 15 each; valid: a multiple of 4"):
         mixed.check_workers(2, gpu=True)
+    one_value = RunConfig().with_values({"model.stem": "conv", "data.img_size": 4, "data.batch_size": 2}).resolve()
+    one_value.check_workers(1, gpu=True)
+    with pytest.raises(ConfigError, match="leaves its batch norm one value a channel"):
+        one_value.check_workers(2, gpu=True)
     with pytest.raises(ConfigError, match="optim.amp 'fp16' needs a GPU"):
         RunConfig().with_values({"optim.amp": "fp16"}).check_workers(1, gpu=False)
 
@@ -129,9 +133,16 @@ def test_command_line_overrides_a_preset():
     assert parse_train_args([]).config == get_preset("quickstart")
 
 
+def test_a_checkpoint_can_be_trained_without_synchronised_statistics():
+    words = "--model.checkpoint runs/x --model.sync-batchnorm False --model.drop-path 0.3"
+    config = parse_train_args(words.split()).config
+    assert config.model.sync_batchnorm is False and config.model.drop_path == 0.3
+
+
 def test_every_boolean_can_be_turned_off():
     booleans = [k for k, v in RunConfig().flat().items() if isinstance(v, bool)]
     assert booleans
+    booleans += ["optim.compile", "optim.cuda_graph"]  # or auto
     for key in booleans:
         assert parse_train_args([f"--{key}", "false"]).config.flat()[key] is False
         assert parse_train_args([f"--{key}", "true"]).config.flat()[key] is True
@@ -147,6 +158,8 @@ def test_every_boolean_can_be_turned_off():
         ("--data.val-fraction 2", "data.val_fraction: should be less than 1"),
         ("--optim.epochs abc", "optim.epochs: should be a valid integer.*'abc'"),
         ("--ema.enabled maybe", "ema.enabled: should be a valid boolean"),
+        ("--optim.compile maybe", "^optim.compile: should be 'auto', True or False, got 'maybe'$"),
+        ("--model.checkpoint runs/x --model.mixer forward", "leave out --model.mixer; .* and model.sync_batchnorm go"),
         ("--data.dataset mnist", "data.dataset: should be 'digits', 'cifar10'"),
         ("--optim.lr", "--optim.lr needs a value"),
         ("--resume --dry-run", "--resume needs a value"),

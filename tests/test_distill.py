@@ -53,6 +53,13 @@ def test_a_student_like_its_teacher_loses_nothing_to_it():
     assert abs(float(loss)) < 1e-6 and float(gradient.abs().max()) < 1e-6
 
 
+def test_the_teacher_gets_no_gradient():
+    student, teacher = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    loss = distillation_loss(student, teacher, torch.tensor([0, 1, 2, 0]), 4.0, 0.5)
+    mine, its = torch.autograd.grad(loss, (student, teacher), allow_unused=True)
+    assert its is None and float(mine.abs().max()) > 0
+
+
 @pytest.fixture
 def teacher(small_fit, tmp_path):
     """The folder of a trained run."""

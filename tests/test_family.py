@@ -264,6 +264,14 @@ def test_conv_stem_is_what_it_says():
     torch.testing.assert_close(tokens.flatten(0, 1).mean(0), expected[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(tokens.flatten(0, 1).std(0, correction=0), expected[1], rtol=1e-3, atol=0)
     assert model.eval()(images(12)).shape == (2, 5)
+    # GELU after the first two, not after the last; every later tensor takes its memory order from the tokens
+    x = images(12)
+    for convolution, norm in zip(convolutions, (stem.norm1, stem.norm2, stem.norm3), strict=True):
+        norm.running_mean.uniform_(-0.1, 0.1)
+        x = norm(convolution(x if convolution is stem.conv1 else 0.5 * x * (1 + torch.erf(x / 2**0.5))))
+    tokens = stem(images(12))
+    torch.testing.assert_close(tokens, x.flatten(2).transpose(1, 2))
+    assert tokens.is_contiguous() and small(img_size=12).patch_embed(images(12)).is_contiguous()
 
 
 def test_shapes_that_make_no_model():
@@ -482,6 +490,25 @@ def test_resized_positions(class_token):
     torch.testing.assert_close(rows[4:8], expected[4:8, None].expand(4, 12), rtol=0, atol=0.05)
 
 
+def test_positions_are_interpolated_by_cubics():
+    near, far = (1.25 * d**3 - 2.25 * d**2 + 1 for d in (0.25, 0.75))  # Keys' kernel with a = -0.75
+    tail, end = (-0.75 * (d**3 - 5 * d**2 + 8 * d - 4) for d in (1.25, 1.75))
+    field = torch.zeros(6, 6)
+    field[:, 2] = 1.0
+    big = resize_positions(field.view(1, 36, 1), 12, "none").view(12, 12)
+    columns = torch.tensor([0, end, tail, far, near, near, far, tail, end, 0, 0, 0])
+    torch.testing.assert_close(big, columns.expand(12, 12), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["learned", "none"])
+def test_the_residual_stream_is_float32_under_autocast(positions):
+    model, seen = small(pos_embed=positions).float(), []
+    model.stack[0].register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0], output)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images().float())
+    assert [x.dtype for x in seen] == [torch.float32] * 2
+
+
 def test_positions_that_make_no_square():
     with pytest.raises(ValueError, match="24 patches, which make no square"):
         resize_positions(torch.zeros(1, 25, 4), 3, "middle")
@@ -497,6 +524,13 @@ def test_plus_variants():
     with torch.device("meta"):
         model = vim_small(stride=8)
     assert model.architecture.grid == 27 and model.pos_embed.shape == (1, 730, 384)
+
+
+def test_class_tokens_start_like_positions():
+    torch.manual_seed(0)
+    model = named_model("mamba_tiny", 10, 32, d_model=2000, depth=1, d_state=1, expand=0.01, class_token="double")
+    for token in (model.cls_token_head, model.cls_token_tail):
+        assert 0.015 < float(token.std()) < 0.025
 
 
 def test_initial_time_step_of_a_vim():

@@ -129,6 +129,28 @@ def test_initial_weights():
     assert (model.blocks[3].mlp.fc1.bias == 0).all()
 
 
+def test_the_scale_of_initial_weights_counts_the_branches_that_there_are():
+    torch.manual_seed(0)
+    layer = mamba_tiny(d_model=64, depth=16, mlp_ratio=0).blocks[3].ssm.out_proj  # 16 branches, none of an MLP
+    bound = layer.in_features**-0.5 / 4
+    assert 0.9 * bound < float(layer.weight.abs().max()) <= bound
+
+
+def test_a_model_in_bf16_scans_with_float32_parameters(monkeypatch):
+    seen = []
+
+    def scan(problem):
+        seen.append(problem)
+        return problem.u
+
+    monkeypatch.setattr("mamba.layers.one_scan", scan)
+    MambaModel(TINY).bfloat16()(torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
+    for problem in seen:
+        assert {problem.A.dtype, problem.D.dtype, problem.delta_bias.dtype} == {torch.float32}
+        assert {problem.u.dtype, problem.delta.dtype, problem.B.dtype} == {torch.bfloat16}
+    assert len(seen) == 2
+
+
 def test_causal_convolution_equals_conv1d():
     torch.manual_seed(0)
     conv = torch.nn.Conv1d(6, 6, 4, groups=6, padding=3).double()

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mamba import checkpoint as ckpt
+from mamba.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
 from mamba.data import ImageSet
 from mamba.errors import ForgeError, TrainingError
+from mamba.layers import BlockShape
+from mamba.model import Architecture, MambaModel
 from mamba.trainer import Trainer, fit, request_stop
 from mamba.worker import Worker, local_worker
 
@@ -392,6 +398,117 @@ def test_compiled_run_keeps_names_and_follows_the_plain_one(small_fit, tmp_path,
     a, b = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     assert a.keys() == b.keys()
     torch.testing.assert_close(a["head.weight"], b["head.weight"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting, images, device, expected",
+    [
+        (True, 1, "cpu", True),
+        (False, COMPILE_FROM_IMAGES, "cuda", False),
+        ("auto", COMPILE_FROM_IMAGES, "cuda", True),
+        ("auto", COMPILE_FROM_IMAGES - 1, "cuda", False),
+        ("auto", COMPILE_FROM_IMAGES, "cpu", False),
+    ],
+)
+def test_which_runs_are_compiled(setting, images, device, expected):
+    assert should_compile(setting, images, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("hidden, varied", [((48, 48, 48), False), ((48, 36, 48), False), ((48, 36, 24), True)])
+def test_blocks_are_compiled_alike(monkeypatch, tmp_path, hidden, varied):
+    monkeypatch.setenv("MAMBA_FORGE_CACHE", str(tmp_path))
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    shapes = tuple(BlockShape(24, 4, 4, width) for width in hidden)
+    model = MambaModel(Architecture(8, 2, 3, 5, 12, 0.2, shapes))
+    unchanged = {"force_parameter_static_shapes": True, "force_nn_module_property_static_shapes": True}
+    with torch._dynamo.config.patch(unchanged), torch.fx.experimental._config.patch(use_duck_shape=True):
+        compile_blocks(model)
+        assert torch._dynamo.config.force_parameter_static_shapes != varied
+        assert torch.fx.experimental._config.use_duck_shape != varied
+    assert compiled == [(block, {"dynamic": varied}) for block in model.blocks]
+    # the first block's rate is 0: it takes the others' way through the code, and still drops nothing
+    assert all(block.drop_path.active for block in model.blocks) and model.blocks[0].drop_path.rate == 0
+    x = torch.randn(64, 2, 2)
+    assert torch.equal(model.blocks[0].drop_path.train()(x), x)
+    model = MambaModel(Architecture(8, 2, 3, 5, 12, 0.0, shapes[:1] * 2))
+    compile_blocks(model)
+    assert not any(block.drop_path.active for block in model.blocks)
+
+
+def test_the_compile_cache_is_shared_unless_the_user_has_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBA_FORGE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/the/users")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    share_compile_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/the/users"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton") and (tmp_path / "triton").is_dir()
+
+
+def test_a_run_is_as_long_as_its_epochs_and_says_whether_it_was_compiled(small_fit, monkeypatch):
+    asked, compiled = [], []
+    monkeypatch.setattr("mamba.trainer.should_compile", lambda *arguments: asked.append(arguments) or True)
+    monkeypatch.setattr("mamba.trainer.compile_blocks", compiled.append)
+    result = small_fit(optim__epochs=2)
+    assert asked == [("auto", 2 * 72, torch.device("cpu"))]
+    assert len(compiled) == 1 and result["compiled"] is True and result["recorded"] is False
+
+
+def test_a_compiled_run_evaluates_without_its_graphs(small_fit, monkeypatch):
+    stances = []
+    original = torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: stances.append(stance) or original(stance))
+    monkeypatch.setattr("mamba.trainer.compile_blocks", lambda model: None)
+    small_fit(optim__compile=True, optim__epochs=1)
+    assert stances == ["force_eager"] * 3  # raw and averaged weights on the validation split, then the test
+
+
+@pytest.mark.parametrize(
+    "asked, device, fp16, triton, recorded, warned",
+    [
+        ("auto", "cuda", False, True, True, False),
+        (True, "cuda", False, True, True, False),
+        (False, "cuda", False, True, False, False),
+        ("auto", "cpu", False, True, False, False),
+        ("auto", "cuda", True, True, False, False),
+        ("auto", "cuda", False, False, False, False),
+        (True, "cuda", True, True, False, True),
+        (True, "cuda", False, False, False, True),
+    ],
+)
+def test_which_runs_are_recorded(small_config, monkeypatch, recwarn, asked, device, fp16, triton, recorded, warned):
+    run = Trainer.__new__(Trainer)
+    run.config, run.worker = small_config(optim__cuda_graph=asked), Worker(device=torch.device(device))
+    run.scaler = SimpleNamespace(is_enabled=lambda: fp16)
+    monkeypatch.setattr("mamba.trainer.HAS_TRITON", triton)
+    assert run._should_record() is recorded
+    assert any("optim.cuda_graph" in str(w.message) for w in recwarn) == warned
+
+
+class Doubled(Worker):
+    """One of two ranks of which the other has the same values, but for running averages, which are 3 larger there."""
+
+    other: Sequence[torch.Tensor] = ()
+
+    def sum(self, values):
+        return values.mul_(2).add_(3 * any(values is buffer for buffer in self.other))
+
+
+def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small_data, tmp_path):
+    def stepped(name, worker):
+        trainer = Trainer(small_config(model__stem="conv"), local_worker(), tmp_path / name, small_data)
+        trainer.model.train()
+        if worker:
+            worker.other = trainer.statistics
+            trainer.worker, trainer.flat = worker, SimpleNamespace(average=lambda: None)
+        trainer._optimizer_step([(images, torch.full((16, 3), 1 / 3))])
+        trainer.close()
+        return [buffer.clone() for buffer in trainer.statistics]
+
+    images = torch.randn(16, 3, 8, 8)
+    for alone, averaged in zip(stepped("one", None), stepped("two", Doubled(world_size=2)), strict=True):
+        torch.testing.assert_close(averaged, alone + 1.5 if alone.is_floating_point() else alone)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
