@@ -214,11 +214,13 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
 
 
 def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
-    """Train as train.py would, from the folder's newest checkpoint if there is one; reports every epoch."""
+    """Train as train.py would, from the folder's newest checkpoint if there is one; reports every epoch but the last,
+    which is reported with the result: a trial that is stopped there saves nothing and loses its test."""
 
     def told(metrics: Mapping[str, float]) -> None:
-        best = max(map(best_accuracy, [metrics, *epochs_of(folder)]))
-        report({**metrics, "val/best_accuracy": best})
+        epochs = epochs_of(folder)
+        if metrics.get("epoch", epochs[-1]["epoch"]) < config.optim.epochs:
+            report({**metrics, "val/best_accuracy": max(map(best_accuracy, [metrics, *epochs]))})
 
     if shared.workers > 1:
         result = _train_nested(shared, config, folder, told)

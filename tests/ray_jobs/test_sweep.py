@@ -148,12 +148,13 @@ def test_a_cut_can_be_fine_tuned(trained, tmp_path):
     assert tuned["metrics"]["model/nonzero"] == at_once["metrics"]["model/nonzero"], "cut weights came back"
 
 
-def test_a_training_trial_reports_every_epoch_and_repeats_itself(trained, tmp_path):
+def test_a_training_trial_reports_every_epoch_but_the_last_and_repeats_itself(trained, tmp_path):
     shared = shared_of(trained, tmp_path / "runs" / "exp", "train")
     told = []
     a = run_trial(shared, "a", {"optim.lr": 1e-3}, told.append)
     b = run_trial(shared, "b", {"optim.lr": 1e-3}, lambda _: None)
-    assert len(told) == 3 and told[-1]["val/best_accuracy"] >= told[0]["val/best_accuracy"]
+    # the last one goes with the test's score: a scheduler that stopped the trial there would only lose that
+    assert len(told) == 2 and told[-1]["val/best_accuracy"] >= told[0]["val/best_accuracy"]
     same = ("val/loss", "val/best_accuracy", "test/accuracy", "train/loss")
     assert [a["metrics"][k] for k in same] == [b["metrics"][k] for k in same]
 
@@ -252,6 +253,32 @@ def test_findings_say_what_the_numbers_say():
     assert few[1:] == ["blocks that matter least, points lost: 0 (0.00), 1 (1.00)",
                        "blocks not to touch, points lost: 3 (3.00), 2 (2.00)"]  # fmt: skip
     assert "3.00 points, 50 % of the parameters, 1.50 times the throughput" in text
+
+
+def test_findings_are_means_over_seeds_best_first():
+    def row(name, best, seed=0, status="finished", **metrics):
+        best = {} if best is None else {"val/best_accuracy": best}
+        return {"trial": name, "status": status, "values": {"seed": seed}, "metrics": {**best, **metrics}}
+
+    rows = [
+        row("slow-seed0", 71.0, **{"val/accuracy": 60.0}),
+        row("slow-seed1", 69.0, 1, **{"val/accuracy": 60.0}),
+        row("faster-seed9", 82.0, 9),
+        row("faster-seed10", 80.0, 10),
+        row("alone-seed0", 99.0),
+        row("stopped-seed0", 99.0, status="stopped early"),
+        row("stopped-seed1", 99.0, 1, status="stopped early"),
+        row("unmeasured-seed0", None),
+        row("unmeasured-seed1", 99.0, 1),
+        {**row("other-seed0", 99.0), "values": {}},
+        {**row("other-seed1", 99.0), "values": {}},
+    ]
+    assert findings(rows, {}).splitlines() == [
+        "faster  81.00 % over 2 seeds (80.00 to 82.00)",
+        "slow    70.00 % over 2 seeds (69.00 to 71.00)",
+    ]
+    plain = [row("only-seed0", None, **{"val/accuracy": 50.0}), row("only-seed1", None, 1, **{"val/accuracy": 51.0})]
+    assert findings(plain, {}) == "only  50.50 % over 2 seeds (50.00 to 51.00)"
 
 
 def test_the_pareto_front_by_hand():

@@ -62,6 +62,32 @@ def test_shapes_with_several_tasks(shape, dtype):
 
 
 @needs_kernel
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_the_kernel_is_told(monkeypatch, gradients):
+    """torch's threads; checkpoints where there will be gradients, so that forward runs once, and else none."""
+    kernel, told = cpu._kernel(), []
+
+    class Spy:
+        def __getattr__(self, name):
+            def call(scans, count):
+                told.append((name.rpartition("_")[2], scans[0].threads, scans[0].states is not None))
+                getattr(kernel, name)(scans, count)
+
+            return call
+
+    monkeypatch.setattr(cpu, "_kernel", Spy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    tensors = [t.requires_grad_(gradients) for t in make_inputs(length=19, dtype=torch.float32).values()]
+    y = cpu.selective_scan_cpu(*tensors)
+    if gradients:
+        y.sum().backward()
+    assert told == [("forward", 2, gradients), ("backward", 2, True)][: 1 + gradients]
+    with torch.no_grad():
+        cpu.selective_scan_cpu(*tensors)
+    assert told[-1] == ("forward", 2, False)
+
+
+@needs_kernel
 def test_long_sequence():
     """63 chunks. The oracle is two_phase in float64: the reference would take seconds."""
     tensors = make_inputs(1, 20, 1000, 8, torch.float32)
