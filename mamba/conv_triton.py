@@ -51,7 +51,7 @@ def _convolve(x, weight, bias, batch, rows, columns, L, D, stride_b, stride_l, T
 
 
 @triton.jit
-def _forward_kernel(
+def _conv_kernel(
     x, weight, bias, y, L, D, chunks, stride_b, stride_l,
     TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_pre_kernel(
+def _conv_backward_pre_kernel(
     x, weight, bias, dy, dpre, sums, L, D, chunks, stride_b, stride_l, dy_stride_b, dy_stride_l,
     TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _backward_pre_kernel(
 
 
 @triton.jit
-def _backward_x_kernel(
+def _conv_backward_x_kernel(
     dpre, weight, dx, L, D, chunks,
     TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     grid, chunks, tile = _grid(x)
     x = _readable(x)
     with _device_of(x):
-        _forward_kernel[grid](
+        _conv_kernel[grid](
             x, weight.contiguous(), bias, y, x.shape[1], x.shape[2], chunks, *x.stride()[:2],
             TAPS=weight.shape[-1], STEP=-1 if reverse else 1, **tile, num_warps=8,
         )  # fmt: skip
@@ -137,11 +137,13 @@ def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse:
     dpre, dx = x.new_empty(x.shape), x.new_empty(x.shape)
     sums = x.new_empty((grid[0], taps + 1, channels), dtype=torch.float32)
     with _device_of(x):
-        _backward_pre_kernel[grid](
+        _conv_backward_pre_kernel[grid](
             x, kernel, bias, dy, dpre, sums, length, channels, chunks, *x.stride()[:2], *dy.stride()[:2],
             TAPS=taps, STEP=step, **tile, num_warps=8,
         )  # fmt: skip
-        _backward_x_kernel[grid](dpre, kernel, dx, length, channels, chunks, TAPS=taps, STEP=step, **tile, num_warps=8)
+        _conv_backward_x_kernel[grid](
+            dpre, kernel, dx, length, channels, chunks, TAPS=taps, STEP=step, **tile, num_warps=8
+        )
     total = sums.sum(0)
     return dx, total[:taps].t().unsqueeze(1).to(weight.dtype, copy=True), total[taps].to(bias.dtype, copy=True)
 

@@ -171,8 +171,8 @@ def test_a_trial_of_several_workers_is_followed_and_stopped(trained, tmp_path, m
     monkeypatch.setattr("ray_jobs.launch.train_with_workers", workers)
     told = []
     result = run_trial(shared, "whole", {}, told.append)
-    assert [m["epoch"] for m in told] == [1, 2, 3]
-    assert result["metrics"]["val/best_accuracy"] == told[-1]["val/best_accuracy"] > 0
+    assert [m["epoch"] for m in told] == [1, 2], "the third comes with the result"
+    assert result["metrics"]["val/best_accuracy"] >= told[-1]["val/best_accuracy"] > 0
 
     def stop(metrics):
         raise SystemExit
@@ -273,12 +273,12 @@ def test_findings_are_means_over_seeds_best_first():
         {**row("other-seed0", 99.0), "values": {}},
         {**row("other-seed1", 99.0), "values": {}},
     ]
-    assert findings(rows, {}).splitlines() == [
+    assert findings(rows, {}).splitlines()[1:] == [
         "faster  81.00 % over 2 seeds (80.00 to 82.00)",
         "slow    70.00 % over 2 seeds (69.00 to 71.00)",
     ]
     plain = [row("only-seed0", None, **{"val/accuracy": 50.0}), row("only-seed1", None, 1, **{"val/accuracy": 51.0})]
-    assert findings(plain, {}) == "only  50.50 % over 2 seeds (50.00 to 51.00)"
+    assert findings(plain, {}).splitlines()[1] == "only  50.50 % over 2 seeds (50.00 to 51.00)"
 
 
 def test_the_pareto_front_by_hand():
@@ -349,16 +349,6 @@ def test_the_report_of_a_search_with_one_objective(tmp_path):
     page = write_report(tmp_path / "exp", rows, text)
     assert {p.stem for p in page.parent.glob("*.png")} == {"importance", "parallel"}
     assert page.read_text().count('class="best"') == 1
-
-
-def test_means_over_seeds():
-    def row(name, seed, best, status="finished"):
-        return {"trial": f"{name}-seed{seed}", "status": status, "values": {"seed": seed, "model.mixer": name},
-                "metrics": {"val/best_accuracy": best}}  # fmt: skip
-
-    rows = [row("a", 0, 70.0), row("b", 0, 80.0), row("a", 1, 71.0), row("b", 1, 75.0), row("b", 2, 9.0, "failed")]
-    lines = findings([*rows, row("c", 0, 99.0)], {}).splitlines()[1:]
-    assert lines == ["b  77.50 % over 2 seeds (75.00 to 80.00)", "a  70.50 % over 2 seeds (70.00 to 71.00)"]
 
 
 @pytest.mark.parametrize(
