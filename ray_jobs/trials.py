@@ -7,12 +7,15 @@ object store and is kept by the process.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from pruning.store import masks_of, save_pruned
 
 Report = Callable[[Mapping[str, float]], None]
 BENCH_SECONDS = 0.2
+LOG = "trial.log"
 BASELINE = "baseline.json"
 """In an experiment's folder: metrics of the model that its trials cut."""
 
@@ -89,18 +93,31 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(shared.threads)
     began = time.perf_counter()
-    try:
-        config = trial_config(shared, name, values)
-        (folder / "config.yaml").write_text(config.to_yaml())
-        work = measure_trial if shared.kind == "measure" else train_trial
-        result = work(shared, config, folder, report)
-    except (ForgeError, torch.OutOfMemoryError) as error:
-        result = {"status": "failed", "reason": str(error).splitlines()[0], "metrics": {}}
-        (folder / "error.log").write_text(traceback.format_exc())
+    with own_log(folder):
+        print(f"{datetime.now():%F %T} {platform.node()}, process {os.getpid()}: {values}")
+        try:
+            config = trial_config(shared, name, values)
+            (folder / "config.yaml").write_text(config.to_yaml())
+            work = measure_trial if shared.kind == "measure" else train_trial
+            result = work(shared, config, folder, report)
+        except (ForgeError, torch.OutOfMemoryError) as error:
+            result = {"status": "failed", "reason": str(error).splitlines()[0], "metrics": {}}
+            traceback.print_exc()
+        except BaseException as error:
+            print(f"{datetime.now():%F %T} ended by {type(error).__name__}")
+            raise
+        print(f"{datetime.now():%F %T} {result['status']}")
     result = {**result, "values": values, "trial_seconds": round(time.perf_counter() - began, 3)}
     write_json(folder / "result.json", result)
     list_trial(shared, name, values, result["status"])
     return result
+
+
+@contextmanager
+def own_log(folder: Path) -> Iterator[None]:
+    """What is printed and warned of in a trial goes to `trial.log` in its folder; attempts follow each other there."""
+    with (folder / LOG).open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        yield
 
 
 def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunConfig:

@@ -111,7 +111,8 @@ def test_a_trial_that_cannot_be_is_a_result_with_its_reason(trained, tmp_path, v
     shared = shared_of(trained, tmp_path / "runs" / "exp")
     result = run_trial(shared, "bad", values, lambda _: None)
     assert result["status"] == "failed" and reason in result["reason"]
-    assert (tmp_path / "runs" / "exp" / "bad" / "error.log").exists()
+    log = (tmp_path / "runs" / "exp" / "bad" / "trial.log").read_text()
+    assert "Traceback" in log and reason in log and log.endswith("failed\n")
     assert shown_status(tmp_path / "runs" / "exp" / "bad") == "failed"
 
 
