@@ -27,7 +27,7 @@ class TrainArgs:
     """Continue the run in this folder exactly where it stopped. Of the keys below only scaling.* may be given with
     it; the rest is read from the folder."""
     dry_run: bool = False
-    """Print the resolved config, the parameter count and the number of steps, and exit."""
+    """Print what would run and exit: the resolved config, and parameters and steps, or the trials of a sweep."""
 
 
 @dataclass(frozen=True)

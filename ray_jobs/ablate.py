@@ -10,30 +10,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamba.cli import AblateArgs, parse_ablate_args
 from mamba.config import RunConfig
 from mamba.errors import ConfigError, ForgeError
+
+if TYPE_CHECKING:
+    from ray_jobs.experiment import Experiment
 
 GRIDS = {"components": "component_ablation", "layers": "layer_sensitivity", "joint": "joint_pruning"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 all trials ended well, 1 some failed, 2 an error of the user's, 130 interrupted."""
+    from ray_jobs.experiment import create, load, outline
     from ray_jobs.outcome import conclude
 
     try:
         args = parse_ablate_args(argv, description=(__doc__ or "").split("\n")[0])
-        return conclude(args.resume.absolute() if args.resume else _create(args), "ray_jobs/ablate.py")
+        folder = args.resume.absolute() if args.resume else None
+        experiment = load(folder) if folder else _asked(args)
+        if args.dry_run:
+            print(outline(experiment))
+            return 0
+        return conclude(folder or create(experiment, sys.argv), "ray_jobs/ablate.py")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _create(args: AblateArgs) -> Path:
+def _asked(args: AblateArgs) -> Experiment:
     from mamba import checkpoint as ckpt
     from mamba.model import Architecture
-    from ray_jobs.experiment import FILE, Experiment, create, taken
+    from ray_jobs.experiment import FILE, Experiment, taken
     from ray_jobs.spaces import expand, load_space
 
     chosen = list(GRIDS) if args.grid == "all" else [args.grid]
@@ -43,17 +53,19 @@ def _create(args: AblateArgs) -> Path:
     folder = config.out / config.name
     if (folder / FILE).exists():
         raise taken(folder)  # before a baseline is trained for it
-    checkpoint = config.model.checkpoint or _baseline(config, folder)
-    description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
-    depth = len(Architecture.from_dict(description["architecture"]).blocks)
+    checkpoint, depth = config.model.checkpoint, config.model.depth or 0
+    if checkpoint is None and not args.dry_run:
+        checkpoint = _baseline(config, folder)
+    if checkpoint is not None:
+        description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
+        depth = len(Architecture.from_dict(description["architecture"]).blocks)
     spaces = [load_space(GRIDS[name]) for name in chosen]
     many = len(spaces) > 1
     trials = [t for n, s in zip(chosen, spaces, strict=True) for t in expand(s, depth, f"{n}-" if many else "")]
     question = spaces[0].question if not many else "What does each cut cost: components, blocks, combinations?"
     space = spaces[0].model_copy(update={"question": question, "fixed": {}})
     config = config.with_values({"model.checkpoint": None})
-    create(folder, Experiment(space, trials, config, checkpoint, args.gpus_per_trial, None, len(trials)), sys.argv)
-    return folder
+    return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, None, len(trials))
 
 
 def _baseline(config: RunConfig, folder: Path) -> Path:

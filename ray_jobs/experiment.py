@@ -42,13 +42,18 @@ class Experiment:
     count: int
     """Trials in all."""
 
+    @property
+    def folder(self) -> Path:
+        return self.config.out / self.config.name
 
-def create(folder: Path, experiment: Experiment, words: Sequence[str]) -> None:
-    """Make an experiment's folder.
+
+def create(experiment: Experiment, words: Sequence[str]) -> Path:
+    """Make an experiment's folder, and return it.
 
     Raises:
         ConfigError: there is one already, or it cannot be written.
     """
+    folder = experiment.folder
     tree = {
         "space": experiment.space.model_dump(mode="json", by_alias=True),
         "trials": [[t.name, t.values] for t in experiment.trials],
@@ -68,6 +73,7 @@ def create(folder: Path, experiment: Experiment, words: Sequence[str]) -> None:
         raise taken(folder) from None
     except OSError as error:
         raise ConfigError(f"out: the experiment's folder {folder} cannot be written: {error}") from None
+    return folder
 
 
 def taken(folder: Path) -> ConfigError:
@@ -75,6 +81,21 @@ def taken(folder: Path) -> ConfigError:
     return ConfigError(
         f"{folder} holds an experiment already; choose another --name, or continue it with --resume {folder}"
     )
+
+
+def outline(experiment: Experiment) -> str:
+    """What would run: the config that trials share, the question, and the trials or where they are drawn from."""
+    space, config = experiment.space, experiment.config
+    lines = [config.to_yaml().rstrip(), f"# {space.question}", f"# cost: {space.cost}"]
+    lines += [f"# all trials: {key} {value}" for key, value in space.fixed.items()]
+    for trial in experiment.trials:
+        lines.append(f"# {trial.name}: {', '.join(f'{key} {value}' for key, value in trial.values.items())}")
+    for key, where in space.search.items():
+        log, name = ", log scale" if where.log else "", f"1 - {key}" if where.one_minus else key
+        drawn = f"one of {where.choices}" if where.choices else f"{where.low:g} to {where.high:g}{log}"
+        lines.append(f"# {name}: {drawn}")
+    lines += [f"# objective: {key} ({mode})" for key, mode in space.objectives.items()]
+    return "\n".join([*lines, f"# {experiment.count} trials in {experiment.folder}"])
 
 
 def load(folder: Path) -> Experiment:

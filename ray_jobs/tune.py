@@ -10,26 +10,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamba.cli import SweepArgs, parse_sweep_args
 from mamba.errors import ConfigError, ForgeError
 
+if TYPE_CHECKING:
+    from ray_jobs.experiment import Experiment
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 all trials ended well, 1 some failed, 2 an error of the user's, 130 interrupted."""
+    from ray_jobs.experiment import create, load, outline
     from ray_jobs.outcome import conclude
 
     try:
         args = parse_sweep_args(argv, description=(__doc__ or "").split("\n")[0])
-        return conclude(args.resume.absolute() if args.resume else _create(args), "ray_jobs/tune.py")
+        folder = args.resume.absolute() if args.resume else None
+        experiment = load(folder) if folder else _asked(args)
+        if args.dry_run:
+            print(outline(experiment))
+            return 0
+        return conclude(folder or create(experiment, sys.argv), "ray_jobs/tune.py")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _create(args: SweepArgs) -> Path:
-    from ray_jobs.experiment import Experiment, create
+def _asked(args: SweepArgs) -> Experiment:
+    from ray_jobs.experiment import Experiment
     from ray_jobs.spaces import expand, load_space
 
     if args.space is None:
@@ -44,10 +53,7 @@ def _create(args: SweepArgs) -> Path:
     if count < 1:
         raise ConfigError(f"--trials {count} draws nothing; at least 1")
     config = config.with_values({"model.checkpoint": None}) if space.kind == "measure" else config
-    folder = config.out / config.name
-    experiment = Experiment(space, trials, config, checkpoint, args.gpus_per_trial, args.storage, count)
-    create(folder, experiment, sys.argv)
-    return folder
+    return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, args.storage, count)
 
 
 if __name__ == "__main__":

@@ -282,6 +282,23 @@ def test_findings_are_means_over_seeds_best_first():
     assert findings(plain, {}).splitlines()[1] == "only  50.50 % over 2 seeds (50.00 to 51.00)"
 
 
+@pytest.mark.parametrize(
+    "script, words, lines",
+    [
+        (tune, ["--space", "recipe"], ["# model.drop_path: 0 to 0.3", "# 1 - ema.decay: 1e-05 to 0.01, log scale"]),
+        (tune, ["--space", "model_family"], ["# mixer-forward-seed0: model.mixer forward, seed 0"]),
+        (ablate, ["--preset", "quickstart", "--grid", "layers"], ["# 4 trials in "]),
+        (ablate, ["--grid", "joint", "--checkpoint", "CHECKPOINT"], ["# 3 trials in ", "prune.mlp 0.7"]),
+    ],
+)
+def test_a_dry_run_says_what_would_run_and_leaves_nothing(trained, tmp_path, capsys, script, words, lines):
+    words = [str(trained) if word == "CHECKPOINT" else word for word in words]
+    assert script([*words, "--dry-run", "--out", str(tmp_path / "runs"), "--name", "dry"]) == 0
+    said = capsys.readouterr().out
+    assert all(line in said for line in lines), said
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_pareto_front_by_hand():
     def of(points, **modes):
         rows = [{"trial": str(i), "status": "finished", "metrics": dict(zip("xy", p, strict=False))}
@@ -300,7 +317,7 @@ def test_the_pareto_front_by_hand():
 def searched(folder, space, rows):
     """The folder that a search leaves, without the search."""
     config = RunConfig(out=folder.parent, name=folder.name).resolve()
-    experiment.create(folder, experiment.Experiment(space, [], config, None, None, None, len(rows)), ["tune.py"])
+    experiment.create(experiment.Experiment(space, [], config, None, None, None, len(rows)), ["tune.py"])
     for i, (values, metrics) in enumerate(rows):
         (folder / f"trial-{i:04d}").mkdir()
         status = "finished" if metrics else "failed"
