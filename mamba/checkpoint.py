@@ -217,8 +217,12 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = best_checkpoint(path) or newest_checkpoint(path)
     if found is None:
+        rounds = max(path.glob("round-*/pruned"), default=None)
+        hint = f"; it holds rounds of pruning: did you mean {rounds}?" if rounds else ""
+        where = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         raise CheckpointError(
-            f"{path} is neither a checkpoint (with {DESCRIPTION} and {WEIGHTS}) nor a run with checkpoints/ in it"
+            f"{path}{where} is neither a checkpoint (with {DESCRIPTION} and {WEIGHTS}) nor a run with checkpoints/ in "
+            f"it{hint}"
         )
     return found
 

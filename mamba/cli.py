@@ -164,6 +164,8 @@ def _typed(kind: type[TrainArgs], key: str, text: str) -> int | float | str:
 def _config_in(folder: Path) -> RunConfig:
     """The config of a run's folder, or of an experiment's."""
     experiment = folder / "experiment.json"
+    if not folder.is_dir():
+        raise ConfigError(f"--resume {folder}: there is no such folder")
     if not experiment.exists():
         return RunConfig.from_yaml(folder / "config.yaml")
     return RunConfig(**json.loads(experiment.read_text())["config"])

@@ -6,7 +6,7 @@ Keys are those of a run's metrics. Nothing is estimated: what cannot be measured
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from mamba.data import ImageData, ImageSet, eval_batches
 from mamba.model import MambaModel, count_parameters
 from pruning.masks import check_sparsity_mamba
+
+TURNS = 5
+"""Of models whose speeds are compared on a CPU."""
 
 
 def size(model: MambaModel) -> dict[str, float]:
@@ -85,6 +88,16 @@ def speed(
         taken = _median_seconds(forward(images), seconds, device)
         results[key] = 1000 * taken if count == 1 else count / taken
     return results
+
+
+def speeds(
+    models: Sequence[MambaModel], batch_size: int = 1024, seconds: float = 1.0, amp: torch.dtype | None = None
+) -> list[dict[str, float]]:
+    """`speed` of models that are to be compared. On a CPU they take `TURNS` turns and medians are returned, so that
+    what else the machine does hits all alike; a GPU that nothing else uses needs no turns."""
+    turns = TURNS if models[0].head.weight.device.type == "cpu" else 1
+    found = [[speed(model, batch_size, seconds / turns, amp) for model in models] for _ in range(turns)]
+    return [{key: median(row[key] for row in of_model) for key in of_model[0]} for of_model in zip(*found, strict=True)]
 
 
 def _bytes(model: MambaModel) -> int:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 Row = TypeVar("Row", bound=Mapping[str, Any])
 CHEAP, DEAR = 1.0, 5.0
 """Points of accuracy: what a cut may cost to be advised, and what makes one dear."""
+NOISE = 3
+"""Images: a smaller difference is none, so that on a small split a cut may cost as many and still be advised."""
 
 
 def cut_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -80,15 +82,17 @@ def findings(
         lines.append(f"baseline: {baseline['val/accuracy']:.2f} % on the validation split{images}")
     if objectives:
         return "\n".join(lines + _searched(rows, baseline, objectives))
+    cheap_points = max(CHEAP, 100 * NOISE / val_images if val_images else 0.0)
     components = by_component(rows)
     drops = {name: {r: row["metrics"]["val/drop"] for r, row in points.items()} for name, points in components.items()}
     cheap = {}
     for name, points in drops.items():  # the highest rate up to which none costs more
-        dear = min((r for r, d in points.items() if d > CHEAP), default=float("inf"))
+        dear = min((r for r, d in points.items() if d > cheap_points), default=float("inf"))
         cheap[name] = max((r for r in points if r < dear), default=0.0)
     for name, rate in sorted(cheap.items(), key=lambda item: -item[1]):
         if rate:
-            lines.append(f"prune first: {name} at {rate:g} costs {drops[name][rate]:.2f} points")
+            kind = "removed" if components[name][rate]["values"].get("prune.structured") else "zeroed"
+            lines.append(f"prune first: {name} at {rate:g} costs {drops[name][rate]:.2f} points ({kind})")
     for name, points in drops.items():
         rate = min(points)
         if points[rate] >= DEAR or not cheap[name]:
@@ -99,7 +103,9 @@ def findings(
         words = [f"{layer} ({layers[layer]:.2f})" for layer in order]
         named = min(3, max(1, len(words) // 2))  # none is in both lists
         lines.append(f"blocks that matter least, points lost: {', '.join(words[:named])}")
-        lines.append(f"blocks not to touch, points lost: {', '.join(words[: -named - 1 : -1])}")
+        last = [i for i, layer in enumerate(order) if i >= named and layers[layer] > cheap_points][-named:]
+        touchy = ", ".join(words[i] for i in reversed(last)) or f"none costs more than {cheap_points:.2f} alone"
+        lines.append(f"blocks not to touch, points lost: {touchy}")
     for row in joint(rows):
         m = row["metrics"]
         words_of = ", ".join(f"{name} {rate:g}" for name, rate in cut_of(row).items())
@@ -107,7 +113,10 @@ def findings(
         if "bench/images_per_s" in m and baseline.get("bench/images_per_s"):
             speed = f", {m['bench/images_per_s'] / baseline['bench/images_per_s']:.2f} times the throughput"
         share = m["model/params"] / baseline["model/params"] if baseline.get("model/params") else float("nan")
-        lines.append(f"together: {words_of}: {m['val/drop']:.2f} points, {100 * share:.0f} % of the parameters{speed}")
+        kind = "units removed" if row["values"].get("prune.structured") else "weights zeroed"
+        lines.append(
+            f"together ({kind}): {words_of}: {m['val/drop']:.2f} points, {100 * share:.0f} % of the parameters{speed}"
+        )
     lines += _means(over_seeds(rows))
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,32 @@ def measure(config: RunConfig, path: Path, batch_size: int | None = None) -> dic
         path: a checkpoint or a run's folder.
         batch_size: of the throughput; None: 1024 on a GPU, 128 on a CPU.
     """
-    spec = {"config": config.model_dump(mode="json"), "path": str(path), "batch_size": batch_size}
+    return compare(config, [path], batch_size)[0]
+
+
+def compare(config: RunConfig, paths: Sequence[Path], batch_size: int | None = None) -> list[dict[str, float]]:
+    """`measure` of several checkpoints, their speeds comparable."""
+    spec = {"config": config.model_dump(mode="json"), "paths": [str(p) for p in paths], "batch_size": batch_size}
     if config.scaling.num_workers != 0:
         import ray
 
         if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0:
-            return ray.get(ray.remote(num_gpus=1)(_measure).remote(spec))
-    return _measure(spec)
+            return ray.get(ray.remote(num_gpus=1)(_compare).remote(spec))
+    return _compare(spec)
 
 
-def _measure(spec: dict[str, Any]) -> dict[str, float]:
-    config, path = RunConfig(**spec["config"]), Path(spec["path"])
+def _compare(spec: dict[str, Any]) -> list[dict[str, float]]:
+    config = RunConfig(**spec["config"])
     device = own_device()
     amp = resolve_amp(config.optim.amp, device)
-    model = load_smaller(path, device)[0].model
+    models = [load_smaller(Path(path), device)[0].model for path in spec["paths"]]
     data = load_data(config.data, config.seed)
-    evaluated_at = config.eval.batch_size
     batch_size = spec["batch_size"] or meter.usual_batch(device)
-    val: dict[str, float] = {}
-    if data.val is not None:
-        val["val/accuracy"] = meter.accuracy(model, data, data.val, evaluated_at, amp)
-        val["val/images"] = float(len(data.val))
-    return {
-        **val,
-        **meter.size(model),
-        **meter.speed(model, batch_size, SECONDS, amp),
-        "test/accuracy": meter.accuracy(model, data, data.test, evaluated_at, amp),
-    }
+    rows = meter.speeds(models, batch_size, SECONDS, amp)
+    for model, row in zip(models, rows, strict=True):
+        row |= meter.size(model)
+        row["test/accuracy"] = meter.accuracy(model, data, data.test, config.eval.batch_size, amp)
+        if data.val is not None:
+            row["val/accuracy"] = meter.accuracy(model, data, data.val, config.eval.batch_size, amp)
+            row["val/images"] = float(len(data.val))
+    return rows

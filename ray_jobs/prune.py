@@ -102,7 +102,7 @@ def _plan(args: PruneArgs) -> int:
     from pruning.store import masks_of, save_pruned
     from ray_jobs.cluster import connected_if
     from ray_jobs.launch import preflight
-    from ray_jobs.measure import measure
+    from ray_jobs.measure import compare
 
     assert args.plan is not None
     plan = get_plan(args.plan)
@@ -118,7 +118,7 @@ def _plan(args: PruneArgs) -> int:
         path = save_pruned(folder / "checkpoints" / "best-00000", pruned.model, pruned.masks, description)
         console = Console(highlight=False, soft_wrap=True)
         with connected_if(config.scaling.num_workers != 0, lambda text: console.print(text, markup=False)):
-            before, after = measure(config, config.model.checkpoint), measure(config, path)
+            before, after = compare(config, [config.model.checkpoint, path])
         write_json(folder / "pruned.json", {"plan": args.plan, "before": before, "after": after})
     console.print(f"{args.plan}: {plan.purpose}", markup=False)
     console.print(

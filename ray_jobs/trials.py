@@ -172,7 +172,7 @@ def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) ->
     models = (dense, *(cut_model(shared, config, device).model for config in configs))
     amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
     batch_size = meter.usual_batch(device)
-    return [meter.speed(model, batch_size, BENCH_SECONDS, amp) for model in models]
+    return meter.speeds(models, batch_size, BENCH_SECONDS, amp)
 
 
 _baselines: dict[Path, dict[str, float]] = {}

@@ -154,7 +154,7 @@ def test_every_boolean_can_be_turned_off():
         ("--optim.lrr 1", "unknown key 'optim.lrr'; valid in optim: optim.epochs"),
         ("--bogus=1", "unknown key 'bogus'"),
         ("--preset v9", "unknown preset 'v9'; valid: quickstart, v1"),
-        ("--resume nowhere", "nowhere/config.yaml cannot be read"),
+        ("--resume nowhere", "--resume nowhere: there is no such folder"),
         ("--data.val-fraction 2", "data.val_fraction: should be less than 1"),
         ("--optim.epochs abc", "optim.epochs: should be a valid integer.*'abc'"),
         ("--ema.enabled maybe", "ema.enabled: should be a valid boolean"),

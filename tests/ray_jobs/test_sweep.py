@@ -384,7 +384,7 @@ def test_the_report_of_a_search_with_one_objective(tmp_path):
             "unknown grid 'everything'; valid:",
         ),
         (ablate, ["--checkpoint", "/nowhere"], "/nowhere is neither a checkpoint"),
-        (ablate, ["--resume", "/nowhere"], "config.yaml cannot be read"),
+        (ablate, ["--resume", "/nowhere"], "--resume /nowhere: there is no such folder"),
     ],
 )
 def test_bad_input_is_named_before_anything_starts(trained, tmp_path, capsys, script, words, message):
