@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mamba.scan.problem import Problem
 from mamba.scan.reference import bidirectional_scan_by_flips
@@ -243,8 +244,7 @@ def _call(name: str, p: Problem, softplus: bool, directions: Sequence[dict[str, 
     getattr(library, name)(scans, ctypes.c_int64(len(directions)))
 
 
-@torch.library.custom_op("mamba_forge::selective_scan_cpu", mutates_args=(), device_types="cpu")
-def _selective_scan(
+def _forward(
     tensors: Sequence[Tensor],
     given: Sequence[bool],
     delta_softplus: bool,
@@ -271,6 +271,10 @@ def _selective_scan(
     _call("mamba_forge_scan_forward", p, delta_softplus, directions)
     out, out2 = (*(out.transpose(1, 2).to(u.dtype) for out in outs), u.new_empty(0))[:2]
     return out, out2, last.transpose(1, 2), states
+
+
+_NAME = "mamba_forge::selective_scan_cpu"
+_selective_scan = torch.library.custom_op(_NAME, mutates_args=(), device_types="cpu")(_forward)
 
 
 @_selective_scan.register_fake
@@ -397,10 +401,12 @@ def _takes(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _scan(tensors: Sequence[Tensor | None], softplus: bool, last_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator; it keeps checkpoints where there will be gradients."""
-    there = [t for t in tensors if t is not None]
+    """The operator; it keeps checkpoints where there will be gradients. Else, and uncompiled, its function does: an
+    operator imports torch._dynamo when it is first called, which takes more than a second."""
+    there, given = [t for t in tensors if t is not None], [t is not None for t in tensors]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in there)
-    return _selective_scan(there, [t is not None for t in tensors], softplus, keep, last_state)
+    plain = not keep and not torch.compiler.is_compiling() and all(type(t) in (Tensor, Parameter) for t in there)
+    return (_forward if plain else _selective_scan)(there, given, softplus, keep, last_state)
 
 
 def selective_scan_cpu(
