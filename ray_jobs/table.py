@@ -30,7 +30,7 @@ def show(rows: list[dict[str, Any]], first: Sequence[str] = ()) -> None:
             row["trial"], row["status"], *("" if v is None else f"{v:,.2f}".removesuffix(".00") for v in values)
         )
     console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=160)
+    console = console if console.is_terminal else Console(highlight=False, width=500)
     console.print(table)
 
 

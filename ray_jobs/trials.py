@@ -38,7 +38,7 @@ from pruning.shrink import Shrunk
 from pruning.store import masks_of, save_pruned
 
 Report = Callable[[Mapping[str, float]], None]
-BENCH_SECONDS = 0.2
+BENCH_SECONDS = 0.4
 LOG = "trial.log"
 BASELINE = "baseline.json"
 """In an experiment's folder: metrics of the model that its trials cut."""
