@@ -135,7 +135,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
 def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
     """Two workers; SIGKILL for rank 1 in mid-run; then SIGTERM, as `ray job stop` sends it; then resume. No process
     is left behind."""
-    process = start(tmp_path, "--scaling.num-workers", "2", "--scaling.cpus-per-worker", "1", "--optim.epochs", "40")
+    process = start(tmp_path, "--scaling.num-workers", "2", "--scaling.cpus-per-worker", "1", "--optim.epochs", "24")
     run = tmp_path / "quickstart" / "one"
     try:
         wait_for(lambda: len(epochs(run)) >= 3)
@@ -148,7 +148,7 @@ def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
         assert process.wait(60) == 130, (tmp_path / "output.txt").read_text()
         out = (tmp_path / "output.txt").read_text()
         assert f"--resume {run}" in out and "Traceback" not in out
-        assert epochs(run) == list(range(1, len(epochs(run)) + 1)) and len(epochs(run)) < 40
+        assert epochs(run) == list(range(1, len(epochs(run)) + 1)) and len(epochs(run)) < 24
     finally:
         process.kill()
     resume = [sys.executable, "ray_jobs/train.py", "--resume", str(run)]
@@ -158,9 +158,9 @@ def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
     wait_for(lambda: ray_processes_of(resumed.pid))
     out, _ = resumed.communicate(timeout=180)
     assert resumed.returncode == 0, out
-    assert epochs(run) == list(range(1, 41))
+    assert epochs(run) == list(range(1, 25))
     result = json.loads((run / "result.json").read_text())
-    assert result["world_size"] == 2 and result["epochs"] == 40 and result["metrics"]["test/accuracy"] > 80
+    assert result["world_size"] == 2 and result["epochs"] == 24 and result["metrics"]["test/accuracy"] > 60
     wait_for(lambda: not ray_processes_of(process.pid) and not ray_processes_of(resumed.pid), 30)
 
 
