@@ -35,6 +35,7 @@ from mamba.graph import WARM_UP, Batches, RecordedStep
 from mamba.model import MambaModel, count_parameters, named_model
 from mamba.optim import make_optimizer
 from mamba.tracking import environment
+from mamba.worker import own_device
 from pruning.measure import speed
 
 SIZED = ("vim_tiny", "vim_small", "mamba_small")
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     torch.backends.cuda.matmul.allow_tf32 = True
     about = {"command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(), **environment(device)}
     print(json.dumps(about["hardware"]), json.dumps(about["versions"]))

@@ -14,13 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from mamba import checkpoint as ckpt
 from mamba.config import RunConfig
 from mamba.data import load_data
 from mamba.errors import ForgeError
 from mamba.tracking import environment
+from mamba.worker import own_device
 from pruning import measure
 from pruning.cut import cut
 from ray_jobs.ablate import GRIDS
@@ -48,7 +47,7 @@ def main() -> int:
 def compare(checkpoint: Path) -> dict[str, object]:
     """Seconds of both, and what follows from them."""
     trials = expand(load_space(GRIDS["components"]), 0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     model, description = ckpt.load_model(checkpoint, device=device)
     config = RunConfig(**description["config"])
     data = load_data(config.data, config.seed)

@@ -1,11 +1,14 @@
-"""The end of a sweep: results.csv, the report, a table of the best, a short text, the exit code."""
+"""A sweep from its command line to its end: results.csv, the report, a table of the best, a text, the exit code."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from mamba.cli import TrainArgs
 from ray_jobs import experiment
 from ray_jobs.findings import findings, ranked
 from ray_jobs.report import write_report
@@ -13,6 +16,22 @@ from ray_jobs.table import show, write_results
 
 SHOWN = 10
 """Trials in the table at the end."""
+
+
+def perform(args: TrainArgs, asked: Callable[[], experiment.Experiment], script: str) -> int:
+    """What an entry script does once its words are parsed: outline an experiment, continue one, or create and run it.
+
+    Args:
+        args: `resume` and `dry_run` count.
+        asked: the experiment of these words, where none is continued; may take its time.
+        script: how the user calls it.
+
+    Returns, raises: as `conclude`; 0 after an outline.
+    """
+    if args.dry_run:
+        print(experiment.outline(experiment.load(args.resume) if args.resume else asked()))
+        return 0
+    return conclude(args.resume.absolute() if args.resume else experiment.create(asked(), sys.argv), script)
 
 
 def conclude(folder: Path, script: str) -> int:

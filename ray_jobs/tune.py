@@ -21,17 +21,11 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 all trials ended well, 1 some failed, 2 an error of the user's, 130 interrupted."""
-    from ray_jobs.experiment import create, load, outline
-    from ray_jobs.outcome import conclude
+    from ray_jobs.outcome import perform
 
     try:
         args = parse_sweep_args(argv, description=(__doc__ or "").split("\n")[0])
-        folder = args.resume.absolute() if args.resume else None
-        experiment = load(folder) if folder else _asked(args)
-        if args.dry_run:
-            print(outline(experiment))
-            return 0
-        return conclude(folder or create(experiment, sys.argv), "ray_jobs/tune.py")
+        return perform(args, lambda: _asked(args), "ray_jobs/tune.py")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
