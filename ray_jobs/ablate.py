@@ -57,7 +57,8 @@ def _asked(args: AblateArgs) -> Experiment:
     many = len(spaces) > 1
     trials = [t for n, s in zip(chosen, spaces, strict=True) for t in expand(s, depth, f"{n}-" if many else "")]
     question = spaces[0].question if not many else "What does each cut cost: components, blocks, combinations?"
-    space = spaces[0].model_copy(update={"question": question, "fixed": {}})
+    cost = " ".join(space.cost for space in spaces)
+    space = spaces[0].model_copy(update={"question": question, "cost": cost, "fixed": {}})
     config = config.with_values({"model.checkpoint": None})
     return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, None, len(trials))
 
