@@ -21,83 +21,134 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba.triton_math import sigmoid
+
 COLUMNS = 64  # channels of a tile: a 128-byte row in 16 bits
-MOST_ROWS = 64  # tokens of a tile
+MOST_ROWS = 16  # tokens of a tile
+MOST_ENTRIES = 8  # batch entries of a program
+ENOUGH_PROGRAMS = 192  # more than a large GPU has multiprocessors
+WARPS = 2
 
 
 @triton.jit
-def _tile(chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's batch entry, token numbers (ROWS, 1) and channel numbers (1, COLUMNS)."""
-    batch = (tl.program_id(0) // chunks).to(tl.int64)
+def _tile(chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr):
+    """This program's first batch entry, token numbers (ROWS, 1) and channel numbers (1, COLUMNS)."""
+    first = (tl.program_id(0) // chunks).to(tl.int64) * ENTRIES
     rows = (tl.program_id(0) % chunks) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return batch, rows, columns
+    return first, rows, columns
+
+
+@triton.jit
+def _taps(weight, columns, D, TAPS: tl.constexpr):
+    """The weights (1, COLUMNS) of each tap. Each is a load of its own for every channel: once for all entries."""
+    taps = ()
+    for k in tl.static_range(TAPS):
+        taps = taps + (tl.load(weight + columns * TAPS + k, mask=columns < D, other=0.0).to(tl.float32),)
+    return taps
 
 
 @triton.jit
 def _load(pointer, batch, rows, columns, L, D, stride_b, stride_l):
     """Rows outside the sequence are zero."""
     inside = (rows >= 0) & (rows < L) & (columns < D)
-    return tl.load(pointer + batch * stride_b + rows * stride_l + columns, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(pointer + batch * stride_b + rows * stride_l + columns, mask=inside, other=0.0)
 
 
 @triton.jit
-def _convolve(x, weight, bias, batch, rows, columns, L, D, stride_b, stride_l, TAPS: tl.constexpr, STEP: tl.constexpr):
-    out = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
+def _shifted(x, batch, rows, columns, L, D, stride_b, stride_l, TAPS: tl.constexpr, STEP: tl.constexpr):
+    """The tile of x that each tap meets."""
+    tiles = ()
     for k in tl.static_range(TAPS):
-        w = tl.load(weight + columns * TAPS + k, mask=columns < D, other=0.0).to(tl.float32)
-        out += w * _load(x, batch, rows - STEP * (TAPS - 1 - k), columns, L, D, stride_b, stride_l)
+        tiles = tiles + (_load(x, batch, rows - STEP * (TAPS - 1 - k), columns, L, D, stride_b, stride_l),)
+    return tiles
+
+
+@triton.jit
+def _convolve(tiles, taps, out, TAPS: tl.constexpr):
+    """out and the taps' products."""
+    for k in tl.static_range(TAPS):
+        out += taps[k] * tiles[k].to(tl.float32)
     return out
 
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, y, L, D, chunks, stride_b, stride_l,
-    TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, bias, y, batches, L, D, chunks, stride_b, stride_l,
+    TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    batch, rows, columns = _tile(chunks, ROWS, COLUMNS)
-    pre = _convolve(x, weight, bias, batch, rows, columns, L, D, stride_b, stride_l, TAPS, STEP)
-    tl.store(y + (batch * L + rows) * D + columns, pre * tl.sigmoid(pre), mask=(rows < L) & (columns < D))
+    first, rows, columns = _tile(chunks, ROWS, COLUMNS, ENTRIES)
+    taps = _taps(weight, columns, D, TAPS)
+    shift = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
+    for entry in range(ENTRIES):
+        batch = first + entry
+        length = tl.where(batch < batches, L, 0)
+        tiles = _shifted(x, batch, rows, columns, length, D, stride_b, stride_l, TAPS, STEP)
+        pre = _convolve(tiles, taps, shift, TAPS)
+        tl.store(y + (batch * L + rows) * D + columns, pre * sigmoid(pre), mask=(rows < length) & (columns < D))
 
 
 @triton.jit
 def _conv_backward_pre_kernel(
-    x, weight, bias, dy, dpre, sums, L, D, chunks, stride_b, stride_l, dy_stride_b, dy_stride_l,
-    TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, bias, dy, dpre, sums, batches, L, D, chunks, stride_b, stride_l, dy_stride_b, dy_stride_l,
+    TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """d(pre), and this tile's sums for the gradients of the taps and, last, of the bias."""
-    batch, rows, columns = _tile(chunks, ROWS, COLUMNS)
-    pre = _convolve(x, weight, bias, batch, rows, columns, L, D, stride_b, stride_l, TAPS, STEP)
-    s = tl.sigmoid(pre)
-    d = _load(dy, batch, rows, columns, L, D, dy_stride_b, dy_stride_l) * s * (1 + pre * (1 - s))
-    tl.store(dpre + (batch * L + rows) * D + columns, d, mask=(rows < L) & (columns < D))
+    """d(pre), and the sums over this program's tiles for the gradients of the taps and of the bias.
+
+    sums: (programs, TAPS + 1, D), the bias last. A sum over rows is an exchange between warps, so entries are added
+    first, each thread its own.
+    """
+    first, rows, columns = _tile(chunks, ROWS, COLUMNS, ENTRIES)
+    taps = _taps(weight, columns, D, TAPS)
+    shift = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
+    shares = ()
+    for _ in tl.static_range(TAPS + 1):
+        shares = shares + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    for entry in range(ENTRIES):
+        batch = first + entry
+        length = tl.where(batch < batches, L, 0)
+        tiles = _shifted(x, batch, rows, columns, length, D, stride_b, stride_l, TAPS, STEP)
+        grad = _load(dy, batch, rows, columns, length, D, dy_stride_b, dy_stride_l)
+        pre = _convolve(tiles, taps, shift, TAPS)
+        s = sigmoid(pre)
+        d = grad.to(tl.float32) * s * (1 + pre * (1 - s))
+        tl.store(dpre + (batch * L + rows) * D + columns, d, mask=(rows < length) & (columns < D))
+        added = ()
+        for k in tl.static_range(TAPS):
+            added = added + (shares[k] + d * tiles[k].to(tl.float32),)
+        shares = added + (shares[TAPS] + d,)
     out = sums + tl.program_id(0).to(tl.int64) * (TAPS + 1) * D
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    for k in tl.static_range(TAPS):
-        share = tl.sum(d * _load(x, batch, rows - STEP * (TAPS - 1 - k), columns, L, D, stride_b, stride_l), axis=0)
-        tl.store(out + k * D + column, share, mask=column < D)
-    tl.store(out + TAPS * D + column, tl.sum(d, axis=0), mask=column < D)
+    for k in tl.static_range(TAPS + 1):
+        tl.store(out + k * D + column, tl.sum(shares[k], axis=0), mask=column < D)
 
 
 @triton.jit
 def _conv_backward_x_kernel(
-    dpre, weight, dx, L, D, chunks,
-    TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dpre, weight, dx, batches, L, D, chunks,
+    TAPS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    batch, rows, columns = _tile(chunks, ROWS, COLUMNS)
-    out = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in tl.static_range(TAPS):
-        w = tl.load(weight + columns * TAPS + k, mask=columns < D, other=0.0).to(tl.float32)
-        out += w * _load(dpre, batch, rows + STEP * (TAPS - 1 - k), columns, L, D, L * D, D)
-    tl.store(dx + (batch * L + rows) * D + columns, out, mask=(rows < L) & (columns < D))
+    first, rows, columns = _tile(chunks, ROWS, COLUMNS, ENTRIES)
+    taps = _taps(weight, columns, D, TAPS)
+    none = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for entry in range(ENTRIES):
+        batch = first + entry
+        length = tl.where(batch < batches, L, 0)
+        tiles = _shifted(dpre, batch, rows, columns, length, D, L * D, D, TAPS, -STEP)
+        out = _convolve(tiles, taps, none, TAPS)
+        tl.store(dx + (batch * L + rows) * D + columns, out, mask=(rows < length) & (columns < D))
 
 
-def _grid(x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """The launch grid, tiles a sequence, and the tile's size."""
+def _launch(x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """The grid, tiles a sequence, and the constants of the kernels."""
     batch, length, channels = x.shape
     rows = min(MOST_ROWS, max(4, triton.next_power_of_2(length)))
-    chunks = triton.cdiv(length, rows)
-    return (batch * chunks, triton.cdiv(channels, COLUMNS)), chunks, {"ROWS": rows, "COLUMNS": COLUMNS}
+    chunks, columns = triton.cdiv(length, rows), triton.cdiv(channels, COLUMNS)
+    entries = 1
+    while entries < MOST_ENTRIES and batch * chunks * columns >= 2 * entries * ENOUGH_PROGRAMS:
+        entries *= 2
+    constants = {"ROWS": rows, "COLUMNS": COLUMNS, "ENTRIES": entries, "num_warps": WARPS}
+    return (triton.cdiv(batch, entries) * chunks, columns), chunks, constants
 
 
 def _readable(t: Tensor) -> Tensor:
@@ -112,12 +163,12 @@ def _device_of(t: Tensor) -> AbstractContextManager[None]:
 @torch.library.custom_op("mamba_forge::causal_conv_silu", mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     y = x.new_empty(x.shape)
-    grid, chunks, tile = _grid(x)
+    grid, chunks, constants = _launch(x)
     x = _readable(x)
     with _device_of(x):
         _conv_kernel[grid](
-            x, weight.contiguous(), bias, y, x.shape[1], x.shape[2], chunks, *x.stride()[:2],
-            TAPS=weight.shape[-1], STEP=-1 if reverse else 1, **tile, num_warps=8,
+            x, weight.contiguous(), bias, y, *x.shape, chunks, *x.stride()[:2],
+            TAPS=weight.shape[-1], STEP=-1 if reverse else 1, **constants,
         )  # fmt: skip
     return y
 
@@ -130,20 +181,17 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
 @torch.library.custom_op("mamba_forge::causal_conv_silu_backward", mutates_args=())
 def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each in its tensor's type."""
-    _, length, channels = x.shape
     taps, step = weight.shape[-1], -1 if reverse else 1
-    grid, chunks, tile = _grid(x)
+    grid, chunks, constants = _launch(x)
     x, dy, kernel = _readable(x), _readable(dy), weight.contiguous()
     dpre, dx = x.new_empty(x.shape), x.new_empty(x.shape)
-    sums = x.new_empty((grid[0], taps + 1, channels), dtype=torch.float32)
+    sums = x.new_empty((grid[0], taps + 1, x.shape[2]), dtype=torch.float32)
     with _device_of(x):
         _conv_backward_pre_kernel[grid](
-            x, kernel, bias, dy, dpre, sums, length, channels, chunks, *x.stride()[:2], *dy.stride()[:2],
-            TAPS=taps, STEP=step, **tile, num_warps=8,
+            x, kernel, bias, dy, dpre, sums, *x.shape, chunks, *x.stride()[:2], *dy.stride()[:2],
+            TAPS=taps, STEP=step, **constants,
         )  # fmt: skip
-        _conv_backward_x_kernel[grid](
-            dpre, kernel, dx, length, channels, chunks, TAPS=taps, STEP=step, **tile, num_warps=8
-        )
+        _conv_backward_x_kernel[grid](dpre, kernel, dx, *x.shape, chunks, TAPS=taps, STEP=step, **constants)
     total = sums.sum(0)
     return dx, total[:taps].t().unsqueeze(1).to(weight.dtype, copy=True), total[taps].to(bias.dtype, copy=True)
 

@@ -36,7 +36,7 @@ from mamba.parallel import FlatGradients
 from mamba.schedule import learning_rate, set_learning_rate
 from mamba.stopwatch import Stopwatch
 from mamba.tracking import Tracker, environment
-from mamba.worker import Worker
+from mamba.worker import Done, Pending, Worker
 
 if TYPE_CHECKING:
     from mamba.fused_update import FusedUpdate
@@ -243,6 +243,8 @@ class Trainer:
         """
         statistics = [buffer.clone() for buffer in self.statistics]
         loss = torch.zeros((), device=self.worker.device)
+        flags = torch.zeros(2, device=self.worker.device)
+        agreed: Pending = Done()
         for i, (images, targets) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             hold = isinstance(self.forward, DistributedDataParallel) and not last
@@ -250,10 +252,16 @@ class Trainer:
                 with torch.autocast(self.worker.device.type, dtype=self.amp, enabled=self.amp is not None):
                     logits = self.forward(images)
                 part = self.loss(images, logits, targets) / len(micro_batches)
-                self.scaler.scale(part).backward()
-            loss += part.detach()
+                loss += part.detach()
+                if last:  # what only this rank knows travels during backward
+                    flags = torch.stack(((~loss.isfinite()).float(), self.stop_asked))
+                    agreed = self.worker.begin_sum(flags)
+                    if self.flat:
+                        self.flat.expect()
+                share = part / self.worker.world_size if self.flat else part  # their sum is the average
+                self.scaler.scale(share).backward()
         if self.flat:
-            self.flat.average()
+            self.flat.sum()
         self.scaler.unscale_(self.optimizer)
         for hook in self.hooks:
             hook.gradients()
@@ -263,7 +271,7 @@ class Trainer:
             for buffer in self.statistics:
                 if buffer.is_floating_point():
                     self.worker.sum(buffer).div_(self.worker.world_size)
-        flags = self.worker.sum(torch.stack(((~loss.isfinite()).float(), self.stop_asked)))
+        agreed.wait()
         finite = (flags[0] == 0) & norm.isfinite()
         self.stop += flags[1]
         for buffer, before in zip(self.statistics, statistics, strict=True):

@@ -10,11 +10,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Pending(Protocol):
+    """Something begun on the device that later work may have to wait for."""
+
+    def wait(self) -> object: ...
+
+
+class Done:
+    """Nothing to wait for."""
+
+    def wait(self) -> None:
+        return None
 
 
 @dataclass
@@ -36,9 +49,15 @@ class Worker:
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
+        self.begin_sum(values).wait()
         return values
+
+    def begin_sum(self, values: Tensor) -> Pending:
+        """`sum`, in place, under way: its tensor must not be read or changed before `wait()` of what is returned.
+
+        All ranks must begin the same sums in the same order.
+        """
+        return dist.all_reduce(values, async_op=True) if self.world_size > 1 else Done()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""

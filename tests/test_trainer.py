@@ -20,7 +20,7 @@ from mamba.errors import ForgeError, TrainingError
 from mamba.layers import BlockShape
 from mamba.model import Architecture, MambaModel
 from mamba.trainer import Trainer, fit, request_stop
-from mamba.worker import Worker, local_worker
+from mamba.worker import Done, Worker, local_worker
 
 
 def weights(folder):
@@ -491,8 +491,9 @@ class Doubled(Worker):
 
     other: Sequence[torch.Tensor] = ()
 
-    def sum(self, values):
-        return values.mul_(2).add_(3 * any(values is buffer for buffer in self.other))
+    def begin_sum(self, values):
+        values.mul_(2).add_(3 * any(values is buffer for buffer in self.other))
+        return Done()
 
 
 def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small_data, tmp_path):
@@ -501,7 +502,7 @@ def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small
         trainer.model.train()
         if worker:
             worker.other = trainer.statistics
-            trainer.worker, trainer.flat = worker, SimpleNamespace(average=lambda: None)
+            trainer.worker, trainer.flat = worker, SimpleNamespace(expect=lambda: None, sum=lambda: None)
         trainer._optimizer_step([(images, torch.full((16, 3), 1 / 3))])
         trainer.close()
         return [buffer.clone() for buffer in trainer.statistics]

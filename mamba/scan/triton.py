@@ -53,18 +53,18 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba.scan.problem import NONE, Problem
+from mamba.triton_math import INTERPRETED, LOG2E, NVIDIA, sigmoid, softplus
 
 CHUNK = 16  # tokens a program keeps in registers; also the distance of the checkpoints. Half of LANES
 LANES = 32
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-_NVIDIA = not _INTERPRETED and torch.version.hip is None
-FORWARD_OPTIONS = {"maxnreg": 128} if _NVIDIA else {}  # twice the warps: measured faster than the 150 it would take
+WARMED = 16  # states whose sectors one call of `_warm` in backward reaches
+FORWARD_OPTIONS = {"maxnreg": 128} if NVIDIA else {}  # twice the warps: measured faster than the 150 it would take
 
 _CHUNK = tl.constexpr(CHUNK)
 _LANES = tl.constexpr(LANES)
+_SHARES = tl.constexpr(CHUNK // 4)  # rows that `_lane_sums_by_matrix` leaves
 _SECTOR = tl.constexpr(8)  # float32 numbers that a cache moves at once
-_PTX = tl.constexpr(_NVIDIA)
-_LOG2E = tl.constexpr(1.4426950408889634)
+_PTX = tl.constexpr(NVIDIA)
 
 
 # ---------------------------------------------------------------- tiles whose rows are registers
@@ -85,17 +85,21 @@ def _stack(first, last):
 
 
 @triton.jit
-def _scan(a, x, h):
-    """h_t = a_t h_(t-1) + x_t down the rows, from h (one row). Returns h_t, a_t h_(t-1) and the last row of h."""
+def _scan(a, x, h, CARRIED: tl.constexpr):
+    """h_t = a_t h_(t-1) + x_t down the rows, from h (one row). Returns h_t, a_t h_(t-1) and the last row of h.
+
+    Without CARRIED nobody asks for the second, and one operation a token lies between h and the next h. With it two do
+    (x, a product, becomes part of the second), but the three take fewer instructions: measured faster in backward.
+    """
     if a.shape[0] == 1:
         carried = a * h
-        h_all = x + carried
+        h_all = x + carried if CARRIED else tl.fma(a, h, x)
         end = h_all
     else:
         a0, a1 = _halves(a)
         x0, x1 = _halves(x)
-        h0, carried0, middle = _scan(a0, x0, h)
-        h1, carried1, end = _scan(a1, x1, middle)
+        h0, carried0, middle = _scan(a0, x0, h, CARRIED)
+        h1, carried1, end = _scan(a1, x1, middle, CARRIED)
         h_all = _stack(h0, h1)
         carried = _stack(carried0, carried1)
     return h_all, carried, end
@@ -148,44 +152,66 @@ def _lane_sums(v, nearest: tl.constexpr):
     return sums
 
 
-_QUAD_SUMS = tl.constexpr(
-    "{ .reg .f32 o; mov.f32 o, 0f00000000; mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
-    " {$0, $2, $1, $3}, {$4, $5, $6, $7}, {$8, $9}, {o, o, o, o}; }"
-)
+def _quad_sums() -> str:
+    """PTX of `_lane_sums_by_matrix`: four products, each added to the one before."""
+    product = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $2, $1, $3}, "
+    lines = [".reg .f32 o;", "mov.f32 o, 0f00000000;"]
+    for q in range(4):
+        rows = ", ".join(f"${4 + 4 * q + k}" for k in range(4))
+        added = "o, o, o, o" if q == 0 else "$0, $2, $1, $3"
+        lines.append(product + f"{{{rows}}}, {{${20 + 2 * q}, ${21 + 2 * q}}}, {{{added}}};")
+    return "{ " + " ".join(lines) + " }"
+
+
+_QUAD_SUMS = tl.constexpr(_quad_sums())
 
 
 @triton.jit
-def _quad_sums(v, even, odd):
-    """(4, groups, 32) -> (4, groups, 32): each number becomes the sum of its row over the lanes 4 i to 4 i + 3.
-
-    One instruction of the matrix units, which round to tf32. Lane and register of a number say where it is in the first
-    operand of m16n8k8: registers 0 and 2 are row lane / 4, columns lane % 4 and lane % 4 + 4; 1 and 3 the same eight
-    rows below. The second operand, `even` and `odd`, has ones in the first four rows of even columns and in the last
-    four of odd ones; lane and register of the product say where in it they are, likewise.
-    """
+def _quarters(v):
+    """(4 r, groups, c) -> its four parts of r rows."""
     first, last = _halves(v)
     v0, v1 = _halves(first)
     v2, v3 = _halves(last)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def _selector(column: tl.constexpr, GROUPS: tl.constexpr):
+    """The bits of 1.0 in the four lanes that hold this column of a product's second operand, else 0."""
+    one = tl.full([1, GROUPS, _LANES], 1.0, tl.float32)
+    return tl.where((tl.arange(0, _LANES) // 4 == column)[None, None, :], one, 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _selectors(GROUPS: tl.constexpr):
+    """What `_lane_sums_by_matrix` multiplies with, to be made once."""
+    return (
+        _selector(0, GROUPS), _selector(1, GROUPS), _selector(2, GROUPS), _selector(3, GROUPS),
+        _selector(4, GROUPS), _selector(5, GROUPS), _selector(6, GROUPS), _selector(7, GROUPS),
+    )  # fmt: skip
+
+
+@triton.jit
+def _lane_sums_by_matrix(v, selectors):
+    """(16, groups, 32) -> (4, groups, 32): row k of lane 4 i + q is the sum of row 4 q + k over lanes 4 i to 4 i + 3.
+
+    By the matrix units, which round to tf32. Lane and register of a number say where it is in the first operand of
+    m16n8k8: registers 0 and 2 are row lane / 4, columns lane % 4 and lane % 4 + 4; 1 and 3 the same eight rows below.
+    The second operand of product q has ones in the first four rows of column 2 q and in the last four of 2 q + 1, so
+    that its sums come to lie in the lanes 4 i + q, and adding up the four products puts them side by side.
+    """
+    first, second, third, fourth = _quarters(v.to(tl.int32, bitcast=True))
+    v0, v1, v2, v3 = _quarters(first)
+    v4, v5, v6, v7 = _quarters(second)
+    v8, v9, v10, v11 = _quarters(third)
+    v12, v13, v14, v15 = _quarters(fourth)
+    c0, c1, c2, c3, c4, c5, c6, c7 = selectors
     s0, s1, s2, s3 = tl.inline_asm_elementwise(
-        _QUAD_SUMS, "=f,=f,=f,=f,r,r,r,r,r,r",
-        [v.to(tl.int32, bitcast=True) for v in (v0, v1, v2, v3, even, odd)],
+        _QUAD_SUMS, "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15, c0, c1, c2, c3, c4, c5, c6, c7],
         (tl.float32, tl.float32, tl.float32, tl.float32), True, 1,
     )  # fmt: skip
     return _stack(_stack(s0, s1), _stack(s2, s3))
-
-
-@triton.jit
-def _lane_sums_by_matrix(v):
-    """(16, groups, 32) -> (4, groups, 32): as `_quad_sums`, of rows 4 q to 4 q + 3 in lanes 4 i + q."""
-    one = tl.full([1, v.shape[1], _LANES], 1.0, tl.float32)
-    even = tl.where(_upper(4), 0.0, one)
-    odd = tl.where(_upper(4), one, 0.0)
-    first, last = _halves(v)
-    v0, v1 = _halves(first)
-    v2, v3 = _halves(last)
-    low = tl.where(_upper(1), _quad_sums(v1, even, odd), _quad_sums(v0, even, odd))
-    high = tl.where(_upper(1), _quad_sums(v3, even, odd), _quad_sums(v2, even, odd))
-    return tl.where(_upper(2), high, low)
 
 
 @triton.jit
@@ -220,55 +246,36 @@ def _over_groups(v):
     return total
 
 
-# ---------------------------------------------------------------- element functions
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * _LOG2E)
-
-
-@triton.jit
-def _reciprocal(x):
-    """1 / x for x >= 1, in one instruction where there is one (1 ulp)."""
-    if _PTX:
-        inverse = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        inverse = 1.0 / x
-    return inverse
-
-
-@triton.jit
-def _sigmoid(x):
-    return _reciprocal(1.0 + _exp(-x))
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + e^x) to float32 accuracy also where e^x is tiny: max(x, 0) + 2 atanh(s), s = e / (2 + e), e = e^-|x|."""
-    e = _exp(-tl.abs(x))
-    s = e * _reciprocal(2.0 + e)
-    q = s * s  # at most 1/9: eight terms of the series do
-    series = 1.0 / 13.0 + q * (1.0 / 15.0)
-    series = 1.0 / 11.0 + q * series
-    series = 1.0 / 9.0 + q * series
-    series = 1.0 / 7.0 + q * series
-    series = 1.0 / 5.0 + q * series
-    series = 1.0 / 3.0 + q * series
-    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + q * series)
-
-
 # ---------------------------------------------------------------- memory
 
 
 @triton.jit
-def _tile(pointer, near, stride_t, inside):
-    """A (CHUNK, channels) tile as float32 from one pointer a channel, zero for channels that are not inside.
+def _at(first, steps, stride, ALIGNED: tl.constexpr):
+    """first + steps x stride; if ALIGNED, the stride is a multiple of so many elements, which makes loads wide."""
+    return first + tl.multiple_of(steps * stride, ALIGNED)
 
-    near: the rows, counted from the pointer's token and clamped to those that exist, so that tokens need no mask;
-    what comes from beyond the end is cleared by the caller where it would count.
+
+@triton.jit
+def _tile(pointer, start, near, stride_t, columns, inside, ALIGNED: tl.constexpr):
+    """A (CHUNK, channels) tile, zero for channels that are not inside. columns: the offsets of the channels.
+
+    near: the rows, counted from token start and clamped to those that exist, so that tokens need no mask; what comes
+    from beyond the end is cleared by the caller where it would count. If ALIGNED, a lane reads 16 bytes of a row at
+    once; the tile then goes through shared memory to where it is needed.
     """
-    return tl.load(pointer[None, :] + (near * stride_t)[:, None], mask=inside[None, :], other=0.0).to(tl.float32)
+    rows = tl.multiple_of(near * stride_t, ALIGNED)
+    pointers = (_at(pointer, start, stride_t, ALIGNED) + columns)[None, :] + rows[:, None]
+    return tl.load(pointers, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def _by_lanes(tile):
+    """The tile as float32, handed over to the lanes of its channels here.
+
+    The maximum over one number changes nothing: it is where the compiler stops, see `_once`. It would rather compute
+    with the tile where it lies, and exchange much more later.
+    """
+    return tl.max(tile[:, :, None], 2).to(tl.float32)
 
 
 @triton.jit
@@ -297,25 +304,28 @@ def _prefetch_rows(row, d_state):
 
 
 @triton.jit
-def _warm(row, A, states, carry, parameters, c, d0, d_inner, d_state, WIDTH: tl.constexpr):
-    """Load one number of each sector that the loop over the states will read, to have it in the L1 cache.
+def _sectors(first, d0, d_inner, d_state, WIDTH: tl.constexpr):
+    """Of WIDTH sectors that the loop over the states will read, from number `first` on: where they begin in the rows of
+    B and C, where in rows of channels, and the channel there. The last ones are repeated."""
+    parts: tl.constexpr = _LANES // _SECTOR
+    i = tl.minimum(first + tl.arange(0, WIDTH), d_state * parts - 1)
+    channel = d0 + (i % parts) * _SECTOR
+    return i * _SECTOR, (i // parts) * d_inner + channel, channel
 
-    Loads there are broadcasts of one row at a time, each too late to wait for L2. Returns a sum that must not be
+
+@triton.jit
+def _warm(first, row, states, A, carry, parameters, c, d0, d_inner, d_state, WIDTH: tl.constexpr):
+    """Load one number of each of these sectors, to have it in the L1 cache.
+
+    Loads in the loop are broadcasts of one row at a time, each too late to wait for L2. Returns a sum that must not be
     dropped, or the compiler drops the loads: see `_keep`. What is None is left out.
     """
-    parts: tl.constexpr = _LANES // _SECTOR
-    total = tl.zeros([WIDTH], tl.float32)
-    for first in range(0, d_state * parts, WIDTH):
-        i = tl.minimum(first + tl.arange(0, WIDTH), d_state * parts - 1)
-        channel = d0 + (i % parts) * _SECTOR
-        offset = (i // parts) * d_inner + channel
-        total += tl.load(row + i * _SECTOR)
-        if A is not None:
-            total += tl.load(A + offset, mask=channel < d_inner, other=0.0)
-        total += tl.load(states + offset, mask=channel < tl.where(c > 0, d_inner, 0), other=0.0)
-        if carry is not None:
-            total += tl.load(carry + offset, mask=channel < d_inner, other=0.0)
-            total += tl.load(parameters + offset, mask=channel < d_inner, other=0.0)
+    at, offset, channel = _sectors(first, d0, d_inner, d_state, WIDTH)
+    total = tl.load(row + at) + tl.load(states + offset, mask=channel < tl.where(c > 0, d_inner, 0), other=0.0)
+    if carry is not None:
+        inside = channel < d_inner
+        total += tl.load(A + offset, mask=inside, other=0.0) + tl.load(carry + offset, mask=inside, other=0.0)
+        total += tl.load(parameters + offset, mask=inside, other=0.0)
     return total
 
 
@@ -327,12 +337,14 @@ def _keep(pointer, total, length, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _time_step(delta, bias, mask, SOFTPLUS: tl.constexpr):
-    """The step size, zero outside the mask: there the state passes unchanged (a = 1, x = 0)."""
+def _time_step(delta, bias, mask, SOFTPLUS: tl.constexpr, STOP: tl.constexpr):
+    """The step size; with STOP, zero outside the mask: there the state passes unchanged (a = 1, x = 0)."""
     step = delta + bias[None, :]
     if SOFTPLUS:
-        step = _softplus(step)
-    return tl.where(mask, step, 0.0)
+        step = softplus(step)
+    if STOP:
+        step = tl.where(mask, step, 0.0)
+    return step
 
 
 # ---------------------------------------------------------------- kernels
@@ -362,11 +374,11 @@ def _one_of(forward, backward, BOTH: tl.constexpr):
 
 
 @triton.jit
-def _from_start(pointer, stride_t, length, BOTH: tl.constexpr):
+def _from_start(pointer, stride_t, length, BOTH: tl.constexpr, ALIGNED: tl.constexpr = 1):
     """Pointer and stride that walk through time from the first token of the scan."""
     if BOTH:
         direction = tl.program_id(1)
-        pointer += direction * (length - 1).to(tl.int64) * stride_t
+        pointer = _at(pointer, direction * (length - 1).to(tl.int64), stride_t, ALIGNED)
         stride_t *= 1 - 2 * direction
     return pointer, stride_t
 
@@ -482,6 +494,7 @@ def _forward_kernel(
     batch, d_inner, d_state, length, chunks,
     u_b, u_d, u_t, delta_b, delta_d, delta_t, z_b, z_d, z_t,
     SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, GROUPS: tl.constexpr, BOTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One batch entry, 32 channels, one warp for each of GROUPS equal shares of the states. z and last may be None.
 
@@ -493,19 +506,22 @@ def _forward_kernel(
     direction = _direction(BOTH)
     entry = direction * batch + b
     d0 = (tl.program_id(0) % blocks) * _LANES
+    zero = tl.program_id(2)  # the grid has two axes; the compiler does not know
     d = d0 + tl.arange(0, _LANES)
     wide = d.to(tl.int64)
-    inside = d < d_inner
+    limit = tl.multiple_of(d_inner + zero, ALIGNED)
+    inside = d < limit
     t = tl.arange(0, _CHUNK)
     slot = d_state * d_inner
     rows += direction * (slot + 2 * d_inner)
     skip = tl.load(rows + slot + d, mask=inside, other=0.0)
     shift = tl.load(rows + slot + d_inner + d, mask=inside, other=0.0)
-    u, u_t = _from_start(_one_of(u, u2, BOTH) + b * u_b, u_t, length, BOTH)
-    delta, delta_t = _from_start(_one_of(delta, delta2, BOTH) + b * delta_b, delta_t, length, BOTH)
+    u, u_t = _from_start(_at(_one_of(u, u2, BOTH), b, u_b, ALIGNED), u_t, length, BOTH, ALIGNED)
+    delta, delta_t = _from_start(_at(_one_of(delta, delta2, BOTH), b, delta_b, ALIGNED), delta_t, length, BOTH, ALIGNED)
     if z is not None:
-        z, z_t = _from_start(_one_of(z, z2, BOTH) + b * z_b, z_t, length, BOTH)
-    out, out_t = _from_start(_one_of(out, out2, BOTH) + b * length * d_inner, d_inner, length, BOTH)
+        z, z_t = _from_start(_at(_one_of(z, z2, BOTH), b, z_b, ALIGNED), z_t, length, BOTH, ALIGNED)
+    out = _at(_one_of(out, out2, BOTH), b * length, d_inner, ALIGNED)
+    out, out_t = _from_start(out, d_inner, length, BOTH, ALIGNED)
     packed += entry * chunks * d_state * _LANES
     states += entry * slot * ((chunks - 1) if KEEP else 1)
     if last is not None:
@@ -513,6 +529,10 @@ def _forward_kernel(
     touched = tl.zeros([_LANES], tl.float32)
     group = tl.arange(0, GROUPS)
     shares = d_state // GROUPS
+
+    near = tl.minimum(t, length - 1)
+    u_next = _tile(u, 0, near, u_t, wide * u_d, inside, ALIGNED)
+    delta_next = _tile(delta, 0, near, delta_t, wide * delta_d, inside, ALIGNED)
 
     for i in range(chunks):
         c = i + tl.zeros([], tl.int32)  # a tensor also in the interpreter
@@ -523,21 +543,22 @@ def _forward_kernel(
         row = packed + c.to(tl.int64) * d_state * _LANES
         before = states + (c - 1).to(tl.int64) * (slot if KEEP else 0)
         after = states + c.to(tl.int64) * (slot if KEEP else 0)
-        earlier = d < tl.where(c > 0, d_inner, 0)
-        later = d < tl.where(c < chunks - 1, d_inner, 0)
+        earlier = d < tl.where(c > 0, limit, 0)
+        later = d < tl.where(c < chunks - 1, limit, 0)
         final = d < tl.where(c == chunks - 1, d_inner, 0)
-        touched += _warm(row, None, before, None, None, c, d0, d_inner, d_state, _LANES)
-        u_tile = _tile(u + start * u_t + wide * u_d, near, u_t, inside)
-        delta_tile = _tile(delta + start * delta_t + wide * delta_d, near, delta_t, inside)
+        for first in range(0, d_state * (_LANES // _SECTOR), _LANES):
+            touched += _warm(first, row, before, None, None, None, c, d0, d_inner, d_state, _LANES)
+        u_tile = u_next.to(tl.float32)
+        delta_tile = delta_next.to(tl.float32)
         if z is not None:
-            _prefetch_tile(z + start * z_t, near, z_t, z_d, d0, d_inner)
+            gate = _tile(z, start, near, z_t, wide * z_d, inside, ALIGNED)
         if c < chunks - 1:
-            begin = start + _CHUNK
-            ahead = tl.minimum(t, rest - _CHUNK - 1)
-            _prefetch_tile(u + begin * u_t, ahead, u_t, u_d, d0, d_inner)
-            _prefetch_tile(delta + begin * delta_t, ahead, delta_t, delta_d, d0, d_inner)
             _prefetch_rows(row + d_state * _LANES, d_state)
-        step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS), GROUPS)
+        # Asked for now, waited for in the next chunk.
+        ahead = tl.minimum(t, rest - _CHUNK - 1)
+        u_next = _tile(u, start + _CHUNK, ahead, u_t, wide * u_d, later, ALIGNED)
+        delta_next = _tile(delta, start + _CHUNK, ahead, delta_t, wide * delta_d, later, ALIGNED)
+        step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS, last is not None), GROUPS)
         drive = _to_groups(step * u_tile, GROUPS)
         exponent = _to_groups(step, GROUPS)
         y = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)
@@ -548,8 +569,8 @@ def _forward_kernel(
             A_n = tl.load(rows + at, mask=inside[None, :], other=0.0)[None, :, :]
             B_n = tl.load(row + t[:, None] + (n * _LANES)[None, :])[:, :, None]
             C_n = tl.load(row + _CHUNK + t[:, None] + (n * _LANES)[None, :])[:, :, None]
-            a = tl.exp2(exponent * (A_n * _LOG2E))
-            h, _carried, end = _scan(a, drive * B_n, h)
+            a = tl.exp2(exponent * (A_n * LOG2E))
+            h, _carried, end = _scan(a, drive * B_n, h, False)
             y += h * C_n
             end = end.reshape(GROUPS, _LANES)
             tl.store(after + at, end, mask=later[None, :])
@@ -557,12 +578,20 @@ def _forward_kernel(
                 tl.store(last + at, end, mask=final[None, :])
         y = _over_groups(y) + skip[None, :] * u_tile
         if z is not None:
-            gate = _tile(z + start * z_t + wide * z_d, near, z_t, inside)
-            y *= gate * _sigmoid(gate)
-        to = (out + start * out_t + d)[None, :] + (near * out_t)[:, None]
+            gate = gate.to(tl.float32)
+            y *= gate * sigmoid(gate)
+        to = (_at(out, start, out_t, ALIGNED) + d)[None, :] + tl.multiple_of(near * out_t, ALIGNED)[:, None]
         tl.store(to, y.to(out.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the next chunk reads the states written here
     _keep(packed, touched, length, _LANES)
+
+
+@triton.jit
+def _store_shares(sums, n, share_B, share_C, blocks):
+    """A program's share of row n (groups,) of dB and dC, from the lanes' sums. After `_lane_sums` one row is left."""
+    to = (n * blocks * _LANES)[:, None] + tl.arange(0, _LANES)[None, :]
+    shares = _lane_sums(_exchange(share_B, share_C, _CHUNK), 4)
+    tl.store(sums + to, shares.reshape(shares.shape[1], _LANES))
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t", "dout_b", "dout_t"])
@@ -572,13 +601,15 @@ def _backward_kernel(
     batch, d_inner, d_state, length, chunks,
     u_b, u_d, u_t, delta_b, delta_d, delta_t, z_b, z_d, z_t, dout_b, dout_d, dout_t,
     SOFTPLUS: tl.constexpr, LAST: tl.constexpr, MATRIX: tl.constexpr, GROUPS: tl.constexpr, BOTH: tl.constexpr,
+    ALIGNED: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """The same program backwards: chunks from the last to the first, states recomputed inside each from `states`.
 
     carry: (direction, batch, d_state, d_inner), a_t dLoss/dh_t at a chunk's start, handed to the chunk before; with
     LAST it comes filled with the gradient of the last state. parameters: (direction, batch, d_state + 2, d_inner), the
     batch entry's share of dA (by rows), dD and dbias. partial: (direction, batch, chunks, d_state, blocks, 2, CHUNK),
-    the program's share of dB and dC. MATRIX: see `_lane_sums_by_matrix`.
+    the program's share of dB and dC. MATRIX: see `_lane_sums_by_matrix`. MANY: there are more states than one call of
+    `_warm` reaches; without it, it is no loop, and the tiles are made ready while its loads are under way.
     """
     blocks = tl.cdiv(d_inner, _LANES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -586,24 +617,25 @@ def _backward_kernel(
     entry = direction * batch + b
     block = tl.program_id(0) % blocks
     d0 = block * _LANES
-    lane = tl.arange(0, _LANES)
-    d = d0 + lane
+    zero = tl.program_id(2)  # the grid has two axes; the compiler does not know
+    d = d0 + tl.arange(0, _LANES)
     wide = d.to(tl.int64)
-    inside = d < d_inner
+    limit = tl.multiple_of(d_inner + zero, ALIGNED)
+    inside = d < limit
     t = tl.arange(0, _CHUNK)
     slot = d_state * d_inner
     rows += direction * (slot + 2 * d_inner)
     skip = tl.load(rows + slot + d, mask=inside, other=0.0)
     shift = tl.load(rows + slot + d_inner + d, mask=inside, other=0.0)
-    u, u_t = _from_start(_one_of(u, u2, BOTH) + b * u_b, u_t, length, BOTH)
-    delta, delta_t = _from_start(_one_of(delta, delta2, BOTH) + b * delta_b, delta_t, length, BOTH)
-    dout, dout_t = _from_start(_one_of(dout, dout2, BOTH) + b * dout_b, dout_t, length, BOTH)
-    flat = b * length * d_inner
-    du, grad_t = _from_start(_one_of(du, du2, BOTH) + flat, d_inner, length, BOTH)
-    ddelta, _ = _from_start(_one_of(ddelta, ddelta2, BOTH) + flat, d_inner, length, BOTH)
+    u, u_t = _from_start(_at(_one_of(u, u2, BOTH), b, u_b, ALIGNED), u_t, length, BOTH, ALIGNED)
+    delta, delta_t = _from_start(_at(_one_of(delta, delta2, BOTH), b, delta_b, ALIGNED), delta_t, length, BOTH, ALIGNED)
+    dout, dout_t = _from_start(_at(_one_of(dout, dout2, BOTH), b, dout_b, ALIGNED), dout_t, length, BOTH, ALIGNED)
+    flat = b * length
+    du, grad_t = _from_start(_at(_one_of(du, du2, BOTH), flat, d_inner, ALIGNED), d_inner, length, BOTH, ALIGNED)
+    ddelta, _ = _from_start(_at(_one_of(ddelta, ddelta2, BOTH), flat, d_inner, ALIGNED), d_inner, length, BOTH, ALIGNED)
     if z is not None:
-        z, z_t = _from_start(_one_of(z, z2, BOTH) + b * z_b, z_t, length, BOTH)
-        dz, _ = _from_start(_one_of(dz, dz2, BOTH) + flat, d_inner, length, BOTH)
+        z, z_t = _from_start(_at(_one_of(z, z2, BOTH), b, z_b, ALIGNED), z_t, length, BOTH, ALIGNED)
+        dz, _ = _from_start(_at(_one_of(dz, dz2, BOTH), flat, d_inner, ALIGNED), d_inner, length, BOTH, ALIGNED)
     packed += entry * chunks * d_state * _LANES
     partial += entry * chunks * d_state * blocks * _LANES + block * _LANES
     states += entry * (chunks - 1) * slot
@@ -613,30 +645,37 @@ def _backward_kernel(
     sum_D = tl.zeros([_LANES], tl.float32)
     sum_bias = tl.zeros([_LANES], tl.float32)
     one = tl.full([1, GROUPS, _LANES], 1.0, tl.float32)
+    selectors = _selectors(GROUPS)
     group = tl.arange(0, GROUPS)
     shares = d_state // GROUPS
-    zero = tl.program_id(2)  # the grid has two axes
+
+    start = ((chunks - 1) * _CHUNK).to(tl.int64)
+    near = tl.minimum(t, length - (chunks - 1) * _CHUNK - 1)
+    u_next = _tile(u, start, near, u_t, wide * u_d, inside, ALIGNED)
+    delta_next = _tile(delta, start, near, delta_t, wide * delta_d, inside, ALIGNED)
+    dout_next = _tile(dout, start, near, dout_t, wide * dout_d, inside, ALIGNED)
+    if z is not None:
+        z_next = _tile(z, start, near, z_t, wide * z_d, inside, ALIGNED)
 
     for i in range(chunks):
         c = chunks - 1 - i
         start = (c * _CHUNK).to(tl.int64)
         rest = length - c * _CHUNK
-        near = tl.minimum(t, rest - 1)
         mask = (t < rest)[:, None] & inside[None, :]
         row = packed + c.to(tl.int64) * d_state * _LANES
         before = states + (c - 1).to(tl.int64) * slot
         sums = partial + c.to(tl.int64) * d_state * blocks * _LANES
-        earlier = d < tl.where(c > 0, d_inner, 0)
-        later = d < tl.where(c < chunks - 1, d_inner, 0)
+        earlier = d < tl.where(c > 0, limit, 0)
+        later = d < tl.where(c < chunks - 1, limit, 0)
         resumed = inside if LAST else later
-        u_tile = _tile(u + start * u_t + wide * u_d, near, u_t, inside)
-        delta_tile = _tile(delta + start * delta_t + wide * delta_d, near, delta_t, inside)
-        dy = _tile(dout + start * dout_t + wide * dout_d, near, dout_t, inside)
+        u_tile = _by_lanes(u_next)
+        delta_tile = _by_lanes(delta_next)
+        dy = _by_lanes(dout_next)
         if z is not None:
-            gate = _tile(z + start * z_t + wide * z_d, near, z_t, inside)
-            dy *= gate * _sigmoid(gate)
-        touched += _warm(row, rows, before, carry, parameters, c, d0, d_inner, d_state, 2 * _LANES)
-        step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS), GROUPS)
+            gate = _by_lanes(z_next)
+            dy *= gate * sigmoid(gate)
+        warm = _warm(0, row, before, rows, carry, parameters, c, d0, d_inner, d_state, 2 * _LANES)
+        step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS, LAST), GROUPS)
         dy = _once(tl.where(mask, dy, 0.0), GROUPS)
         drive = _to_groups(step * u_tile, GROUPS)
         exponent = _to_groups(step, GROUPS)
@@ -644,6 +683,12 @@ def _backward_kernel(
         y = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)
         d_drive = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)  # with respect to step * u
         d_step = tl.zeros([_CHUNK, GROUPS, _LANES], tl.float32)  # with respect to step, through the decay alone
+        share_B = tl.zeros([_SHARES if MATRIX else 1, GROUPS, _LANES], tl.float32)
+        share_C = share_B
+        touched += warm
+        if MANY:
+            for first in range(2 * _LANES, d_state * (_LANES // _SECTOR), 2 * _LANES):
+                touched += _warm(first, row, before, rows, carry, parameters, c, d0, d_inner, d_state, 2 * _LANES)
         for k in range(shares):
             n = k + group * shares
             at = (n * d_inner)[:, None] + d[None, :]
@@ -653,11 +698,13 @@ def _backward_kernel(
             A_n = tl.load(rows + at, mask=inside[None, :], other=0.0)[None, :, :]
             B_n = tl.load(row + t[:, None] + (n * _LANES)[None, :])[:, :, None]
             C_n = tl.load(row + _CHUNK + t[:, None] + (n * _LANES)[None, :])[:, :, None]
-            a = tl.exp2(exponent * (A_n * _LOG2E))
-            h, carried, _end = _scan(a, drive * B_n, h)
+            a = tl.exp2(exponent * (A_n * LOG2E))
+            # The state before: these exchanges take long and nothing waits for them.
+            _store_shares(sums, tl.maximum(k - 1, 0) + group * shares, share_B, share_C, blocks)
+            h, carried, _end = _scan(a, drive * B_n, h, True)
             if z is not None:
                 y += h * C_n
-            share_C = _lane_sums_by_matrix(d_out * h) if MATRIX else _lane_sums(d_out * h, 1)
+            share_C = _lane_sums_by_matrix(d_out * h, selectors) if MATRIX else _lane_sums(d_out * h, 1)
             g, a_first, g_first = _scan_back(a, d_out * C_n, one, ag)
             tl.store(carry + at, (a_first * g_first).reshape(GROUPS, _LANES), mask=inside[None, :])
             d_drive += g * B_n
@@ -665,33 +712,44 @@ def _backward_kernel(
             d_step += d_exponent * A_n
             dA += tl.sum(d_exponent * exponent, 0)
             tl.store(parameters + at, dA, mask=inside[None, :])
-            share_B = _lane_sums_by_matrix(g * drive) if MATRIX else _lane_sums(g * drive, 1)
-            sums_BC = _lane_sums(_exchange(share_B, share_C, _CHUNK), 4)  # after `_lane_sums` one row is left
-            to = (n * blocks * _LANES)[:, None] + lane[None, :]
-            tl.store(sums + to, sums_BC.reshape(GROUPS, _LANES))
+            share_B = _lane_sums_by_matrix(g * drive, selectors) if MATRIX else _lane_sums(g * drive, 1)
+        _store_shares(sums, shares - 1 + group * shares, share_B, share_C, blocks)
 
         # The registers were needed for other things: read the inputs again, from the cache. Their addresses too are
         # computed again, which the compiler would not do (it would spill them) if it knew that `zero` is zero.
         again = tl.minimum(t, rest - 1 + zero)
-        u_tile = _tile(u + start * u_t + wide * u_d, again, u_t, inside)
+        u_tile = _tile(u, start, again, u_t, wide * u_d, inside, ALIGNED)
+        if SOFTPLUS:
+            delta_tile = _tile(delta, start, again, delta_t, wide * delta_d, inside, ALIGNED)
+        if z is not None:
+            gate = _tile(z, start, again, z_t, wide * z_d, inside, ALIGNED)
+            grad = _tile(dout, start, again, dout_t, wide * dout_d, inside, ALIGNED)
+        # Those of the next chunk are asked for now and waited for there.
+        ahead = tl.maximum(start - _CHUNK, 0)
+        u_next = _tile(u, ahead, t, u_t, wide * u_d, earlier, ALIGNED)
+        delta_next = _tile(delta, ahead, t, delta_t, wide * delta_d, earlier, ALIGNED)
+        dout_next = _tile(dout, ahead, t, dout_t, wide * dout_d, earlier, ALIGNED)
+        if z is not None:
+            z_next = _tile(z, ahead, t, z_t, wide * z_d, earlier, ALIGNED)
+        u_tile = _by_lanes(u_tile)  # after all loads: each of these waits for its own
         d_drive_tile = _over_groups(d_drive)
         d_delta = _over_groups(d_step) + d_drive_tile * u_tile
-        if SOFTPLUS:
-            delta_tile = _tile(delta + start * delta_t + wide * delta_d, again, delta_t, inside)
-        to = (again * grad_t)[:, None] + (start * grad_t + d)[None, :]
+        to = tl.multiple_of(again * grad_t, ALIGNED)[:, None] + _at(d, start, grad_t, ALIGNED)[None, :]
         if z is not None:
-            gate = _tile(z + start * z_t + wide * z_d, again, z_t, inside)
-            grad = _tile(dout + start * dout_t + wide * dout_d, again, dout_t, inside)
-            sigmoid = _sigmoid(gate)
+            gate = _by_lanes(gate)
+            grad = _by_lanes(grad)
+            opened = sigmoid(gate)
             y_tile = _over_groups(y) + skip[None, :] * u_tile
-            d_gate = grad * y_tile * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            d_gate = grad * y_tile * opened * (1.0 + gate * (1.0 - opened))
             tl.store(dz + to, d_gate.to(dz.dtype.element_ty), mask=mask)
         if SOFTPLUS:
-            d_delta *= _sigmoid(delta_tile + shift[None, :])
+            d_delta *= sigmoid(_by_lanes(delta_tile) + shift[None, :])
         tl.store(ddelta + to, d_delta.to(ddelta.dtype.element_ty), mask=mask)
         tl.store(du + to, (d_drive_tile * step + skip[None, :] * dy).to(du.dtype.element_ty), mask=mask)
         sum_D += tl.sum(dy * u_tile, 0)
-        sum_bias += tl.sum(tl.where(mask, d_delta, 0.0), 0)
+        if LAST:  # else it is zero there: no gradient comes from beyond the end
+            d_delta = tl.where(mask, d_delta, 0.0)
+        sum_bias += tl.sum(d_delta, 0)
         tl.debug_barrier()  # the next chunk reads carry and parameters
 
     tl.store(parameters + slot + d, sum_D, mask=inside)
@@ -726,9 +784,16 @@ def _dense(t: Tensor) -> Tensor:
     return _channels_last(t).copy_(t) if t.ndim == 3 else t.contiguous()
 
 
+def _aligned(p: Problem, *more: Tensor) -> int:
+    """8 if rows of every sequence start at multiples of so many elements (16 bytes, or more), else 1."""
+    sequences = (p.u, p.delta, p.z, *more)
+    strides = (p.u.shape[1], *(s for t in sequences if t is not None for s in (t.stride(0), t.stride(2))))
+    return 1 if any(s % 8 for s in strides) else 8
+
+
 @functools.cache
 def _has_tf32(device: torch.device) -> bool:
-    return _NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
@@ -833,7 +898,7 @@ def _selective_scan(
             batch, d_inner, d_state, length, chunks,
             *p.u.stride(), *p.delta.stride(), *_strides(p.z),
             SOFTPLUS=delta_softplus, KEEP=keep, GROUPS=groups, BOTH=directions == 2,
-            num_warps=groups, enable_fp_fusion=True, **FORWARD_OPTIONS,
+            ALIGNED=_aligned(p), num_warps=groups, enable_fp_fusion=True, **FORWARD_OPTIONS,
         )  # fmt: skip
     return out, out2, last.transpose(1, 2), states, packed, rows
 
@@ -935,7 +1000,7 @@ def _selective_scan_backward(
             batch, d_inner, d_state, length, chunks,
             *p.u.stride(), *p.delta.stride(), *_strides(p.z), *dout.stride(),
             SOFTPLUS=delta_softplus, LAST=d_last is not None, MATRIX=matrix, GROUPS=groups, BOTH=directions == 2,
-            num_warps=groups, enable_fp_fusion=True,
+            ALIGNED=_aligned(p, dout), MANY=d_state > WARMED, num_warps=groups, enable_fp_fusion=True,
         )  # fmt: skip
         _finish_kernel[((d_state + 2) * blocks + batch * chunks, directions)](
             partial, parameters, grads.A, grads2.A, grads.B, grads2.B, grads.C, grads2.C,
@@ -1002,7 +1067,7 @@ def _check(tensors: Sequence[Tensor | None]) -> bool:
     for t in tensors:
         if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"the triton scan takes float32, bfloat16 and float16, got {t.dtype}: use backend='auto'")
-        if t is not None and not (t.is_cuda or _INTERPRETED):
+        if t is not None and not (t.is_cuda or INTERPRETED):
             raise ValueError(f"the triton scan needs tensors on a GPU, got {t.device}: use backend='auto'")
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
