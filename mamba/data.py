@@ -449,9 +449,8 @@ class DeviceBatches:
             rows = to_device(torch.from_numpy(np.concatenate([k.rows for k in keys])), self.device)
             rectangles = to_device(torch.from_numpy(draws.erase), self.device)
             images, labels = self.augment.transform(self.images[rows], draws), self.labels[rows]
-        return Chunk(
-            [len(k.rows) for k in keys], images, labels, rectangles, self.stream and self.stream.record_event()
-        )
+        made = self.stream.record_event() if self.stream else None
+        return Chunk([len(k.rows) for k in keys], images, labels, rectangles, made)
 
     def _batches(self, chunk: Chunk) -> Iterator[tuple[Tensor, Tensor]]:
         if chunk.made:
