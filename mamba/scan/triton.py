@@ -991,6 +991,7 @@ def _selective_scan_backward(
     parameters = u.new_empty((directions, batch, d_state + 2, d_inner), dtype=torch.float32)
     partial = u.new_empty((directions, batch, chunks, d_state, blocks, 2, CHUNK), dtype=torch.float32)
     _, groups = _groups(batch * blocks * directions, d_state, u.device)
+    many = d_state > WARMED or directions == 2  # two directions have no registers to spare: measured faster as a loop
     matrix = _has_tf32(u.device) and B.dtype != torch.float32 and C.dtype != torch.float32
     with _device_of(u):
         _backward_kernel[(batch * blocks, directions)](
@@ -1000,7 +1001,7 @@ def _selective_scan_backward(
             batch, d_inner, d_state, length, chunks,
             *p.u.stride(), *p.delta.stride(), *_strides(p.z), *dout.stride(),
             SOFTPLUS=delta_softplus, LAST=d_last is not None, MATRIX=matrix, GROUPS=groups, BOTH=directions == 2,
-            ALIGNED=_aligned(p, dout), MANY=d_state > WARMED, num_warps=groups, enable_fp_fusion=True,
+            ALIGNED=_aligned(p, dout), MANY=many, num_warps=groups, enable_fp_fusion=True,
         )  # fmt: skip
         _finish_kernel[((d_state + 2) * blocks + batch * chunks, directions)](
             partial, parameters, grads.A, grads2.A, grads.B, grads2.B, grads.C, grads2.C,
