@@ -7,8 +7,9 @@ and, reversed, x_(l + taps - 1 - k): STEP is the way in which a later tap's toke
 The compiler's own version of this (shifted slices of a padded copy) took 13 ms of a 73 ms training step of mamba_small
 at batch 1024 on an H200, five times what its bytes cost: docs/LOG.md. Here a program holds a tile of tokens x channels
 and reads the shifted rows from the cache. Backward recomputes `pre`; it writes d(pre) once, because with it dx is
-another short convolution, backwards in time. Sums over tokens are written per tile and added by torch in a fixed order:
-the same inputs give the same bits.
+another short convolution, backwards in time. Sums over tokens are written per program and added by torch in a fixed
+order: the same inputs give the same bits. A program does the same tile of several batch entries, which share the loads
+of the weights and, in backward, the sums. Tile and warps are the fastest of those tried (docs/LOG.md).
 """
 
 from __future__ import annotations

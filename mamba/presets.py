@@ -74,8 +74,8 @@ def v2() -> RunConfig:
     """The full recipe (stage 2): stage1 with mixed precision, layer-wise learning rates, AutoAugment in place of
     RandAugment, exponential warm-up. 300 epochs, batch 128, lr 1e-3, weight decay 0.05, 20 warm-up epochs.
 
-    Cost and score at full length: not yet measured (its authors hoped for 97 to 98 %). Measured on one H200: 9,908
-    images/s (docs/BENCHMARKS.md), 4.5 s an epoch; 20 epochs at batch 512 reach 72 % (docs/LOG.md).
+    Cost and score at full length: not yet measured (its authors hoped for 97 to 98 %). Measured on one H200: 11,368
+    images/s (docs/BENCHMARKS.md), 4.0 s an epoch; 20 epochs at batch 512 reach 72 % (docs/LOG.md).
     """
     return stage1().with_values(
         {

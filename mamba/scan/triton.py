@@ -29,15 +29,19 @@ in a fixed order. There are no atomics: **the same inputs give the same bits eve
 `_prepare_kernel` first copies B and C (d_state rows that all channels share) to float32 as (batch, chunk, d_state, 2,
 CHUNK), zero past the end, so that the inner loop reads them as aligned vectors without masks, and A, D and the bias to
 rows of channels. u, delta, z and dout, the large tensors, are read in place whatever their strides; lanes run along the
-channels, so the (batch, length, channel) memory order is the fast one. Outputs have it.
+channels, so the (batch, length, channel) memory order is the fast one, and outputs have it. Where its rows begin at
+multiples of eight elements (ALIGNED), a lane reads 16 bytes at once and the tile is handed to the lanes of its channels
+through shared memory. What limits these kernels is waiting, for memory and for dependent arithmetic, not the number of
+instructions: a chunk's tiles are asked for while the chunk before it is finished, all loads come before the first
+hand-over, and what nobody waits for (a state's share of dB and dC) is stored a state later.
 
 Both directions of a bidirectional scan are one launch of the same kernels: axis 1 of the grid is the direction.
 
 Kept from forward to backward besides the inputs: batch x d_inner x d_state x (ceil(length / CHUNK) - 1) float32, and
 two float32 for each number of B.
 
-Deviations: exp2 and 1 / x are the hardware's approximations (2 ulp, denormals flushed); float64 is not supported. On
-AMD, and in Triton's interpreter, the few lines of PTX are replaced; only NVIDIA has been measured.
+Deviations: exp2 and 1 / x are the hardware's approximations (2 ulp, denormals flushed: `mamba.triton_math`); float64 is
+not supported. On AMD, and in Triton's interpreter, the few lines of PTX are replaced; only NVIDIA has been measured.
 """
 
 from __future__ import annotations
