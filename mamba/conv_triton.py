@@ -146,7 +146,7 @@ def _launch(x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
     rows = min(MOST_ROWS, max(4, triton.next_power_of_2(length)))
     chunks, columns = triton.cdiv(length, rows), triton.cdiv(channels, COLUMNS)
     entries = 1
-    while entries < MOST_ENTRIES and batch * chunks * columns >= 2 * entries * ENOUGH_PROGRAMS:
+    while 2 * entries <= min(MOST_ENTRIES, batch) and batch * chunks * columns >= 2 * entries * ENOUGH_PROGRAMS:
         entries *= 2
     constants = {"ROWS": rows, "COLUMNS": COLUMNS, "ENTRIES": entries, "num_warps": WARPS}
     return (triton.cdiv(batch, entries) * chunks, columns), chunks, constants
@@ -168,7 +168,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     x = _readable(x)
     with _device_of(x):
         _conv_kernel[grid](
-            x, weight.contiguous(), bias, y, *x.shape, chunks, *x.stride()[:2],
+            x, weight.contiguous(), bias.contiguous(), y, *x.shape, chunks, *x.stride()[:2],
             TAPS=weight.shape[-1], STEP=-1 if reverse else 1, **constants,
         )  # fmt: skip
     return y
@@ -184,12 +184,12 @@ def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse:
     """Gradients of x, weight and bias, each in its tensor's type."""
     taps, step = weight.shape[-1], -1 if reverse else 1
     grid, chunks, constants = _launch(x)
-    x, dy, kernel = _readable(x), _readable(dy), weight.contiguous()
+    x, dy, kernel, shift = _readable(x), _readable(dy), weight.contiguous(), bias.contiguous()
     dpre, dx = x.new_empty(x.shape), x.new_empty(x.shape)
     sums = x.new_empty((grid[0], taps + 1, x.shape[2]), dtype=torch.float32)
     with _device_of(x):
         _conv_backward_pre_kernel[grid](
-            x, kernel, bias, dy, dpre, sums, *x.shape, chunks, *x.stride()[:2], *dy.stride()[:2],
+            x, kernel, shift, dy, dpre, sums, *x.shape, chunks, *x.stride()[:2], *dy.stride()[:2],
             TAPS=taps, STEP=step, **constants,
         )  # fmt: skip
         _conv_backward_x_kernel[grid](dpre, kernel, dx, *x.shape, chunks, TAPS=taps, STEP=step, **constants)

@@ -438,12 +438,12 @@ class DeviceBatches:
             keys.append(key)
             size += len(key.rows)
             if size + len(key.rows) > limit:
-                yield self._begin(keys)
+                yield self._make(keys)
                 keys, size = [], 0
         if keys:
-            yield self._begin(keys)
+            yield self._make(keys)
 
-    def _begin(self, keys: list[BatchKey]) -> Chunk:
+    def _make(self, keys: list[BatchKey]) -> Chunk:
         draws = Draws.join([self.augment.draw(k.epoch, k.step, self.batch_size).part(k.lo, k.hi) for k in keys])
         with torch.cuda.stream(self.stream):  # of None: as it is
             rows = to_device(torch.from_numpy(np.concatenate([k.rows for k in keys])), self.device)
@@ -475,7 +475,7 @@ class Chunk(NamedTuple):
 
 
 CHUNK_BYTES = 2**24
-"""Pixels augmented at a time on a GPU, 5,461 CIFAR images; twice as many are kept."""
+"""Pixels augmented at a time on a GPU: 5,461 CIFAR images. Two or three chunks are kept."""
 GPU_SHARE = 0.125
 """Part of a GPU's memory that the training images may take before `data.device` auto leaves them on the host."""
 

@@ -41,11 +41,12 @@ class FlatGradients:
                 self.parameters[i].register_post_accumulate_grad_hook(partial(_arrived, mine, bucket))
 
     def expect(self) -> None:
-        """The coming backward is the last one before `sum`."""
-        self.missing = [len(members) for members, _ in self.buckets]
+        """The coming backward is the last one before `sum`. What one that failed has left is forgotten."""
+        self.missing, self.pending = [len(members) for members, _ in self.buckets], {}
 
     def sum(self) -> None:
-        """A parameter without a gradient has none afterwards either; it must be the same ones on all ranks."""
+        """The sum, not the average: divide the loss. A parameter without a gradient has none afterwards either; it must
+        be the same ones on all ranks."""
         for bucket in range(len(self.buckets)):
             if bucket not in self.pending:
                 self._send(bucket)

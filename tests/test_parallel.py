@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,36 @@ def test_only_the_expected_backward_counts():
     model.zero_grad(set_to_none=True)
     model[0](torch.ones(1, 5)).sum().backward()
     assert len(flat.worker.log) == 2
+
+
+def test_a_bucket_that_stayed_incomplete_does_not_count_on():
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))  # the second has no gradients
+    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    backward(model, flat)
+    flat.sum()
+    log = list(flat.worker.log)
+    for _ in range(2):
+        backward(model)
+    assert flat.worker.log == log
+
+
+def test_a_backward_that_failed_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(parallel, "BUCKET", 1)
+    model = nn.Sequential(nn.Linear(5, 3))
+    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    backward(model, flat)  # and no `sum`
+    own = backward(model, flat)
+    flat.sum()
+    torch.testing.assert_close(model[0].weight.grad, 4 * own["0.weight"])
+
+
+def test_the_last_parameters_go_first_and_keep_nothing_alive():
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (1, 2)]
+    flat = FlatGradients(parameters, Worker())
+    assert flat.parameters == parameters[::-1]
+    alive = weakref.ref(flat)
+    del flat
+    assert alive() is None
 
 
 @pytest.mark.parametrize("sizes", [(1,), (64, 65)])

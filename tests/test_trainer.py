@@ -19,8 +19,9 @@ from mamba.data import ImageSet
 from mamba.errors import ForgeError, TrainingError
 from mamba.layers import BlockShape
 from mamba.model import Architecture, MambaModel
+from mamba.parallel import FlatGradients
 from mamba.trainer import Trainer, fit, request_stop
-from mamba.worker import Done, Worker, local_worker
+from mamba.worker import Worker, local_worker
 
 
 def weights(folder):
@@ -487,13 +488,21 @@ def test_which_runs_are_recorded(small_config, monkeypatch, recwarn, asked, devi
 
 
 class Doubled(Worker):
-    """One of two ranks of which the other has the same values, but for running averages, which are 3 larger there."""
+    """One of two ranks of which the other has the same values, but for running averages, which are 3 larger there, and
+    flags, which are `flags` larger. Sums end when they are waited for."""
 
     other: Sequence[torch.Tensor] = ()
+    flags: float = 0
+    begun = 0
 
     def begin_sum(self, values):
-        values.mul_(2).add_(3 * any(values is buffer for buffer in self.other))
-        return Done()
+        self.begun += 1
+
+        def wait():
+            larger = 3 if any(values is buffer for buffer in self.other) else self.flags * (values.shape == (2,))
+            values.mul_(2).add_(larger)
+
+        return SimpleNamespace(wait=wait)
 
 
 def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small_data, tmp_path):
@@ -510,6 +519,38 @@ def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small
     images = torch.randn(16, 3, 8, 8)
     for alone, averaged in zip(stepped("one", None), stepped("two", Doubled(world_size=2)), strict=True):
         torch.testing.assert_close(averaged, alone + 1.5 if alone.is_floating_point() else alone)
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_a_recorded_run_sums_gradients_during_the_last_backward(small_config, small_data, tmp_path, monkeypatch, flag):
+    """As one rank of two with the same images: the update of a lone run, unless the other rank's loss is not finite."""
+    monkeypatch.setattr("mamba.parallel.BUCKET", 1)
+    images = torch.randn(2, 16, 3, 8, 8)
+    micro = [(half, torch.full((16, 3), 1 / 3)) for half in images]
+
+    def stepped(name, worker):
+        trainer = Trainer(small_config(model__drop_path=0.0), local_worker(), tmp_path / name, small_data)
+        trainer.model.train()
+        seen = []
+        if worker:
+            trainer.worker, trainer.flat = worker, FlatGradients(list(trainer.model.parameters()), worker)
+            trainer.forward = trainer.model
+            loss = trainer.loss
+            trainer.loss = lambda *a: seen.append(worker.begun) or loss(*a)
+            whole = trainer.flat.sum
+            trainer.flat.sum = lambda: seen.append(worker.begun) or whole()
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer._optimizer_step(micro)
+        trainer.close()
+        return before, list(trainer.model.parameters()), seen
+
+    worker = Doubled(world_size=2)
+    worker.flags = flag
+    before, alone, _ = stepped("one", None)
+    _, together, seen = stepped("two", worker)
+    for start, a, b in zip(before, alone, together, strict=True):
+        torch.testing.assert_close(b, start if flag else a)
+    assert seen[:2] == [0, 0] and seen[2] == 1 + len(alone)  # at both losses, and before `sum`: flags and gradients
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -260,8 +260,8 @@ def _at(first, steps, stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _tile(pointer, start, near, stride_t, columns, inside, ALIGNED: tl.constexpr):
-    """A (CHUNK, channels) tile, zero for channels that are not inside. columns: the offsets of the channels.
+def _tile(pointer, start, near, stride_t, columns, inside, ALIGNED: tl.constexpr, other: tl.constexpr = 0.0):
+    """A (CHUNK, channels) tile, `other` where it is not inside (channels, or both). columns: the channels' offsets.
 
     near: the rows, counted from token start and clamped to those that exist, so that tokens need no mask; what comes
     from beyond the end is cleared by the caller where it would count. If ALIGNED, a lane reads 16 bytes of a row at
@@ -269,7 +269,7 @@ def _tile(pointer, start, near, stride_t, columns, inside, ALIGNED: tl.constexpr
     """
     rows = tl.multiple_of(near * stride_t, ALIGNED)
     pointers = (_at(pointer, start, stride_t, ALIGNED) + columns)[None, :] + rows[:, None]
-    return tl.load(pointers, mask=inside[None, :], other=0.0)
+    return tl.load(pointers, mask=inside if len(inside.shape) == 2 else inside[None, :], other=other)
 
 
 @triton.jit
@@ -510,10 +510,10 @@ def _forward_kernel(
     direction = _direction(BOTH)
     entry = direction * batch + b
     d0 = (tl.program_id(0) % blocks) * _LANES
-    zero = tl.program_id(2)  # the grid has two axes; the compiler does not know
+    zero = tl.program_id(2)  # the grid has two axes, which the compiler does not know: see `limit`
     d = d0 + tl.arange(0, _LANES)
     wide = d.to(tl.int64)
-    limit = tl.multiple_of(d_inner + zero, ALIGNED)
+    limit = tl.multiple_of(d_inner + zero, ALIGNED)  # a hint on an argument is ignored, on a sum it is not
     inside = d < limit
     t = tl.arange(0, _CHUNK)
     slot = d_state * d_inner
@@ -552,7 +552,7 @@ def _forward_kernel(
         final = d < tl.where(c == chunks - 1, d_inner, 0)
         for first in range(0, d_state * (_LANES // _SECTOR), _LANES):
             touched += _warm(first, row, before, None, None, None, c, d0, d_inner, d_state, _LANES)
-        u_tile = u_next.to(tl.float32)
+        u_tile = u_next.to(tl.float32)  # where they lie: both warps exchange the steps, not the tiles, see `_once`
         delta_tile = delta_next.to(tl.float32)
         if z is not None:
             gate = _tile(z, start, near, z_t, wide * z_d, inside, ALIGNED)
@@ -592,7 +592,10 @@ def _forward_kernel(
 
 @triton.jit
 def _store_shares(sums, n, share_B, share_C, blocks):
-    """A program's share of row n (groups,) of dB and dC, from the lanes' sums. After `_lane_sums` one row is left."""
+    """A program's share of row n (groups,) of dB and dC, from the lanes' sums. After `_lane_sums` one row is left.
+
+    A row may be stored twice, in order: each group stores its own rows only, so always from the same warp.
+    """
     to = (n * blocks * _LANES)[:, None] + tl.arange(0, _LANES)[None, :]
     shares = _lane_sums(_exchange(share_B, share_C, _CHUNK), 4)
     tl.store(sums + to, shares.reshape(shares.shape[1], _LANES))
@@ -621,10 +624,10 @@ def _backward_kernel(
     entry = direction * batch + b
     block = tl.program_id(0) % blocks
     d0 = block * _LANES
-    zero = tl.program_id(2)  # the grid has two axes; the compiler does not know
+    zero = tl.program_id(2)  # the grid has two axes, which the compiler does not know: see `limit`, `again`
     d = d0 + tl.arange(0, _LANES)
     wide = d.to(tl.int64)
-    limit = tl.multiple_of(d_inner + zero, ALIGNED)
+    limit = tl.multiple_of(d_inner + zero, ALIGNED)  # a hint on an argument is ignored, on a sum it is not
     inside = d < limit
     t = tl.arange(0, _CHUNK)
     slot = d_state * d_inner
@@ -653,10 +656,14 @@ def _backward_kernel(
     group = tl.arange(0, GROUPS)
     shares = d_state // GROUPS
 
+    # Past the end a step must be 0: with another, h could overflow there and make NaN of the sums over tokens. softplus
+    # of -inf is 0; without softplus `_time_step` masks. The other chunks are full.
     start = ((chunks - 1) * _CHUNK).to(tl.int64)
-    near = tl.minimum(t, length - (chunks - 1) * _CHUNK - 1)
+    rest = length - (chunks - 1) * _CHUNK
+    near = tl.minimum(t, rest - 1)
+    tokens = (t < rest)[:, None] & inside[None, :]
     u_next = _tile(u, start, near, u_t, wide * u_d, inside, ALIGNED)
-    delta_next = _tile(delta, start, near, delta_t, wide * delta_d, inside, ALIGNED)
+    delta_next = _tile(delta, start, near, delta_t, wide * delta_d, tokens, ALIGNED, float("-inf") if SOFTPLUS else 0.0)
     dout_next = _tile(dout, start, near, dout_t, wide * dout_d, inside, ALIGNED)
     if z is not None:
         z_next = _tile(z, start, near, z_t, wide * z_d, inside, ALIGNED)
@@ -679,7 +686,7 @@ def _backward_kernel(
             gate = _by_lanes(z_next)
             dy *= gate * sigmoid(gate)
         warm = _warm(0, row, before, rows, carry, parameters, c, d0, d_inner, d_state, 2 * _LANES)
-        step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS, LAST), GROUPS)
+        step = _once(_time_step(delta_tile, shift, mask, SOFTPLUS, not SOFTPLUS), GROUPS)
         dy = _once(tl.where(mask, dy, 0.0), GROUPS)
         drive = _to_groups(step * u_tile, GROUPS)
         exponent = _to_groups(step, GROUPS)
@@ -729,12 +736,12 @@ def _backward_kernel(
             gate = _tile(z, start, again, z_t, wide * z_d, inside, ALIGNED)
             grad = _tile(dout, start, again, dout_t, wide * dout_d, inside, ALIGNED)
         # Those of the next chunk are asked for now and waited for there.
-        ahead = tl.maximum(start - _CHUNK, 0)
-        u_next = _tile(u, ahead, t, u_t, wide * u_d, earlier, ALIGNED)
-        delta_next = _tile(delta, ahead, t, delta_t, wide * delta_d, earlier, ALIGNED)
-        dout_next = _tile(dout, ahead, t, dout_t, wide * dout_d, earlier, ALIGNED)
+        begin = tl.maximum(start - _CHUNK, 0)
+        u_next = _tile(u, begin, t, u_t, wide * u_d, earlier, ALIGNED)
+        delta_next = _tile(delta, begin, t, delta_t, wide * delta_d, earlier, ALIGNED)
+        dout_next = _tile(dout, begin, t, dout_t, wide * dout_d, earlier, ALIGNED)
         if z is not None:
-            z_next = _tile(z, ahead, t, z_t, wide * z_d, earlier, ALIGNED)
+            z_next = _tile(z, begin, t, z_t, wide * z_d, earlier, ALIGNED)
         u_tile = _by_lanes(u_tile)  # after all loads: each of these waits for its own
         d_drive_tile = _over_groups(d_drive)
         d_delta = _over_groups(d_step) + d_drive_tile * u_tile
@@ -751,7 +758,7 @@ def _backward_kernel(
         tl.store(ddelta + to, d_delta.to(ddelta.dtype.element_ty), mask=mask)
         tl.store(du + to, (d_drive_tile * step + skip[None, :] * dy).to(du.dtype.element_ty), mask=mask)
         sum_D += tl.sum(dy * u_tile, 0)
-        if LAST:  # else it is zero there: no gradient comes from beyond the end
+        if LAST:  # else it is zero there: no gradient comes from beyond the end, and the states are finite
             d_delta = tl.where(mask, d_delta, 0.0)
         sum_bias += tl.sum(d_delta, 0)
         tl.debug_barrier()  # the next chunk reads carry and parameters

@@ -65,6 +65,21 @@ def assert_equal_to_reference(tensors, flags, tolerance):
         assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
 
 
+GROWING = [(2, -3.5, -2.0, False), (1, 6.0, 1.0, False), (5, 8.0, 1.0, True), (21, 2.0, 1.0, True)]
+"""length, delta, A, softplus: states that grow so fast that they overflow within the rest of a chunk of 16 tokens."""
+
+
+def growing(length, delta, A, softplus, device):
+    """Tensors and flags. What the kernels compute past the end must not spoil the sums over tokens."""
+    tensors = make_inputs(1, 3, length, 2, device=device)
+    given = {
+        "u": tensors["u"],
+        "delta": torch.full_like(tensors["delta"], delta),
+        "A": torch.full_like(tensors["A"], A),
+    }
+    return given | {"B": tensors["B"], "C": tensors["C"]}, {"delta_softplus": softplus}
+
+
 # ---------------------------------------------------------------- without a GPU
 
 
@@ -96,15 +111,40 @@ def test_cpu_tensors_are_refused_and_auto_avoids_them():
 
 
 @needs_triton
+def test_wide_loads_only_where_every_row_is_aligned():
+    from mamba.scan.problem import Problem
+    from mamba.scan.triton import _aligned
+
+    def sequence(channels, row, batch=2, length=3):
+        return torch.zeros(batch, length, row)[..., :channels].transpose(1, 2)
+
+    def aligned(channels, row, *more):
+        u = sequence(channels, row)
+        return _aligned(Problem(u, u, *[torch.zeros(1)] * 3, None, None, None), *more)
+
+    assert aligned(40, 40) == aligned(40, 48) == aligned(40, 40, sequence(40, 40)) == 8
+    assert aligned(33, 40) == aligned(40, 41) == aligned(40, 40, sequence(40, 41)) == 1
+    assert aligned(40, 40, torch.zeros(()).expand(2, 40, 3)) == 8  # strides of 0
+
+
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run here")
 def test_kernels_in_the_interpreter():
     """Two chunks, a channel block that is not full, every option: the arithmetic, not the compiler."""
     code = """
-import torch; from tests.scan.test_triton import ALL, assert_equal_to_reference, make_inputs
+import torch; from tests.scan.test_triton import ALL, GROWING, assert_equal_to_reference, growing, make_inputs
 torch.set_num_threads(1)
 assert_equal_to_reference(make_inputs(1, 3, 18, 2, device="cpu"), ALL, 1e-5)
 tensors = make_inputs(1, 3, 5, 2, device="cpu")
 assert_equal_to_reference({k: v for k, v in tensors.items() if k not in ("D", "z", "delta_bias")}, {}, 1e-5)
+for case in GROWING:
+    assert_equal_to_reference(*growing(*case, device="cpu"), 1e-5)
+tensors = make_inputs(1, 8, 17, 2, device="cpu")
+for name in ("u", "delta", "z"):  # what lies around the sequence must not be read, or not matter
+    around = torch.full((1, 40, 8), float("nan"))
+    around[:, 3:20] = tensors[name].transpose(1, 2)
+    tensors[name] = around[:, 3:20].transpose(1, 2)
+assert_equal_to_reference(tensors, ALL, 1e-5)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, env=environment, timeout=300)
@@ -180,6 +220,29 @@ def test_shapes(shape):
 def test_half_precision(dtype, mixed):
     for shape in [(3, 6, 64, 16), (4, 100, 33, 13), (2, 64, 196, 16)]:
         assert_equal_to_reference(make_inputs(*shape, dtype, mixed=mixed), ALL, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", GROWING, ids=str)
+def test_states_that_grow(case):
+    assert_equal_to_reference(*growing(*case, device="cuda"), 1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_wide_rows_of_other_strides():
+    """Aligned rows of dout, and not: a slice of a wider tensor."""
+    tensors = make_inputs(2, 40, 37, 4)
+    for row in (40, 41, 48):
+        grad = torch.randn(2, 37, row, device="cuda")[..., :40].transpose(1, 2)
+        results = []
+        for backend, kind in (("triton", torch.float32), ("reference", torch.float64)):
+            leaves = {k: v.detach().to(kind).requires_grad_() for k, v in tensors.items()}
+            out = selective_scan(**leaves, delta_softplus=True, backend=backend)
+            results.append(torch.autograd.grad(out, list(leaves.values()), grad.to(kind)))
+        for a, b in zip(*results, strict=True):
+            assert (a.double() - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.gpu
