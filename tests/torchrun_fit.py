@@ -1,9 +1,13 @@
-"""Run by torchrun in test_distributed.py: train the config in the folder given, in a real process group."""
+"""Run by torchrun in test_distributed.py: train the configs in the folders given, one after the other, in a real
+process group. `how.json` beside a config names a function of this file, with its argument."""
 
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,7 +19,8 @@ from mamba.worker import torchrun_worker
 from pruning.rounds import hooks_for
 
 
-def poison_rank_1(step_at: int) -> None:
+@contextmanager
+def poison(step_at: int):
     """Make one batch of rank 1 not finite."""
     original = Trainer._train_step
 
@@ -24,11 +29,13 @@ def poison_rank_1(step_at: int) -> None:
             micro_batches = [(images * float("nan"), targets) for images, targets in micro_batches]
         return original(self, micro_batches)
 
-    Trainer._train_step = step
+    with patch.object(Trainer, "_train_step", step):
+        yield
 
 
-def sum_in_buckets(size: int) -> None:
-    """Gradients as recorded steps sum them, which are for GPUs only, instead of by DistributedDataParallel."""
+@contextmanager
+def buckets(size: int):
+    """Sum gradients as recorded steps do, which are for GPUs only, instead of by DistributedDataParallel."""
     original = Trainer.__init__
 
     def init(self, config, worker, *args, **kwargs):
@@ -36,17 +43,19 @@ def sum_in_buckets(size: int) -> None:
         self.forward, self.flat = self.model, parallel.FlatGradients(list(self.model.parameters()), worker)
         assert len(self.flat.buckets) > 3
 
-    parallel.BUCKET = size
-    Trainer.__init__ = init
+    with patch.object(parallel, "BUCKET", size), patch.object(Trainer, "__init__", init):
+        yield
 
 
-folder = Path(sys.argv[1])
+HOW = {"poison": poison, "buckets": buckets}
+
 torch.set_num_threads(1)
-match sys.argv[2:]:
-    case ["poison", step]:
-        poison_rank_1(int(step))
-    case ["buckets", size]:
-        sum_in_buckets(int(size))
-config, worker = RunConfig.from_yaml(folder / "config.yaml"), torchrun_worker()
-fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
+worker = torchrun_worker()
+for folder in map(Path, sys.argv[1:]):
+    config = RunConfig.from_yaml(folder / "config.yaml")
+    with ExitStack() as stack:
+        if (folder / "how.json").exists():
+            name, argument = json.loads((folder / "how.json").read_text())
+            stack.enter_context(HOW[name](argument))
+        fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
 dist.destroy_process_group()
