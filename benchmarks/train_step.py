@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --root CIFAR10                              # an image folder; or --dataset cifar10
     python benchmarks/train_step.py --models mamba_small --batches 128 --modes recorded compiled plain --json out.json
     python benchmarks/train_step.py --cold                                      # with an empty compile cache
+    python benchmarks/train_step.py --dataset digits --models mamba_tiny --batches 16 --steps 5 --epochs 1   # on a CPU
 
 Every case is a process of its own: preset v2, its first epoch for compilation and warm-up, then `--epochs` epochs that
 are timed with validation left out. `images/s` is the median epoch, with the slowest and the fastest. `wait` is the part
@@ -172,7 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mamba_tiny", "mamba_small", "mamba_base"])
     parser.add_argument("--batches", nargs="+", type=int, default=[128, 1024])
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["recorded"])
+    fastest = "recorded" if torch.cuda.is_available() else "plain"
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=[fastest])
     parser.add_argument("--dataset", default="folder")
     parser.add_argument("--root", type=Path, default=Path("data"))
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, after one that is not")
@@ -206,7 +208,10 @@ def main() -> None:
                     done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], env=env,
                                           capture_output=True, text=True)  # fmt: skip
                 if done.returncode:
-                    print(f"{model:>12} {batch:>6} {mode:>9} failed: {done.stderr.strip()[-600:]}", flush=True)
+                    error = done.stderr.strip()[-600:]
+                    if "mamba.errors." in error or "mamba.data." in error:  # a sentence for the user
+                        error = error.splitlines()[-1].partition(": ")[2]
+                    print(f"{model:>12} {batch:>6} {mode:>9} failed: {error}", flush=True)
                     continue
                 row = json.loads(done.stdout.splitlines()[-1])
                 report["rows"].append({"model": model, "batch": batch, "mode": mode, **row})

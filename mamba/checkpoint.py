@@ -220,6 +220,8 @@ def find_checkpoint(path: Path) -> Path:
         rounds = max(path.glob("round-*/pruned"), default=None)
         hint = f"; it holds rounds of pruning: did you mean {rounds}?" if rounds else ""
         where = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+        if not path.exists():
+            raise CheckpointError(f"there is no {path}{where}; give a checkpoint's folder, or that of a run")
         raise CheckpointError(
             f"{path}{where} is neither a checkpoint (with {DESCRIPTION} and {WEIGHTS}) nor a run with checkpoints/ in "
             f"it{hint}"

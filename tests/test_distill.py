@@ -123,5 +123,5 @@ def test_teachers_that_do_not_fit(teacher, small_config, tmp_path):
     config = small_config(distill__teacher=teacher)
     with pytest.raises(CheckpointError, match=r"distill.teacher .* is for 3 classes at 8 pixels, and the data has 10"):
         TrainingLoss(config, 10, 8, torch.device("cpu"), None)
-    with pytest.raises(CheckpointError, match="distill.teacher: .*nothing is neither a checkpoint"):
+    with pytest.raises(CheckpointError, match="distill.teacher: there is no .*nothing"):
         TrainingLoss(small_config(distill__teacher=tmp_path / "nothing"), 3, 8, torch.device("cpu"), None)

@@ -605,8 +605,10 @@ def test_a_model_is_rebuilt_from_its_folder_alone(small_fit, tmp_path):
     model, description = ckpt.load_model(moved, weights="raw")
     assert description["classes"] == ["dark", "grey", "bright"]
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
-    with pytest.raises(ForgeError, match="neither a checkpoint .* nor a run"):
+    with pytest.raises(ForgeError, match="there is no .*nowhere; give a checkpoint's folder, or that of a run"):
         ckpt.load_model(tmp_path / "nowhere")
+    with pytest.raises(ForgeError, match="neither a checkpoint .* nor a run"):
+        ckpt.load_model(tmp_path)
     with pytest.raises(ForgeError, match=r"training_state.pt is missing: this checkpoint can be loaded, but"):
         ckpt.load_training_state(moved)
 

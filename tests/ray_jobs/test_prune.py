@@ -94,7 +94,7 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
         (["--method", "none"], "prunes nothing"),
         (["--plan", "stage9", "--checkpoint", "CHECKPOINT"], "unknown plan 'stage9'; valid: stage1"),
         (["--plan", "stage2"], "give --checkpoint"),
-        (["--checkpoint", "/nowhere"], "/nowhere is neither a checkpoint"),
+        (["--checkpoint", "/nowhere"], "there is no /nowhere"),
         (["--checkpoint", "CHECKPOINT", "--preset", "v2", "--data.dataset", "digits"], "at 8 pixels"),
         (["--fillback", "0.1"], "unknown key 'fillback'"),
         (["--resume", "CHECKPOINT", "--rate", "0.3"], "leave out --prune.rate"),

@@ -383,7 +383,7 @@ def test_the_report_of_a_search_with_one_objective(tmp_path):
             ["--grid", "everything", "--checkpoint", "CHECKPOINT"],
             "unknown grid 'everything'; valid:",
         ),
-        (ablate, ["--checkpoint", "/nowhere"], "/nowhere is neither a checkpoint"),
+        (ablate, ["--checkpoint", "/nowhere"], "there is no /nowhere"),
         (ablate, ["--resume", "/nowhere"], "--resume /nowhere: there is no such folder"),
     ],
 )
