@@ -22,6 +22,14 @@ FAST = [
     *("--optim.warmup-epochs", "1", "--optim.epochs", "3", "--scaling.num-workers", "0"),
 ]
 
+STOP = """
+import sys
+from ray.job_submission import JobSubmissionClient
+client = JobSubmissionClient(sys.argv[1])
+sys.stdin.read()
+client.stop_job("stopped")
+"""
+
 
 def free_port():
     with socket.socket() as s:
@@ -74,13 +82,16 @@ def test_an_ablation_as_a_job_submitted_and_stopped(cluster, tmp_path, monkeypat
     assert "3/3" in done.stdout and f"report: {folder}/report/index.html" in done.stdout, "logs are not followed"
     assert (folder / "report" / "index.html").exists()
 
+    # the command takes seconds to start, in which all trials may end: what it asks for is made ready before
+    stopper = subprocess.Popen([sys.executable, "-c", STOP, address], env=env, stdin=subprocess.PIPE, text=True)
     job(*submit, "stopped", "--no-wait", "--", *words, "--name", "stopped")
     folder = tmp_path / "runs" / "stopped"
     ends = time.monotonic() + 120
     while len(list(folder.glob("*/result.json"))) < 3:
         assert time.monotonic() < ends
         time.sleep(0.05)
-    job("stop", "--address", address, "stopped")
+    stopper.communicate("now", timeout=60)
+    job("stop", "--address", address, "stopped")  # waits for the end
     log = job("logs", "--address", address, "stopped").stdout
     assert f"--resume {folder}" in log and "Traceback" not in log, log
     assert 3 <= len((folder / "results.csv").read_text().splitlines()) - 1 < 33
