@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from train_step import MODES, hardware, run_case
+from train_step import FASTEST, MODES, hardware, run_case
 
 from mamba.worker import torchrun_worker
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", type=int, default=sorted({1, max(1, torch.cuda.device_count())}))
     parser.add_argument("--model", default="mamba_small")
     parser.add_argument("--batch", type=int, default=1024, help="images per GPU and step")
-    parser.add_argument("--mode", choices=list(MODES), default="recorded" if torch.cuda.is_available() else "plain")
+    parser.add_argument("--mode", choices=list(MODES), default=FASTEST)
     parser.add_argument("--dataset", default="folder")
     parser.add_argument("--root", type=Path, default=Path("data"))
     parser.add_argument("--epochs", type=int, default=3)

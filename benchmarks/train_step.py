@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from mamba.errors import ForgeError
 from mamba.worker import Worker, local_worker
 
 MODES = {
@@ -42,6 +43,7 @@ MODES = {
     "graph": {"optim.compile": False, "optim.cuda_graph": True},
     "plain": {"optim.compile": False, "optim.cuda_graph": False},
 }
+FASTEST = "recorded" if torch.cuda.is_available() else "plain"  # of those that this machine can
 
 
 def uneven_checkpoint(folder: Path, model: str, classes: int, side: int) -> Path:
@@ -173,8 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mamba_tiny", "mamba_small", "mamba_base"])
     parser.add_argument("--batches", nargs="+", type=int, default=[128, 1024])
-    fastest = "recorded" if torch.cuda.is_available() else "plain"
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=[fastest])
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=[FASTEST])
     parser.add_argument("--dataset", default="folder")
     parser.add_argument("--root", type=Path, default=Path("data"))
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, after one that is not")
@@ -187,7 +188,10 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(run_case(json.loads(args.case), local_worker())))
+        try:
+            print(json.dumps(run_case(json.loads(args.case), local_worker())))
+        except ForgeError as error:
+            raise SystemExit(str(error)) from None
         return
 
     report: dict[str, Any] = {"hardware": hardware(), "command": " ".join(sys.argv), "rows": []}
@@ -208,10 +212,7 @@ def main() -> None:
                     done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], env=env,
                                           capture_output=True, text=True)  # fmt: skip
                 if done.returncode:
-                    error = done.stderr.strip()[-600:]
-                    if "mamba.errors." in error or "mamba.data." in error:  # a sentence for the user
-                        error = error.splitlines()[-1].partition(": ")[2]
-                    print(f"{model:>12} {batch:>6} {mode:>9} failed: {error}", flush=True)
+                    print(f"{model:>12} {batch:>6} {mode:>9} failed: {done.stderr.strip()[-600:]}", flush=True)
                     continue
                 row = json.loads(done.stdout.splitlines()[-1])
                 report["rows"].append({"model": model, "batch": batch, "mode": mode, **row})

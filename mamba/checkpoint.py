@@ -217,11 +217,11 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = best_checkpoint(path) or newest_checkpoint(path)
     if found is None:
-        rounds = max(path.glob("round-*/pruned"), default=None)
-        hint = f"; it holds rounds of pruning: did you mean {rounds}?" if rounds else ""
         where = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         if not path.exists():
             raise CheckpointError(f"there is no {path}{where}; give a checkpoint's folder, or that of a run")
+        rounds = max(path.glob("round-*/pruned"), default=None)
+        hint = f"; it holds rounds of pruning: did you mean {rounds}?" if rounds else ""
         raise CheckpointError(
             f"{path}{where} is neither a checkpoint (with {DESCRIPTION} and {WEIGHTS}) nor a run with checkpoints/ in "
             f"it{hint}"

@@ -36,7 +36,7 @@ from mamba.parallel import FlatGradients
 from mamba.schedule import learning_rate, set_learning_rate
 from mamba.stopwatch import Stopwatch
 from mamba.tracking import Tracker, environment
-from mamba.worker import Done, Pending, Worker
+from mamba.worker import Pending, Worker
 
 if TYPE_CHECKING:
     from mamba.fused_update import FusedUpdate
@@ -243,8 +243,8 @@ class Trainer:
         """
         statistics = [buffer.clone() for buffer in self.statistics]
         loss = torch.zeros((), device=self.worker.device)
-        flags = torch.zeros(2, device=self.worker.device)
-        agreed: Pending = Done()
+        flags: Tensor
+        agreed: Pending
         for i, (images, targets) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             hold = isinstance(self.forward, DistributedDataParallel) and not last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,16 @@ SMALL = {
 }
 
 
+def make_small_config(out: Path, **values: Any) -> RunConfig:
+    """A resolved config of a two-block model; overrides as dotted keys, with two underscores for a dot."""
+    overrides = {k.replace("__", "."): v for k, v in values.items()}
+    return RunConfig(out=out).with_values({**SMALL, **overrides}).resolve()
+
+
 @pytest.fixture
 def small_config(tmp_path: Path):
-    """A factory of resolved configs of a two-block model; overrides as dotted keys."""
-
-    def make(**values: Any) -> RunConfig:
-        overrides = {k.replace("__", "."): v for k, v in values.items()}
-        return RunConfig(out=tmp_path / "runs").with_values({**SMALL, **overrides}).resolve()
-
-    return make
+    """`make_small_config` in this test's folder."""
+    return partial(make_small_config, tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")

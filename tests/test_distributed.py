@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from mamba import checkpoint as ckpt
-from mamba.config import RunConfig
 from mamba.model import Architecture, MambaModel
 from mamba.trainer import fit
 from mamba.worker import local_worker
 from pruning.cut import cut
 from pruning.masks import FILE
 from pruning.rounds import hooks_for
-from tests.conftest import SMALL
+from tests.conftest import make_small_config
 
 SCRIPT = Path(__file__).parent / "torchrun_fit.py"
 SETTINGS = {
@@ -37,10 +36,6 @@ SETTINGS = {
 }
 
 
-def make(root, **values):
-    return RunConfig(out=root).with_values({**SMALL, **{k.replace("__", "."): v for k, v in values.items()}}).resolve()
-
-
 def torchrun(*folders):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(SCRIPT)]
     done = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True, timeout=120)
@@ -52,16 +47,16 @@ def runs(tmp_path_factory):
     """Every run that starts afresh, in one process group: to start one takes longer than most of them."""
     root = tmp_path_factory.mktemp("distributed")
     torch.manual_seed(0)
-    dense = MambaModel(Architecture.from_config(make(root).model, 10, 8))
+    dense = MambaModel(Architecture.from_config(make_small_config(root).model, 10, 8))
     rates = {"mlp:neuron": 0.5, "linear_in:expand": 0.3, "linear_out:output": 0.4, "linear_delta:low_rank": 0.5}
     cut_model = cut(dense, {**rates, "linear_B_C:shared": 0.5, "linear_gate:element": 0.5}, shrink=True)
     start = ckpt.save_checkpoint(root / "start", cut_model.model, None, {}, None, {FILE: cut_model.masks})
     made = {
-        "two": (make(root, **SETTINGS), None),
-        "buckets": (make(root, **SETTINGS), ["buckets", 1000]),
-        "poisoned": (make(root, **SETTINGS, optim__epochs=1), ["poison", 5]),
-        "whole": (make(root, **SETTINGS | {"model__drop_path": 0.3}, checkpoint__keep=3), None),
-        "pruned": (make(root, **SETTINGS, model__checkpoint=start, prune__penalty="group"), None),
+        "two": (make_small_config(root, **SETTINGS), None),
+        "buckets": (make_small_config(root, **SETTINGS), ["buckets", 1000]),
+        "poisoned": (make_small_config(root, **SETTINGS, optim__epochs=1), ["poison", 5]),
+        "whole": (make_small_config(root, **SETTINGS | {"model__drop_path": 0.3}, checkpoint__keep=3), None),
+        "pruned": (make_small_config(root, **SETTINGS, model__checkpoint=start, prune__penalty="group"), None),
     }
     for name, (config, how) in made.items():
         (root / name).mkdir()
