@@ -17,13 +17,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mamba import checkpoint as ckpt
-from mamba.config import RunConfig
-from mamba.data import load_data
+from mamba.runs import checkpoint as ckpt
+from mamba.config.schema import RunConfig
+from mamba.data.registry import load_data
 from mamba.errors import ConfigError, ForgeError
-from mamba.tracking import environment
-from mamba.trainer import resolve_amp
-from mamba.worker import own_device
+from mamba.runs.tracking import environment
+from mamba.train.trainer import resolve_amp
+from mamba.train.worker import own_device
 from pruning import COMPONENTS, PLANS, apply_plan, measure
 from pruning.components import ELEMENT
 from pruning.cut import cut

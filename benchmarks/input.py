@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from train_step import hardware
 
-from mamba.config import RunConfig
-from mamba.data import ImageData, load_data, make_train_batches
-from mamba.worker import local_worker
+from mamba.config.schema import RunConfig
+from mamba.data.registry import ImageData, load_data, make_train_batches
+from mamba.train.worker import local_worker
 
 
 def measure(config: RunConfig, data: ImageData, epochs: int) -> dict[str, float]:

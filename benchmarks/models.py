@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba.compilation import compile_blocks
-from mamba.config import ModelConfig, OptimConfig
-from mamba.graph import WARM_UP, Batches, RecordedStep
-from mamba.model import MambaModel, count_parameters, named_model
-from mamba.optim import make_optimizer
-from mamba.tracking import environment
-from mamba.worker import own_device
+from mamba.train.compilation import compile_blocks
+from mamba.config.schema import ModelConfig, OptimConfig
+from mamba.train.record import WARM_UP, Batches, RecordedStep
+from mamba.models.model import MambaModel, count_parameters, named_model
+from mamba.train.optim import make_optimizer
+from mamba.runs.tracking import environment
+from mamba.train.worker import own_device
 from pruning.measure import speed
 
 SIZED = ("vim_tiny", "vim_small", "mamba_small")
@@ -128,7 +128,7 @@ def training_step(model: MambaModel, batch: int) -> Callable[[], object]:
             optimizer.zero_grad(set_to_none=True)
 
         return step
-    from mamba.fused_update import FusedUpdate
+    from mamba.ops.update.triton import FusedUpdate
 
     update = FusedUpdate(optimizer, None, dict(model.named_parameters()), clip=None)
     rate, finite = torch.tensor(1e-4, device=images.device), torch.tensor(True, device=images.device)

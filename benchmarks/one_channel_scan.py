@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mamba.scan import cpu
+from mamba.ops.scan import cpu
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def _library() -> ctypes.CDLL:
 def one_channel_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
 ) -> Tensor:
-    """Arguments and result as in `mamba.scan.selective_scan`, float32, softplus on; (batch, length, channel) memory."""
+    """Arguments and result as in `mamba.ops.scan.selective_scan`, float32, softplus on; (batch, length, channel) memory."""
     batch, d_inner, length = u.shape
     u, delta, B, C, z = (t.transpose(1, 2).contiguous() for t in (u, delta, B, C, z))
     out = torch.empty_like(u)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from train_step import FASTEST, MODES, hardware, run_case
 
-from mamba.worker import torchrun_worker
+from mamba.train.worker import torchrun_worker
 
 
 def worker_main(case: dict[str, Any]) -> None:

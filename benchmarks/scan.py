@@ -33,8 +33,8 @@ import torch
 from one_channel_scan import one_channel_scan
 from torch import Tensor
 
-from mamba.scan import BACKENDS, bidirectional_scan, cpu, selective_scan
-from mamba.scan.reference import selective_scan_reference
+from mamba.ops.scan import BACKENDS, bidirectional_scan, cpu, selective_scan
+from mamba.ops.scan.reference import selective_scan_reference
 
 DEFAULT_SHAPES = {
     "cuda": ["1024x384x64x16", "256x384x196x16", "64x384x1024x16"],

@@ -14,17 +14,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from mamba import checkpoint as ckpt
-from mamba.config import RunConfig
-from mamba.data import load_data
+from mamba.runs import checkpoint as ckpt
+from mamba.config.schema import RunConfig
+from mamba.data.registry import load_data
 from mamba.errors import ForgeError
-from mamba.tracking import environment
-from mamba.worker import own_device
+from mamba.runs.tracking import environment
+from mamba.train.worker import own_device
 from pruning import measure
 from pruning.cut import cut
 from ray_jobs.ablate import GRIDS
 from ray_jobs.ablate import main as ablate
-from ray_jobs.spaces import expand, load_space
+from ray_jobs.sweep.space import expand, load_space
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from mamba.errors import ForgeError
-from mamba.worker import Worker, local_worker
+from mamba.train.worker import Worker, local_worker
 
 MODES = {
     "recorded": {"optim.compile": True, "optim.cuda_graph": True},
@@ -50,9 +50,9 @@ def uneven_checkpoint(folder: Path, model: str, classes: int, side: int) -> Path
     """New weights of a model each of whose blocks keeps another 50 to 100 % of its widths."""
     from dataclasses import replace
 
-    from mamba.checkpoint import save_checkpoint
-    from mamba.config import ModelConfig
-    from mamba.model import Architecture, MambaModel
+    from mamba.runs.checkpoint import save_checkpoint
+    from mamba.config.schema import ModelConfig
+    from mamba.models.model import Architecture, MambaModel
 
     whole = Architecture.from_config(ModelConfig(name=model), classes, side)
     shapes = []
@@ -67,21 +67,21 @@ def uneven_checkpoint(folder: Path, model: str, classes: int, side: int) -> Path
 
 def use_scan(name: str) -> None:
     """Let one-way mixers of this process scan by a backend, or by mamba-ssm's own function."""
-    import mamba.layers
+    import mamba.models.ssm
 
     if name == "mamba_ssm":
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-        mamba.layers.selective_scan = selective_scan_fn
+        mamba.models.ssm.selective_scan = selective_scan_fn
     elif name != "auto":
-        mamba.layers.selective_scan = partial(mamba.layers.selective_scan, backend=name)  # type: ignore[assignment]
+        mamba.models.ssm.selective_scan = partial(mamba.models.ssm.selective_scan, backend=name)  # type: ignore[assignment]
 
 
 def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """One case in this process, which may be one of several that train together."""
-    from mamba.data import load_data
-    from mamba.presets import get_preset
-    from mamba.trainer import Trainer
+    from mamba.data.registry import load_data
+    from mamba.config.presets import get_preset
+    from mamba.train.trainer import Trainer
 
     values = {
         "data.dataset": case["dataset"],

@@ -6,7 +6,7 @@ and removing a unit from all parts at once leaves a smaller model that computes 
 as a whole. Parts that a block does not have are ignored, so another mixer is an entry here and nothing else.
 
 Tensors are listed by their names within the mixer or the MLP, whatever those are called in a block. A mixer of several
-scans has tensors of each, named with the scan's suffix (`mamba.layers.MIXERS`); a unit is cut from all of them.
+scans has tensors of each, named with the scan's suffix (`mamba.models.ssm.MIXERS`); a unit is cut from all of them.
 
 docs/PRUNING.md draws the block and its groups.
 """
@@ -21,8 +21,8 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
-from mamba.layers import MIXERS, MambaBlock
-from mamba.model import MambaModel
+from mamba.models.ssm import MIXERS, MambaBlock
+from mamba.models.model import MambaModel
 
 ELEMENT = "element"
 

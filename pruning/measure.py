@@ -12,8 +12,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mamba.data import ImageData, ImageSet, eval_batches
-from mamba.model import MambaModel, count_parameters
+from mamba.data.registry import ImageData, ImageSet, eval_batches
+from mamba.models.model import MambaModel, count_parameters
 from pruning.masks import check_sparsity_mamba
 
 TURNS = 5

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mamba.errors import ConfigError
-from mamba.model import MambaModel
+from mamba.models.model import MambaModel
 from pruning.components import covered
 from pruning.cut import cut
 from pruning.importance import Batches

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba import checkpoint as ckpt
-from mamba.config import RunConfig
-from mamba.data import ImageData, eval_batches
-from mamba.ema import ModelEma
+from mamba.runs import checkpoint as ckpt
+from mamba.config.schema import RunConfig
+from mamba.data.registry import ImageData, eval_batches
+from mamba.train.ema import ModelEma
 from mamba.errors import CheckpointError, ConfigError
-from mamba.hooks import TrainHook
-from mamba.model import Architecture, MambaModel
-from mamba.tracking import write_csv, write_json
+from mamba.train.hooks import TrainHook
+from mamba.models.model import Architecture, MambaModel
+from mamba.runs.tracking import write_csv, write_json
 from pruning.importance import Batches
 from pruning.masks import FILE as MASKS
 from pruning.masks import MaskHook, Masks, load_masks

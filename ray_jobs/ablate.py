@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba.cli import AblateArgs, parse_ablate_args
-from mamba.config import RunConfig
+from mamba.config.cli import AblateArgs, parse_ablate_args
+from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
 
 if TYPE_CHECKING:
-    from ray_jobs.experiment import Experiment
+    from ray_jobs.sweep.experiment import Experiment
 
 GRIDS = {"components": "component_ablation", "layers": "layer_sensitivity", "joint": "joint_pruning"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 all trials ended well, 1 some failed, 2 an error of the user's, 130 interrupted."""
-    from ray_jobs.outcome import perform
+    from ray_jobs.report.outcome import perform
 
     try:
         args = parse_ablate_args(argv, description=(__doc__ or "").split("\n")[0])
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _asked(args: AblateArgs) -> Experiment:
-    from mamba import checkpoint as ckpt
-    from mamba.model import Architecture
-    from ray_jobs.experiment import FILE, Experiment, taken
-    from ray_jobs.spaces import expand, load_space
+    from mamba.runs import checkpoint as ckpt
+    from mamba.models.model import Architecture
+    from ray_jobs.sweep.experiment import FILE, Experiment, taken
+    from ray_jobs.sweep.space import expand, load_space
 
     chosen = list(GRIDS) if args.grid == "all" else [args.grid]
     if not set(chosen) <= set(GRIDS):
@@ -65,9 +65,9 @@ def _asked(args: AblateArgs) -> Experiment:
 
 def _baseline(config: RunConfig, folder: Path) -> Path:
     """A model to cut, trained in the experiment's own folder with the config given; continued if it was begun."""
-    from mamba.tracking import finished_result, prepare_resume
-    from ray_jobs.console import Display, stop_on_signal
-    from ray_jobs.launch import preflight, run
+    from mamba.runs.tracking import finished_result, prepare_resume
+    from ray_jobs.launch.console import Display, stop_on_signal
+    from ray_jobs.launch.run import preflight, run
 
     own = config.with_values({"out": folder.parent, "name": folder.name, "trial": "baseline"}).resolve()
     here = folder / "baseline"

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mamba.errors import ConfigError, ForgeError
-from ray_jobs.table import show, write_results
+from ray_jobs.report.table import show, write_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def trials_under(folder: Path) -> list[dict[str, Any]]:
     """Every run or trial with a result, however deep, with the values by which it differs from the default config."""
-    from mamba.config import RunConfig
+    from mamba.config.schema import RunConfig
 
     defaults = RunConfig().flat()
     rows = []

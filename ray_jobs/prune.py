@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mamba.cli import PruneArgs, parse_prune_args
-from mamba.config import RunConfig
+from mamba.config.cli import PruneArgs, parse_prune_args
+from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
 from ray_jobs.train import dry_run
 
@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rounds(args: PruneArgs) -> int:
     from rich.console import Console
 
-    from mamba.data import load_data
-    from mamba.tracking import create_run, discard_if_unused, exclusive
+    from mamba.data.registry import load_data
+    from mamba.runs.tracking import create_run, discard_if_unused, exclusive
     from pruning.report import rounds_figure, rounds_table
     from pruning.rounds import Engine, check_rounds, check_series, run_rounds
-    from ray_jobs.cluster import connected_if
-    from ray_jobs.launch import preflight
-    from ray_jobs.measure import measure
+    from ray_jobs.launch.cluster import connected_if
+    from ray_jobs.launch.run import preflight
+    from ray_jobs.launch.measure import measure
 
     config = args.config.resolve()
     if args.resume is None:
@@ -79,9 +79,9 @@ def _rounds(args: PruneArgs) -> int:
 
 def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
     """One round's training, with its progress shown and the first Ctrl-C turned into a checkpoint."""
-    from mamba.tracking import finished_result, prepare_resume
-    from ray_jobs.console import Display, stop_on_signal
-    from ray_jobs.launch import run
+    from mamba.runs.tracking import finished_result, prepare_resume
+    from ray_jobs.launch.console import Display, stop_on_signal
+    from ray_jobs.launch.run import run
 
     done = finished_result(folder)
     if done is not None:
@@ -94,15 +94,15 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _plan(args: PruneArgs) -> int:
     from rich.console import Console
 
-    from mamba import checkpoint as ckpt
-    from mamba.tracking import create_run, exclusive, write_json
+    from mamba.runs import checkpoint as ckpt
+    from mamba.runs.tracking import create_run, exclusive, write_json
     from pruning.lite import describe
     from pruning.plans import apply_plan, get_plan
     from pruning.report import before_after_table
     from pruning.store import masks_of, save_pruned
-    from ray_jobs.cluster import connected_if
-    from ray_jobs.launch import preflight
-    from ray_jobs.measure import compare
+    from ray_jobs.launch.cluster import connected_if
+    from ray_jobs.launch.run import preflight
+    from ray_jobs.launch.measure import compare
 
     assert args.plan is not None
     plan = get_plan(args.plan)

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mamba.cli import TrainArgs, parse_train_args
+from mamba.config.cli import TrainArgs, parse_train_args
 from mamba.errors import ConfigError, ForgeError
 
 
@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dry_run(args: TrainArgs) -> int:
     """Also prune.py's: what a run, or each of its rounds, would train."""
-    from mamba.checkpoint import check_start, parameters_in
-    from mamba.data import check_batch_size, describe
-    from mamba.model import parameters_of
-    from ray_jobs.launch import check_early
+    from mamba.runs.checkpoint import check_start, parameters_in
+    from mamba.data.registry import check_batch_size, describe
+    from mamba.models.model import parameters_of
+    from ray_jobs.launch.run import check_early
 
     config = args.config.resolve()
     check_early(config)
@@ -56,9 +56,9 @@ def dry_run(args: TrainArgs) -> int:
 
 
 def _train(args: TrainArgs) -> int:
-    from mamba.tracking import create_run, discard_if_unused, exclusive, finished_result, prepare_resume
-    from ray_jobs.console import Display, result_table, stop_on_signal
-    from ray_jobs.launch import preflight, run
+    from mamba.runs.tracking import create_run, discard_if_unused, exclusive, finished_result, prepare_resume
+    from ray_jobs.launch.console import Display, result_table, stop_on_signal
+    from ray_jobs.launch.run import preflight, run
 
     config = args.config.resolve()
     if args.resume is None:

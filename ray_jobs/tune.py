@@ -12,16 +12,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mamba.cli import SweepArgs, parse_sweep_args
+from mamba.config.cli import SweepArgs, parse_sweep_args
 from mamba.errors import ConfigError, ForgeError
 
 if TYPE_CHECKING:
-    from ray_jobs.experiment import Experiment
+    from ray_jobs.sweep.experiment import Experiment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 all trials ended well, 1 some failed, 2 an error of the user's, 130 interrupted."""
-    from ray_jobs.outcome import perform
+    from ray_jobs.report.outcome import perform
 
     try:
         args = parse_sweep_args(argv, description=(__doc__ or "").split("\n")[0])
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _asked(args: SweepArgs) -> Experiment:
-    from ray_jobs.experiment import Experiment
-    from ray_jobs.spaces import expand, load_space
+    from ray_jobs.sweep.experiment import Experiment
+    from ray_jobs.sweep.space import expand, load_space
 
     if args.space is None:
         raise ConfigError("--space is missing: a YAML file, or the name of one in search_spaces/")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from mamba.config import RunConfig
-from mamba.data import ImageData, ImageSet, split_validation
-from mamba.trainer import fit
-from mamba.worker import local_worker
+from mamba.config.schema import RunConfig
+from mamba.data.registry import ImageData, ImageSet, split_validation
+from mamba.train.trainer import fit
+from mamba.train.worker import local_worker
 
 SMALL = {
     "data.dataset": "digits",

@@ -36,10 +36,10 @@ def test_imports_point_downward(package, file):
 
 
 def test_the_rule_looks_at_something():
-    assert len(FILES) > 20 and "ray" in imported(ROOT / "ray_jobs" / "cluster.py")
+    assert len(FILES) > 20 and "ray" in imported(ROOT / "ray_jobs" / "launch" / "cluster.py")
 
 
 def test_sweeps_start_without_what_only_compiling_needs():
     """torch._dynamo takes more than a second to import, in the driver and in every process of a sweep."""
-    code = "import sys, ray_jobs.outcome, ray_jobs.trials; sys.exit('torch._dynamo' in sys.modules)"
+    code = "import sys, ray_jobs.report.outcome, ray_jobs.sweep.trial; sys.exit('torch._dynamo' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import PLAIN, build, family
 
-from mamba.model import MambaModel
+from mamba.models.model import MambaModel
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mamba.errors import ConfigError
-from mamba.model import mamba_tiny
+from mamba.models.model import mamba_tiny
 from pruning import COMPONENTS, get_prunable_layers, is_mamba_model, prune_component, prune_mamba_unstructured
 from pruning.components import GROUPS, blocks_of, parse_target, parts_of, tensors_of, units_of
 from pruning.refill import MATRICES

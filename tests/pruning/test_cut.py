@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from small_models import build, family
 
 from mamba.errors import ConfigError
-from mamba.layers import MIXERS, BlockShape
-from mamba.model import MambaModel, count_parameters, mamba_small
+from mamba.models.ssm import MIXERS, BlockShape
+from mamba.models.model import MambaModel, count_parameters, mamba_small
 from pruning import (
     COMPONENTS,
     apply_mask_mamba,
@@ -434,7 +434,7 @@ def test_masks_that_were_there_before_stay(model, images):
 
 
 def test_state_of_a_rewritten_tensor_is_not_made_up(model):
-    from mamba.ema import ModelEma
+    from mamba.train.ema import ModelEma
     from pruning.shrink import shrink_ema
 
     for target in ("linear_delta:low_rank", "conv1d:separable", "linear_B_C:shared"):
@@ -444,7 +444,7 @@ def test_state_of_a_rewritten_tensor_is_not_made_up(model):
 
 
 def test_an_average_is_zero_where_masks_are_left(model):
-    from mamba.ema import ModelEma
+    from mamba.train.ema import ModelEma
     from pruning.shrink import shrink_ema
 
     result = cut(model, {"mlp:neuron": 0.3, "linear_gate:element": 0.5}, shrink=True)

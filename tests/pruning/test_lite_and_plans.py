@@ -7,7 +7,7 @@ import torch
 from small_models import PLAIN, build
 
 from mamba.errors import ConfigError
-from mamba.model import count_parameters, mamba_small
+from mamba.models.model import count_parameters, mamba_small
 from pruning import (
     PLANS,
     apply_plan,

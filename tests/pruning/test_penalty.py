@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mamba import checkpoint as ckpt
+from mamba.runs import checkpoint as ckpt
 from mamba.errors import ConfigError
-from mamba.trainer import fit
-from mamba.worker import local_worker
+from mamba.train.trainer import fit
+from mamba.train.worker import local_worker
 from pruning import compute_rsst_loss, refill_masks, rsst_schedule_exp
 from pruning.components import blocks_of
 from pruning.masks import unit_masks

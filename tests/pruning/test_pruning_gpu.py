@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mamba.model import mamba_tiny
+from mamba.models.model import mamba_tiny
 from pruning import PLANS, apply_plan, measure, prune_component, prune_multiple
 from pruning.cut import cut
 from pruning.shrink import shrink

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_models import build, family
 
 from mamba.errors import ConfigError
-from mamba.model import count_parameters
+from mamba.models.model import count_parameters
 from pruning import apply_mask_mamba, compute_rsst_loss, refill_masks
 from pruning.refill import REFILL_SCORES, prune_survivors, units_to_keep, weights_of
 from pruning.shrink import shrink

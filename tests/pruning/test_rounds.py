@@ -9,13 +9,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mamba import checkpoint as ckpt
+from mamba.runs import checkpoint as ckpt
 from mamba.errors import CheckpointError, ConfigError
-from mamba.hooks import TrainHook
-from mamba.model import count_parameters
-from mamba.tracking import finished_result
-from mamba.trainer import fit, request_stop
-from mamba.worker import local_worker
+from mamba.train.hooks import TrainHook
+from mamba.models.model import count_parameters
+from mamba.runs.tracking import finished_result
+from mamba.train.trainer import fit, request_stop
+from mamba.train.worker import local_worker
 from pruning import load_masks, measure, prune_mamba_unstructured, refill_masks
 from pruning.masks import FILE
 from pruning.refill import prune_survivors
@@ -135,7 +135,7 @@ def test_round_zero_is_the_plain_run(series, small_data, tmp_path):
 
 
 def test_a_stopped_series_goes_on_at_its_round_and_epoch(series, monkeypatch):
-    monkeypatch.setattr("mamba.trainer.LOG_EVERY_S", 0)  # a stop is seen at the next step
+    monkeypatch.setattr("mamba.train.trainer.LOG_EVERY_S", 0)  # a stop is seen at the next step
     whole = series("whole", prune__method="rsst", checkpoint__keep=1)
     expected = whole.run()
     s = series("parts", prune__method="rsst")

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from small_models import build
 
-from mamba import checkpoint as ckpt
-from mamba.config import OptimConfig
-from mamba.ema import ModelEma
-from mamba.optim import make_optimizer
-from mamba.trainer import Trainer, fit
-from mamba.worker import local_worker
+from mamba.runs import checkpoint as ckpt
+from mamba.config.schema import OptimConfig
+from mamba.train.ema import ModelEma
+from mamba.train.optim import make_optimizer
+from mamba.train.trainer import Trainer, fit
+from mamba.train.worker import local_worker
 from pruning import MaskHook, load_masks, prune_mamba_unstructured
 from pruning.cut import cut
 from pruning.masks import FILE

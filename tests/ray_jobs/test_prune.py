@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba import checkpoint as ckpt
+from mamba.runs import checkpoint as ckpt
 from ray_jobs.prune import main
 from ray_jobs.train import main as train_main
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from mamba.config import RunConfig
+from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
-from ray_jobs.spaces import FOLDER, expand, load_space
+from ray_jobs.sweep.space import FOLDER, expand, load_space
 
 SHIPPED = sorted(f.stem for f in FOLDER.glob("*.yaml"))
 

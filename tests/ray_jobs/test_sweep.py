@@ -22,27 +22,27 @@ import pytest
 import torch
 import yaml
 
-from mamba import checkpoint as ckpt
-from mamba.config import RunConfig
-from mamba.data import load_data
+from mamba.runs import checkpoint as ckpt
+from mamba.config.schema import RunConfig
+from mamba.data.registry import load_data
 from mamba.errors import ConfigError
-from mamba.tracking import HPARAM_METRICS
-from mamba.trainer import fit
-from mamba.worker import local_worker
+from mamba.runs.tracking import HPARAM_METRICS
+from mamba.train.trainer import fit
+from mamba.train.worker import local_worker
 from pruning import measure as meter
 from pruning import prune_multiple
-from ray_jobs import experiment
+from ray_jobs.sweep.search import experiment
 from ray_jobs.ablate import main as ablate
-from ray_jobs.cluster import Cluster
+from ray_jobs.launch.cluster import Cluster
 from ray_jobs.compare import main as compare
-from ray_jobs.findings import findings, front
-from ray_jobs.report import write_report
-from ray_jobs.spaces import expand, load_space
-from ray_jobs.sweep import Drawn, Listed, Watcher, open_study
+from ray_jobs.report.findings import findings, front
+from ray_jobs.report.page import write_report
+from ray_jobs.sweep.space import expand, load_space
+from ray_jobs.sweep.search import Drawn, Listed, Watcher, open_study
 from ray_jobs.train import main as train
-from ray_jobs.trials import Shared, run_trial
+from ray_jobs.sweep.trial import Shared, run_trial
 from ray_jobs.tune import main as tune
-from tests.test_tracking import hparams_table, shown_status
+from tests.runs.test_tracking import hparams_table, shown_status
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = [
@@ -169,7 +169,7 @@ def test_a_trial_of_several_workers_is_followed_and_stopped(trained, tmp_path, m
         ended.append(fit(config, local_worker(), folder, shared.data))
         return ended[-1]
 
-    monkeypatch.setattr("ray_jobs.launch.train_with_workers", workers)
+    monkeypatch.setattr("ray_jobs.launch.run.train_with_workers", workers)
     told = []
     result = run_trial(shared, "whole", {}, told.append)
     assert [m["epoch"] for m in told] == [1, 2], "the third comes with the result"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mamba import checkpoint as ckpt
+from mamba.runs import checkpoint as ckpt
 from ray_jobs.train import main
-from tests.test_tracking import shown_status
+from tests.runs.test_tracking import shown_status
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = [
@@ -97,7 +97,7 @@ def test_dry_run_starts_nothing(tmp_path, capsys):
     ],
 )
 def test_bad_input_ends_with_one_sentence_before_anything_starts(tmp_path, capsys, words, message, monkeypatch):
-    monkeypatch.setattr("ray_jobs.launch.train_with_workers", lambda *_: pytest.fail("started workers"))
+    monkeypatch.setattr("ray_jobs.launch.run.train_with_workers", lambda *_: pytest.fail("started workers"))
     assert main(["--out", str(tmp_path), *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and len(err.strip().splitlines()) == 1

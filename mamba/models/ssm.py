@@ -1,0 +1,368 @@
+"""The parts of a Mamba block: stochastic depth, the selective SSM mixer in its forms, the MLP, and the block itself.
+
+Every width is read from the tensors themselves, so a layer whose weights were made smaller runs as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba.ops.conv import causal_conv1d, causal_conv_silu
+from mamba.models.embed import rotate
+from mamba.ops.scan import bidirectional_scan, selective_scan
+from mamba.ops.scan.inputs import Problem
+
+
+@dataclass(frozen=True)
+class ScanPath:
+    """One scan of a mixer over its sequence."""
+
+    suffix: str = ""
+    """Ending of its parameters' names: `conv1d_b`, `x_proj_b`, `A_b_log`, ...; of the first path none."""
+    reverse: bool = False
+    """From the last token to the first."""
+    scale: int = 1
+    """Tokens averaged into one before the scan; its output is repeated as often."""
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """How many scans a mixer makes of a sequence, and how they become one."""
+
+    paths: tuple[ScanPath, ...]
+    shared: bool = False
+    """All paths read the same x and z, and their outputs are averaged. Otherwise each has its own rows of `in_proj`,
+    and `out_proj` merges their outputs, laid side by side."""
+
+
+MIXERS: dict[str, Mixer] = {
+    "forward": Mixer((ScanPath(),)),
+    "bidirectional": Mixer((ScanPath(), ScanPath("_b", reverse=True))),
+    "bidirectional_shared": Mixer((ScanPath(), ScanPath("_b", reverse=True)), shared=True),
+    "multiscale": Mixer((ScanPath(), ScanPath("_2", scale=2), ScanPath("_4", scale=4))),
+}
+"""`model.mixer`: forward is Mamba's own; bidirectional_shared is Vision Mamba's (https://arxiv.org/abs/2401.09417)."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What one block is made of: its mixer, and the widths that pruning may make different from its neighbours'.
+
+    All paths of a mixer have the same widths.
+    """
+
+    d_inner: int
+    d_state: int
+    d_conv: int
+    mlp_hidden: int
+    """0: the block has no MLP."""
+    out_channels: int | None = None
+    """Residual channels that the mixer writes to; None: all of them."""
+    dt_rank: int | None = None
+    """Rank of the time step's projection; None: full, one row of `x_proj` a channel."""
+    shared_bc: bool = False
+    """One projection serves as B and as C."""
+    separable_conv: bool = False
+    """A pointwise convolution follows the depthwise one."""
+    mixer: str = "forward"
+    """A key of MIXERS."""
+    learned_dt_bias: bool = False
+    """The low-rank time step as mamba-ssm lays it out: `dt_proj` has a bias, and its rows are `x_proj`'s first."""
+
+    @property
+    def ways(self) -> int:
+        """Pairs of x and z that `in_proj` makes."""
+        mixer = MIXERS[self.mixer]
+        return 1 if mixer.shared else len(mixer.paths)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a residual branch for whole samples (https://arxiv.org/abs/1603.09382).
+
+    In training each sample's branch is zeroed with probability `rate` and scaled by 1 / (1 - rate) otherwise, so the
+    expectation is unchanged; in evaluation it is the identity. Input and output: (batch, ...).
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.active = rate > 0
+        # a tensor, so that blocks that differ in their rate share one compiled graph
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    @property
+    def rate(self) -> float:
+        return 1.0 - float(self.keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.active:
+            return x
+        mask = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) < self.keep
+        return x * (mask / self.keep).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class CausalConv1d(nn.Conv1d):
+    """Causal depthwise convolution, (batch, length, channels) -> the same; with SiLU (fused, on a GPU) if asked, and
+    from the last token to the first."""
+
+    def __init__(self, channels: int, taps: int, silu: bool, reverse: bool = False) -> None:
+        super().__init__(channels, channels, taps, groups=channels, padding=taps - 1)
+        self.silu, self.reverse = silu, reverse
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return (causal_conv_silu if self.silu else causal_conv1d)(x, self.weight, self.bias, self.reverse)
+
+
+class StepProjection(nn.Linear):
+    """The time step's second factor. Its bias, if any, is left to the scan, which adds it in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class SelectiveSSM(nn.Module):
+    """The Mamba mixer (https://arxiv.org/abs/2312.00752, section 3.4), with one scan or several (MIXERS).
+
+    (batch, length, d_model) -> (batch, length, d_model), or (batch, length, out_channels) where `out_index` says which
+    channels those are. `in_proj` gives x (first d_inner rows) and the gate z, path after path where paths have their
+    own; `x_proj` gives B, C and delta, in this order. Each path has its own convolution, `x_proj`, A and D.
+
+    Deviations from the paper: delta is projected by d_inner full rows instead of a low-rank pair, without a learned
+    bias. softplus(0) = 0.69 would forget within two tokens, so the paper's start, delta log-uniform in
+    [0.001, 0.1], is kept as the constant buffer `delta_bias`, one value a channel, added before the softplus.
+    `BlockShape` may bring the low-rank pair back (`dt_proj`), with or without its learned bias, let one projection
+    serve as B and C, or add a pointwise convolution.
+
+    The mixers of several paths are often drawn as whole mixers side by side, each with its own output projection, then
+    a linear merge, and coarse ones as pooling in front of the mixer. Here `out_proj` is the merge: two linear maps in a
+    row are one, with fewer parameters; and x and z are pooled instead of the input, since `in_proj` is linear too.
+    """
+
+    # the first path's; those of the others end in its suffix
+    conv1d: CausalConv1d
+    pointwise: nn.Linear | None
+    x_proj: nn.Linear
+    dt_proj: StepProjection | None
+    A_log: nn.Parameter
+    D: nn.Parameter
+    delta_bias: Tensor
+    out_index: Tensor | None
+
+    def __init__(self, d_model: int, shape: BlockShape) -> None:
+        super().__init__()
+        d_inner, d_state = shape.d_inner, shape.d_state
+        self.mixer = shape.mixer
+        self.paths, self.shared = MIXERS[shape.mixer].paths, MIXERS[shape.mixer].shared
+        self.shared_bc = shape.shared_bc
+        self.learned_dt_bias = shape.learned_dt_bias
+        if shape.learned_dt_bias and shape.dt_rank is None:
+            raise ValueError("a learned bias of the time step needs dt_rank: the full projection has none")
+        delta_rows = d_inner if shape.dt_rank is None else shape.dt_rank
+        rows = (1 if shape.shared_bc else 2) * d_state + delta_rows
+        self.in_proj = nn.Linear(d_model, 2 * shape.ways * d_inner, bias=False)
+        for path in self.paths:
+            end = path.suffix
+            self.add_module(f"conv1d{end}", CausalConv1d(d_inner, shape.d_conv, not shape.separable_conv, path.reverse))
+            pointwise = nn.Linear(d_inner, d_inner, bias=False) if shape.separable_conv else None
+            self.add_module(f"pointwise{end}", pointwise)
+            self.add_module(f"x_proj{end}", nn.Linear(d_inner, rows, bias=False))
+            low_rank = None if shape.dt_rank is None else StepProjection(shape.dt_rank, d_inner, shape.learned_dt_bias)
+            self.add_module(f"dt_proj{end}", low_rank)
+            # S4D-real initialisation: A = -(1, 2, ..., N) in every channel
+            log_rates = torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1)
+            self.register_parameter(f"A{end}_log", nn.Parameter(log_rates))
+            self.register_parameter(f"D{end}", nn.Parameter(torch.ones(d_inner)))
+        out_channels = d_model if shape.out_channels is None else shape.out_channels
+        self.out_proj = nn.Linear(shape.ways * d_inner, out_channels, bias=False)
+        for path in self.paths:
+            delta = torch.exp(torch.rand(d_inner) * math.log(0.1 / 0.001) + math.log(0.001))
+            start = delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus
+            if shape.learned_dt_bias:
+                projection = getattr(self, f"dt_proj{path.suffix}")
+                nn.init.uniform_(projection.weight, -(delta_rows**-0.5), delta_rows**-0.5)
+                projection.bias = nn.Parameter(start)
+            else:
+                self.register_buffer(f"delta_bias{path.suffix}", start)
+        self.register_buffer("out_index", None if shape.out_channels is None else torch.arange(shape.out_channels))
+
+    @property
+    def shape(self) -> BlockShape:
+        """The actual widths, read from the tensors; of a block without an MLP."""
+        d_inner, d_state = self.A_log.shape
+        return BlockShape(
+            d_inner,
+            d_state,
+            self.conv1d.weight.shape[-1],
+            mlp_hidden=0,
+            out_channels=None if self.out_index is None else len(self.out_index),
+            dt_rank=None if self.dt_proj is None else self.dt_proj.weight.shape[1],
+            shared_bc=self.shared_bc,
+            separable_conv=self.pointwise is not None,
+            mixer=self.mixer,
+            learned_dt_bias=self.learned_dt_bias,
+        )
+
+    def segments(self) -> dict[str, dict[str, int]]:
+        """How fused projections divide: parameter -> part -> its width, in order. The rows of `in_proj` and of each
+        `x_proj`, and the columns of `out_proj`."""
+        d_inner = self.A_log.shape[0]
+        ends = [""] if self.shared else [path.suffix for path in self.paths]
+        parts = {
+            "in_proj.weight": {name + end: d_inner for end in ends for name in "xz"},
+            "out_proj.weight": {f"y{end}": d_inner for end in ends},
+        }
+        return parts | {f"x_proj{path.suffix}.weight": self._projected() for path in self.paths}
+
+    def _projected(self) -> dict[str, int]:
+        """The parts of each `x_proj`."""
+        d_inner, d_state = self.A_log.shape
+        states = {"B": d_state} if self.shared_bc else {"B": d_state, "C": d_state}
+        if self.dt_proj is None:
+            return states | {"delta": d_inner}
+        step = {"dt": self.dt_proj.weight.shape[1]}
+        return step | states if self.learned_dt_bias else states | step
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        pieces = self.in_proj(x).chunk(len(self.segments()["in_proj.weight"]), dim=-1)
+        pairs = [pieces] * len(self.paths) if self.shared else list(zip(pieces[::2], pieces[1::2], strict=True))
+        inputs = [self._scan_inputs(path, x, z) for path, (x, z) in zip(self.paths, pairs, strict=True)]
+        outputs = both_scans(*inputs) if self.paths[-1].reverse else tuple(one_scan(one) for one in inputs)
+        ys = [expand(y.transpose(1, 2), path.scale, length) for path, y in zip(self.paths, outputs, strict=True)]
+        if self.shared:
+            return self.out_proj(sum(ys) / len(ys))
+        return self.out_proj(ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1))
+
+    def _scan_inputs(self, path: ScanPath, x: Tensor, z: Tensor) -> Problem:
+        """The arguments of a path's scan, from its x and z: (batch, length, d_inner)."""
+        end = path.suffix
+        x, z = pool(x, path.scale), pool(z, path.scale)
+        x = getattr(self, f"conv1d{end}")(x)
+        pointwise, dt_proj = getattr(self, f"pointwise{end}"), getattr(self, f"dt_proj{end}")
+        if pointwise is not None:
+            x = F.silu(pointwise(x))
+        widths = self._projected()
+        parts = dict(zip(widths, getattr(self, f"x_proj{end}")(x).split(tuple(widths.values()), dim=-1), strict=True))
+        delta = parts["delta"] if dt_proj is None else dt_proj(parts["dt"])
+        bias = dt_proj.bias if self.learned_dt_bias else getattr(self, f"delta_bias{end}")
+        return Problem(
+            x.transpose(1, 2),
+            delta.transpose(1, 2),
+            -torch.exp(at_least_float32(getattr(self, f"A{end}_log"))),
+            parts["B"].transpose(1, 2),
+            parts["B" if self.shared_bc else "C"].transpose(1, 2),
+            at_least_float32(getattr(self, f"D{end}")),
+            z.transpose(1, 2),
+            at_least_float32(bias),
+        )
+
+
+def one_scan(problem: Problem) -> Tensor:
+    y = selective_scan(*problem, delta_softplus=True)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def both_scans(forward: Problem, backward: Problem) -> tuple[Tensor, Tensor]:
+    """Without repeating what both directions share (the gate, where the projections are shared)."""
+    pairs: dict[str, Any] = {
+        name: a if a is b else (a, b) for name, a, b in zip(Problem._fields, forward, backward, strict=True)
+    }
+    return bidirectional_scan(**pairs, delta_softplus=True)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def pool(x: Tensor, scale: int) -> Tensor:
+    """Averages of `scale` tokens each, the last one of what is left. (batch, length, channels) -> the same, shorter."""
+    if scale == 1:
+        return x
+    count, rest = divmod(x.shape[1], scale)
+    averages = x[:, : count * scale].unflatten(1, (count, scale)).mean(2)
+    return torch.cat((averages, x[:, -rest:].mean(1, keepdim=True)), dim=1) if rest else averages
+
+
+def expand(x: Tensor, scale: int, length: int) -> Tensor:
+    """The inverse of `pool` by nearest-neighbour interpolation: each token gets the value of the average that it went
+    into. (batch, ceil(length / scale), channels) -> (batch, length, channels)."""
+    return x if scale == 1 else x.repeat_interleave(scale, dim=1)[:, :length]
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear. (..., d_model) -> (..., d_model)."""
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, hidden)
+        self.fc2 = nn.Linear(hidden, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": partial(nn.RMSNorm, eps=1e-5)}
+BLOCK_NAMES = {"mamba": ("ssm", "norm1"), "vim": ("mixer", "norm")}
+"""What a block's mixer and the norm before it are called: our names, and those of Vision Mamba's published weights."""
+
+
+class MambaBlock(nn.Module):
+    """x + drop(ssm(norm1 x)), then, if there is an MLP, x + drop(mlp(norm2 x)). (batch, length, d_model) -> the same.
+
+    Args:
+        d_model: width of the residual stream.
+        shape: what it is made of.
+        drop_path: rate of stochastic depth.
+        norm: a key of NORMS.
+        names: a key of BLOCK_NAMES: what the mixer and its norm are called in the state dict.
+    """
+
+    def __init__(
+        self, d_model: int, shape: BlockShape, drop_path: float = 0.0, norm: str = "layer", names: str = "mamba"
+    ) -> None:
+        super().__init__()
+        self.mixer_name, self.norm_name = BLOCK_NAMES[names]
+        self.add_module(self.norm_name, NORMS[norm](d_model))
+        self.add_module(self.mixer_name, SelectiveSSM(d_model, shape))
+        self.norm2 = NORMS[norm](d_model) if shape.mlp_hidden else None
+        self.mlp = Mlp(d_model, shape.mlp_hidden) if shape.mlp_hidden else None
+        self.drop_path = DropPath(drop_path)
+
+    @property
+    def token_mixer(self) -> SelectiveSSM:
+        return getattr(self, self.mixer_name)
+
+    @property
+    def shape(self) -> BlockShape:
+        """The actual widths, read from the tensors."""
+        shape = self.token_mixer.shape
+        return shape if self.mlp is None else replace(shape, mlp_hidden=self.mlp.fc1.weight.shape[0])
+
+    def segments(self) -> dict[str, dict[str, int]]:
+        """The mixer's, with names that start at the block."""
+        return {f"{self.mixer_name}.{name}": parts for name, parts in self.token_mixer.segments().items()}
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`rotary`: cosines and sines (`mamba.models.embed.rotary_tables`) that turn what the mixer reads."""
+        mixer, norm = self.token_mixer, getattr(self, self.norm_name)
+        read = norm(x)
+        mixed = self.drop_path(mixer(read if rotary is None else rotate(read, *rotary)))
+        index = mixer.out_index
+        x = x + mixed if index is None else x.index_add(-1, index, mixed.to(x.dtype))
+        if self.mlp is None or self.norm2 is None:
+            return x
+        return x + self.drop_path(self.mlp(self.norm2(x)))

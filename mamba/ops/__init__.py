@@ -1,0 +1,1 @@
+"""Fast operators, each beside its slow twin with the same signature."""

@@ -1,0 +1,1 @@
+"""Where a run starts: here, on a local Ray, or on a cluster."""

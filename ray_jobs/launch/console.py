@@ -1,0 +1,204 @@
+"""What a person sees of a run: a live progress bar on a terminal, plain lines elsewhere, a table at the end.
+
+It reads the run's folder, so it shows the same whether training happens here or in a worker on another machine.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mamba.runs.tracking import epochs_of
+from mamba.train.trainer import request_stop
+
+
+class Display:
+    """Follows a run's progress.json and metrics.jsonl from a thread of its own, until closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.seen = len(epochs_of(folder))
+        self.last: dict[str, Any] = {}
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Display:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def _follow(self) -> None:
+        if not self.console.is_terminal:
+            while not self.done.wait(0.5):
+                self._print_epochs()
+            self._print_epochs()
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with Progress(*columns, console=self.console, speed_estimate_period=60) as progress:
+            task = progress.add_task("starting", total=None, now="")
+            while not self.done.wait(0.25):
+                self._update(progress, task)
+            self._update(progress, task)
+
+    def _update(self, progress: Progress, task: Any) -> None:
+        for metrics in self._new_epochs():
+            self.last = metrics
+        position = self._position()
+        if not position:
+            return
+        total = position["epochs"] * position["steps_per_epoch"]
+        done = position["epoch"] * position["steps_per_epoch"] + position["step"]
+        accuracy = max(self.last.get("val/accuracy", 0.0), self.last.get("val/ema_accuracy", 0.0))
+        now = f"loss {position['loss']:.3f}  {position['images_per_s']:,.0f} images/s"
+        now += f"  val {accuracy:.2f} %" if accuracy else ""
+        epoch = min(position["epoch"] + 1, position["epochs"])
+        progress.update(task, description=f"epoch {epoch}/{position['epochs']}", total=total, completed=done, now=now)
+
+    def _print_epochs(self) -> None:
+        for m in self._new_epochs():
+            epochs = self._position().get("epochs", "?")
+            words = [f"epoch {m['epoch']}/{epochs}", f"loss {m['train/loss']:.4f}"]
+            words += [f"{label} {m[key]:.2f} %" for key, label in EPOCH_COLUMNS.items() if key in m]
+            words.append(f"{m['train/images_per_s']:,.0f} images/s")
+            words += [f"{m['train/skipped_steps']:.0f} steps skipped"] if m["train/skipped_steps"] else []
+            self.say("  ".join(words))
+
+    def _new_epochs(self) -> list[dict[str, Any]]:
+        epochs = epochs_of(self.folder)
+        self.seen = min(self.seen, len(epochs))  # a restarted run drops what it repeats
+        new, self.seen = epochs[self.seen :], len(epochs)
+        return new
+
+    def _position(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "progress.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+
+EPOCH_COLUMNS = {"val/accuracy": "val", "val/ema_accuracy": "val (ema)"}
+
+
+class SweepDisplay:
+    """The state of a sweep: one live line on a terminal, a line for each ended trial elsewhere."""
+
+    def __init__(self, total: int, rows: list[dict[str, Any]], objective: str) -> None:
+        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.total, self.objective = total, objective
+        self.ended = {row["trial"]: row for row in rows}
+        self.running: set[str] = set()
+        self.live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> SweepDisplay:
+        self.live.start()
+        self.task = self.live.add_task("trials", total=self.total, completed=len(self.ended), now="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def changed(self, name: str, result: dict[str, Any]) -> None:
+        """A trial started or ended."""
+        if result["status"] == "running":
+            self.running.add(name)
+        else:
+            self.running.discard(name)
+            self.ended[name] = result
+            score = result["metrics"].get(self.objective)
+            words = [f"{len(self.ended)}/{self.total}", name, result["status"]]
+            words += [f"{self.objective} {score:.4g}"] if score is not None else []
+            words += [result["reason"]] if result.get("reason") else []
+            if not self.console.is_terminal or result["status"] == "failed":
+                self.console.print("  ".join(words), markup=False)
+        failed = sum(r["status"] == "failed" for r in self.ended.values())
+        scores = [r["metrics"][self.objective] for r in self.ended.values() if self.objective in r["metrics"]]
+        now = f"{len(self.running)} running  {failed} failed"
+        now += f"  best {self.objective} {max(scores):.4g}" if scores else ""
+        self.live.update(self.task, completed=len(self.ended), now=now)
+
+
+SAME_SIGNAL_S = 2.0
+"""Signals this close together count as one: `timeout` and `make` pass theirs on, besides the terminal's own."""
+
+
+@contextmanager
+def stop_on_signal(folder: Path, display: Display) -> Iterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into an orderly stop with a checkpoint; a second one ends at once."""
+    began = time.monotonic()
+
+    received: dict[str, float] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        first = received.setdefault("first", now)  # one operation: this handler can interrupt itself
+        if first is not now:
+            if now - first > SAME_SIGNAL_S:
+                raise KeyboardInterrupt
+            return
+        request_stop(folder)
+        display.say(
+            f"{signal.Signals(number).name} after {time.monotonic() - began:.0f} s: saving a checkpoint and stopping "
+            "(again to stop at once, with the last checkpoint)"
+        )
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """The final metrics, one a row."""
+    metrics, tested = result["metrics"], result["tested"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    hardware = result["hardware"]
+    views = f", {tested['tta_views']} views" if tested["tta_views"] > 1 else ""
+    device = hardware["gpu"] or f"{hardware['cpus']} CPU cores"
+    rows = {
+        "test accuracy": f"{metrics['test/accuracy']:.2f} %  "
+        f"({tested['weights']} weights of epoch {tested['epoch']}{views})",
+        "val accuracy, last epoch": f"{metrics['val/accuracy']:.2f} %" if "val/accuracy" in metrics else "no split",
+        "parameters": f"{metrics['model/params']:,}",
+        "MACs per image": f"{metrics['model/macs']:,}",
+        "training": f"{result['epochs']} epochs in {result['seconds']:.1f} s, "
+        f"{metrics['train/images_per_s']:,.0f} images/s in the last",
+        "hardware": f"{result['world_size']} worker{'s'[: result['world_size'] > 1]} on {device}, amp {result['amp']}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

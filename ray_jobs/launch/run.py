@@ -1,0 +1,201 @@
+"""One training run: in this process, or under Ray Train with one worker per GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba.runs.checkpoint import check_start
+from mamba.config.schema import RunConfig
+from mamba.data.registry import check_batch_size, load_data
+from mamba.errors import ForgeError, TrainingError
+from mamba.runs.tracking import write_hparams, write_json
+from mamba.train.trainer import fit
+from mamba.train.worker import Worker, local_worker
+from pruning.rounds import hooks_for
+
+ORPHANS_S = 30.0
+"""How long the workers of a killed driver are waited for."""
+
+
+def preflight(config: RunConfig) -> None:
+    """Find what is wrong before anything is started or written; downloads or decodes the data set once.
+
+    Raises:
+        ForgeError: with a sentence for the user.
+    """
+    check_early(config)
+    data = load_data(config.data, config.seed)
+    check_batch_size(len(data.train), config.data)
+    for key, checkpoint in (("model.checkpoint", config.model.checkpoint), ("distill.teacher", config.distill.teacher)):
+        if checkpoint is not None:
+            check_start(checkpoint, len(data.classes), data.train.images.shape[1], key)
+
+
+def check_early(config: RunConfig) -> None:
+    """What can be said without the data and without the cluster; raises ConfigError."""
+    workers = config.scaling.num_workers
+    config.check_workers(workers or 1, gpu=workers != 0 or torch.cuda.is_available())
+
+
+def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dict[str, Any]:
+    """Train a resolved config in its run's folder, from its newest checkpoint if there is one.
+
+    `announce` gets a line about where the run goes. Returns the result (see `mamba.train.trainer.fit`). Signals are the
+    caller's: `mamba.train.trainer.request_stop` ends the run in order.
+
+    Raises:
+        ForgeError: with a sentence for the user; before workers start where the cluster is too small.
+    """
+    await_orphans(folder)
+    try:
+        result = _run(config, folder, announce)
+    except ForgeError:
+        if any(folder.glob("events*")):  # it began
+            write_hparams(folder, config, "failed")
+        raise
+    if result["status"] == "interrupted":
+        write_hparams(folder, config, "interrupted")
+    return result
+
+
+def _run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dict[str, Any]:
+    workers = config.scaling.num_workers
+    if workers == 0:
+        worker = local_worker()
+        announce(f"training in this process on {worker.device}")
+        return fit(config, worker, folder, hooks=hooks_for(config))
+
+    from ray_jobs.launch.cluster import connected
+
+    with connected(announce) as cluster:
+        gpu = cluster.gpus > 0
+        workers = workers or max(1, cluster.gpus)
+        config.check_workers(workers, gpu)
+        if gpu and workers > cluster.gpus:
+            raise TrainingError(
+                f"scaling.num_workers {workers} needs {workers} GPUs and the cluster has {cluster.gpus}; "
+                f"valid: 0 to {cluster.gpus}"
+            )
+        cpus = config.scaling.cpus_per_worker or max(1, cluster.cpus // workers)
+        if cpus * workers > cluster.cpus:
+            raise TrainingError(
+                f"{workers} workers with {cpus} CPUs each need {cpus * workers} CPUs and the cluster has "
+                f"{cluster.cpus}; lower scaling.num_workers or scaling.cpus_per_worker"
+            )
+        kind = "GPU" if gpu else f"x {cpus} CPU"
+        announce(f"training on {cluster.where}: {workers} worker{'s'[: workers > 1]} ({kind})")
+        return train_with_workers(config, folder, workers, gpu, cpus)
+
+
+def train_with_workers(config: RunConfig, folder: Path, workers: int, gpu: bool, cpus: int) -> dict[str, Any]:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(folder)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})}
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray would resume a run of the same name by itself; our own checkpoints decide that
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(folder / ".ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
+        ),
+    )
+    outcome: dict[str, Any] = {}
+
+    def fit_trainer() -> None:
+        try:
+            outcome["result"] = trainer.fit().return_value
+        except BaseException as error:
+            outcome["error"] = error
+
+    # Ray Train takes over Ctrl-C when it runs in the main thread, and would abort without a checkpoint
+    thread = threading.Thread(target=fit_trainer, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)
+    if "error" in outcome:
+        raise _sentence(outcome["error"], folder) from None
+    result = outcome["result"]
+    if "error" in result:
+        raise TrainingError(result["error"])
+    return result
+
+
+class RayWorker(Worker):
+    """A Ray Train worker; the process group is Ray's."""
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        import ray.train
+
+        ray.train.report(dict(metrics))
+
+
+def train_loop(spec: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray worker runs. Errors that all ranks raise together come back as a value, so that Ray does not
+    restart what would only fail again; others end the worker, and the whole group with it."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    context = ray.train.get_context()
+    device = get_device()
+    assert not isinstance(device, list)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current device
+    folder = Path(spec["folder"])
+    worker = RayWorker(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
+    about = {"pid": os.getpid(), "host": platform.node(), "device": str(device)}
+    write_json(folder / ".ray" / f"worker-{worker.rank}.json", about)
+    try:
+        config = RunConfig(**spec["config"])
+        return fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
+    except ForgeError as error:
+        if worker.world_size == 1 or error.every_rank:
+            return {"error": str(error)}
+        raise
+
+
+def await_orphans(folder: Path) -> None:
+    """Wait until the workers of a driver that was killed are gone: for some seconds they train on, and write.
+
+    Raises:
+        TrainingError: one still runs on this machine after ORPHANS_S seconds.
+    """
+    ends = time.monotonic() + ORPHANS_S
+    for file in (folder / ".ray").glob("worker-*.json"):
+        about = json.loads(file.read_text())
+        command = Path(f"/proc/{about['pid']}/cmdline")
+        while about.get("host") == platform.node() and _is_ray_worker(command):
+            if time.monotonic() > ends:
+                raise TrainingError(f"process {about['pid']} still trains in {folder}; stop it, then resume")
+            time.sleep(0.1)
+
+
+def _is_ray_worker(command: Path) -> bool:
+    try:
+        return b"ray::" in command.read_bytes()
+    except OSError:  # gone, or not a system with /proc
+        return False
+
+
+def _sentence(error: BaseException, folder: Path) -> ForgeError:
+    """One sentence for what ended a Ray Train run; the whole traceback goes to a file."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    log = folder / "error.log"
+    log.write_text("\n\n".join(f"rank {rank}:\n{failure}" for rank, failure in failures.items()))
+    rank, first = next(iter(failures.items()))
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    cause = lines[-1] if lines else type(first).__name__
+    return TrainingError(f"worker {rank} failed: {cause} (full traceback: {log})")

@@ -1,0 +1,1 @@
+"""What the trials say: tables, findings, figures, pages."""

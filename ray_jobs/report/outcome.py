@@ -1,0 +1,75 @@
+"""A sweep from its command line to its end: results.csv, the report, a table of the best, a text, the exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from mamba.config.cli import TrainArgs
+from ray_jobs.sweep.search import experiment
+from ray_jobs.report.findings import findings, ranked
+from ray_jobs.report.page import write_report
+from ray_jobs.report.table import show, write_results
+
+SHOWN = 10
+"""Trials in the table at the end."""
+
+
+def perform(args: TrainArgs, asked: Callable[[], experiment.Experiment], script: str) -> int:
+    """What an entry script does once its words are parsed: outline an experiment, continue one, or create and run it.
+
+    Args:
+        args: `resume` and `dry_run` count.
+        asked: the experiment of these words, where none is continued; may take its time.
+        script: how the user calls it.
+
+    Returns, raises: as `conclude`; 0 after an outline.
+    """
+    if args.dry_run:
+        print(experiment.outline(experiment.load(args.resume) if args.resume else asked()))
+        return 0
+    return conclude(args.resume.absolute() if args.resume else experiment.create(asked(), sys.argv), script)
+
+
+def conclude(folder: Path, script: str) -> int:
+    """Run an experiment to its end, or as far as it gets, and say what came out.
+
+    Returns:
+        0 all trials ended well; 1 some failed; 130 interrupted.
+
+    Raises:
+        ForgeError: before trials start.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"folder: {folder}", markup=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    def write_table() -> None:
+        write_results(folder / "results.csv", experiment.rows(folder))
+
+    ended, rows = experiment.run(folder, say, write_table)
+    write_table()
+    failed = [row for row in rows if row["status"] == "failed"]
+    told = experiment.load(folder)
+    objective, mode = next(iter(told.space.objectives.items()), ("val/accuracy", "max"))
+    best = ranked(rows, objective, mode)
+    show(best[:SHOWN], first=list(told.space.objectives))
+    if len(best) > SHOWN:
+        console.print(f"the best {SHOWN} of {len(best)}; all of them: {folder / 'results.csv'}", markup=False)
+    for row in failed:
+        console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
+    measured = experiment.baseline_of(folder)
+    text = findings(rows, measured, int(measured.get("val/images", 0)), told.space.objectives)
+    console.print(text, markup=False)
+    if rows:
+        console.print(f"report: {write_report(folder, rows, text)}", markup=False)
+    console.print(f"table: {folder / 'results.csv'}", markup=False)
+    if not ended:
+        console.print(f"interrupted; continue with\n  python {script} --resume {folder}", markup=False)
+        return 130
+    return 1 if failed else 0

@@ -1,0 +1,1 @@
+"""Many trials: spaces, experiments, search."""

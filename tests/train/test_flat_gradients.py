@@ -1,0 +1,121 @@
+"""Gradients summed over ranks during backward: what DDP would give, views of one tensor, missing ones left out."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from mamba.train import distributed as parallel
+from mamba.train.distributed import FlatGradients
+from mamba.train.worker import Worker
+
+
+class Twin(Worker):
+    """Two ranks of which the other one has three times this one's gradients. Sums end when they are waited for."""
+
+    def begin_sum(self, values):
+        log = self.__dict__.setdefault("log", [])
+        log.append(("begin", values.numel()))
+
+        class Sum:
+            def wait(self):
+                log.append(("wait", values.numel()))
+                values.mul_(4)
+
+        return Sum()
+
+
+def backward(model, flat=None):
+    model.zero_grad(set_to_none=True)
+    if flat:
+        flat.expect()
+    out = model[0](torch.randn(4, 5))
+    out.sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bucket", [1, 100, 2**22])
+def test_sum_of_two_ranks(monkeypatch, bucket):
+    monkeypatch.setattr(parallel, "BUCKET", bucket)
+    model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    model[1].weight.requires_grad_(False)
+    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    for _ in range(2):  # the views are used again
+        own = backward(model, flat)
+        flat.sum()
+        for name, p in model.named_parameters():
+            if name in own:
+                torch.testing.assert_close(p.grad, 4 * own[name])
+                assert p.grad.untyped_storage().data_ptr() == flat.flat.untyped_storage().data_ptr()
+                assert p.grad.stride() == p.stride()
+            else:
+                assert p.grad is None
+    assert set(own) == {"0.weight", "0.bias"}
+
+
+def test_buckets_go_out_during_backward(monkeypatch):
+    monkeypatch.setattr(parallel, "BUCKET", 1)  # a bucket for each parameter
+    model = nn.Sequential(nn.Linear(5, 3))
+    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    backward(model, flat)
+    assert flat.worker.log == [("begin", 64), ("begin", 64)]  # before `sum`
+    flat.sum()
+    assert [what for what, _ in flat.worker.log] == ["begin", "begin", "wait", "wait"]
+
+
+def test_only_the_expected_backward_counts():
+    """Micro-batches before the last one are this rank's own."""
+    model = nn.Sequential(nn.Linear(5, 3))
+    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    model[0](torch.ones(1, 5)).sum().backward()
+    assert not hasattr(flat.worker, "log")
+    flat.expect()
+    model[0](torch.ones(1, 5)).sum().backward()
+    flat.sum()
+    torch.testing.assert_close(model[0].bias.grad, torch.full((3,), 8.0))
+    model.zero_grad(set_to_none=True)
+    model[0](torch.ones(1, 5)).sum().backward()
+    assert len(flat.worker.log) == 2
+
+
+def test_a_bucket_that_stayed_incomplete_does_not_count_on():
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))  # the second has no gradients
+    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    backward(model, flat)
+    flat.sum()
+    log = list(flat.worker.log)
+    for _ in range(2):
+        backward(model)
+    assert flat.worker.log == log
+
+
+def test_a_backward_that_failed_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(parallel, "BUCKET", 1)
+    model = nn.Sequential(nn.Linear(5, 3))
+    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    backward(model, flat)  # and no `sum`
+    own = backward(model, flat)
+    flat.sum()
+    torch.testing.assert_close(model[0].weight.grad, 4 * own["0.weight"])
+
+
+def test_the_last_parameters_go_first_and_keep_nothing_alive():
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (1, 2)]
+    flat = FlatGradients(parameters, Worker())
+    assert flat.parameters == parameters[::-1]
+    alive = weakref.ref(flat)
+    del flat
+    assert alive() is None
+
+
+@pytest.mark.parametrize("sizes", [(1,), (64, 65)])
+def test_views_do_not_overlap(sizes):
+    parameters = [nn.Parameter(torch.zeros(n)) for n in sizes]
+    flat = FlatGradients(parameters, Worker())
+    for i, view in enumerate(flat.views):
+        view.fill_(i + 1)
+    expected = [p.numel() * (i + 1) for i, p in enumerate(flat.parameters)]
+    assert [float(v.sum()) for v in flat.views] == expected

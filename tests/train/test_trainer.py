@@ -1,0 +1,627 @@
+"""The training loop: it learns, it resumes bit for bit, it survives what is not finite, it counts exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mamba.runs import checkpoint as ckpt
+from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
+from mamba.data.registry import ImageSet
+from mamba.errors import ForgeError, TrainingError
+from mamba.models.ssm import BlockShape
+from mamba.models.model import Architecture, MambaModel
+from mamba.train.distributed import FlatGradients
+from mamba.train.trainer import Trainer, fit, request_stop
+from mamba.train.worker import Worker, local_worker
+
+
+def weights(folder):
+    return load_file(ckpt.newest_checkpoint(folder) / "model.safetensors")
+
+
+def ema_weights(folder):
+    return load_file(ckpt.newest_checkpoint(folder) / "ema.safetensors")
+
+
+def assert_same_run(a, b):
+    for load in (weights, ema_weights):
+        one, two = load(a), load(b)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (a, b)]
+    timed = {"train/images_per_s", "train/data_wait_percent", "train/peak_memory_mib"}
+    assert [{k: v for k, v in m.items() if k not in timed} for m in lines[0]] == [
+        {k: v for k, v in m.items() if k not in timed} for m in lines[1]
+    ]
+
+
+def interrupt_after(monkeypatch, steps):
+    """Make a run behave as if it was killed after so many optimizer steps."""
+    original, taken = Trainer._train_step, [0]
+
+    def step(self, micro_batches):
+        if taken[0] == steps:
+            raise KeyboardInterrupt
+        taken[0] += 1
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    return lambda: monkeypatch.setattr(Trainer, "_train_step", original)
+
+
+def test_it_learns_and_leaves_everything_in_its_folder(small_fit, tmp_path):
+    result = small_fit(optim__epochs=12)
+    run = tmp_path / "run"
+    assert result["metrics"]["test/accuracy"] > 90
+    assert result == json.loads((run / "result.json").read_text())
+    for key in ("train/loss", "train/lr", "train/images_per_s", "val/loss", "val/accuracy", "val/ema_accuracy"):
+        assert key in result["metrics"]
+    assert result["images"] == {"train": 72, "val": 24, "test": 30}
+    assert {"seed", "seconds", "versions", "hardware", "code_revision"} <= result.keys()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 12
+    assert [f.name for f in (run / "checkpoints").glob("step-*")] == ["step-00000048"]
+    assert len(list((run / "checkpoints").glob("best-*"))) == 1
+
+
+def test_same_seed_same_run_other_seed_another(small_fit, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        small_fit(name, seed=seed)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert not torch.equal(weights(tmp_path / "a")["head.weight"], weights(tmp_path / "c")["head.weight"])
+
+
+@pytest.mark.parametrize("killed_after", [4, 6, 8, 9])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_killed_run_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, killed_after, every):
+    """Killed at an epoch's end or inside one; mixing, drop path, erasing and EMA are all on."""
+    settings = {"data__augment": "basic", "data__random_erasing": 0.3, "data__mixup": 0.8, "checkpoint__every": every}
+    (tmp_path / "whole").mkdir()
+    whole = small_fit("whole", **settings)
+    restore = interrupt_after(monkeypatch, killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        small_fit("run", **settings)
+    restore()
+    resumed = small_fit("run", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert resumed["metrics"]["test/accuracy"] == whole["metrics"]["test/accuracy"]
+    assert resumed["tested"] == whole["tested"]
+    bests = [[b.name for b in (tmp_path / n / "checkpoints").glob("best-*")] for n in ("whole", "run")]
+    assert bests[0] == bests[1]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model__mixer": "bidirectional", "model__stem": "conv"},
+        {"model__mixer": "multiscale", "model__class_token": "double", "model__pos_embed": "both"},
+        {"model__name": "vim_tiny", "model__scan_order": "snake"},
+    ],
+)
+def test_every_kind_of_model_trains_and_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, model):
+    (tmp_path / "whole").mkdir()
+    whole = small_fit("whole", **model)
+    restore = interrupt_after(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        small_fit("run", **model)
+    restore()
+    small_fit("run", **model)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert whole["metrics"]["train/skipped_steps"] == 0 and math.isfinite(whole["metrics"]["val/loss"])
+    rebuilt, _ = ckpt.load_model(tmp_path / "run")
+    assert rebuilt.architecture.macs() == whole["metrics"]["model/macs"]
+
+
+@pytest.mark.parametrize("on, world_size, device", [(True, 2, "cuda"), (False, 2, "cuda"), (True, 1, "cuda"),
+                                                    (True, 2, "cpu")])  # fmt: skip
+def test_batch_norm_is_synchronised_over_gpus_if_asked(small_config, small_data, on, world_size, device):
+    run = Trainer.__new__(Trainer)
+    run.config, run.data = small_config(model__stem="conv", model__sync_batchnorm=on), small_data
+    run.worker = Worker(0, world_size, world_size, torch.device(device))
+    norm = run._initial_model().patch_embed.norm2
+    assert isinstance(norm, torch.nn.SyncBatchNorm) == (on and world_size == 2 and device == "cuda")
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 8])
+def test_a_stop_request_saves_at_that_step_and_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr("mamba.train.trainer.LOG_EVERY_S", 0.0)
+    (tmp_path / "whole").mkdir()
+    small_fit("whole")
+    original = Trainer._train_step
+
+    def step(self, micro_batches):
+        if self.global_step == stop_at - 1:
+            request_stop(self.folder)
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    stopped = small_fit("run")
+    monkeypatch.setattr(Trainer, "_train_step", original)
+    if stop_at % 4:  # at an epoch's last step the epoch is finished first
+        assert stopped["status"] == "interrupted"
+        assert ckpt.newest_checkpoint(tmp_path / "run").name == f"step-{stop_at:08d}"
+    (tmp_path / "run" / "STOP").unlink()
+    small_fit("run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_accumulation_gives_the_same_result_as_the_whole_batch(small_fit, tmp_path):
+    settings = {"model__drop_path": 0, "data__cutmix": 1.0, "data__augment": "basic"}
+    for name, parts in (("whole", 1), ("parts", 4)):
+        (tmp_path / name).mkdir()
+        small_fit(name, optim__accumulate=parts, **settings)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-4, atol=2e-5)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
+    trainer.model.train()
+    trainer._train_step([(images, targets)])
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
+    for poison in (float("nan"), float("inf")):
+        trainer._train_step([(images * poison, targets)])
+        assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+        after = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+        assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    assert trainer.skipped.tolist() == [2, 2]
+    trainer._train_step([(images, targets)])
+    assert trainer.skipped.tolist() == [2, 0]
+    assert not torch.equal(trainer.model.head.weight, before["head.weight"])
+    assert math.isfinite(trainer._train_metrics()["train/loss"])
+
+
+def test_a_skipped_step_leaves_batch_statistics_alone(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(model__stem="conv"), local_worker(), tmp_path, small_data)
+    images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
+    trainer.model.train()
+    trainer._train_step([(images, targets)])
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer._train_step([(images * float("nan"), targets)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert all(bool(tensor.isfinite().all()) for tensor in trainer.ema.model.state_dict().values())
+    trainer._train_step([(images, targets)])
+    after = trainer.model.state_dict()
+    assert not torch.equal(after["patch_embed.norm1.running_mean"], before["patch_embed.norm1.running_mean"])
+    assert int(after["patch_embed.norm1.num_batches_tracked"]) == 2
+    trainer.close()
+
+
+def test_a_run_that_stays_non_finite_ends_with_its_last_good_checkpoint(small_fit, tmp_path, monkeypatch):
+    original = Trainer._train_step
+
+    def step(self, micro_batches):
+        if self.epoch >= 1:
+            micro_batches = [(images * float("nan"), targets) for images, targets in micro_batches]
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row .*last good checkpoint: .*step-00000004"):
+        small_fit(optim__max_skipped=3)
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
+
+
+def test_weights_gone_bad_do_not_replace_the_last_good_checkpoint(small_fit, tmp_path, monkeypatch):
+    """Huge but finite weights, written just before an epoch ends: every later loss overflows."""
+    original = Trainer._train_step
+
+    def step(self, micro_batches):
+        result = original(self, micro_batches)
+        if self.global_step == 5:
+            with torch.no_grad():
+                self.model.head.weight.fill_(1e38)
+        return result
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    with pytest.raises(TrainingError, match=r"last good checkpoint: .*step-00000004"):
+        small_fit(optim__max_skipped=5)
+    assert weights(tmp_path / "run")["head.weight"].abs().max() < 10
+
+
+def test_a_skipped_step_leaves_the_average_alone(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
+    trainer._train_step([(images, targets)])
+    before = {k: v.clone() for k, v in trainer.ema.model.state_dict().items()}
+    trainer._train_step([(images * float("nan"), targets)])
+    assert all(torch.equal(v, before[k]) for k, v in trainer.ema.model.state_dict().items())
+    assert trainer.ema.updates == 1
+
+
+def test_a_changed_training_set_is_refused(small_fit, small_data, tmp_path):
+    small_fit(optim__epochs=1)
+    fewer = ImageSet(small_data.train.images, small_data.train.labels, small_data.train.index[:40])
+    with pytest.raises(ForgeError, match="trained on 72 images and the training set now has 40"):
+        small_fit(data=small_data.__class__(**{**vars(small_data), "train": fewer}))
+
+
+def test_evaluation_counts_exactly(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(eval__batch_size=7), local_worker(), tmp_path, small_data)
+    loss, accuracy = trainer.evaluate(trainer.model, small_data.test)
+    images = small_data.normalise(torch.from_numpy(small_data.test.images))
+    labels = torch.from_numpy(small_data.test.labels)
+    with torch.no_grad():
+        logits = trainer.model.eval()(images)
+    assert accuracy == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    views_loss, _ = trainer.evaluate(trainer.model, small_data.test, views=5)
+    assert views_loss != loss
+
+
+def test_without_a_validation_split_nothing_is_selected(small_fit, small_data, tmp_path):
+    data = small_data.__class__(**{**vars(small_data), "val": None})
+    result = small_fit(data=data)
+    assert result["tested"] == {"weights": "ema", "epoch": 3, "tta_views": 1}
+    assert not list((tmp_path / "run" / "checkpoints").glob("best-*")) and "val/accuracy" not in result["metrics"]
+    model, _ = ckpt.load_model(tmp_path / "run")  # the weights that were tested
+    assert torch.equal(model.head.weight, ema_weights(tmp_path / "run")["head.weight"])
+
+
+def test_the_test_set_is_read_once_and_never_selects(small_config, small_data, tmp_path, monkeypatch):
+    seen = []
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        seen.append("test" if split is small_data.test else "val")
+        return original(self, model, split, views)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    fit(small_config(), local_worker(), tmp_path, small_data)
+    assert seen.count("test") == 1 and seen[-1] == "test" and seen.count("val") == 6
+
+
+def test_the_best_by_validation_is_what_is_tested(small_fit, tmp_path, monkeypatch):
+    scores = iter([50.0, 40.0, 70.0, 80.0, 60.0, 20.0])  # raw and averaged, three epochs
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        loss, accuracy = original(self, model, split, views)
+        return loss, accuracy if split is self.data.test else next(scores)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    result = small_fit()
+    assert result["tested"] == {"weights": "ema", "epoch": 2, "tta_views": 1}
+    model, description = ckpt.load_model(tmp_path / "run")
+    assert description["epoch"] == 2
+    average = load_file(ckpt.best_checkpoint(tmp_path / "run") / "ema.safetensors")
+    assert torch.equal(model.state_dict()["head.weight"], average["head.weight"])
+
+
+def test_only_the_best_is_kept_and_the_first_of_equals_wins(small_fit, tmp_path, monkeypatch):
+    scores = iter([50.0, 50.0, 60.0, 60.0, 60.0, 60.0])
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        loss, accuracy = original(self, model, split, views)
+        return loss, accuracy if split is self.data.test else next(scores)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    result = small_fit()
+    assert result["tested"] == {"weights": "raw", "epoch": 2, "tta_views": 1}
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").glob("best-*")] == ["best-00002"]
+
+
+def test_resuming_forgets_the_best_of_epochs_that_are_repeated(small_fit, small_config, small_data, tmp_path):
+    small_fit(checkpoint__keep=3)
+    run = tmp_path / "run"
+    steps = sorted((run / "checkpoints").glob("step-*"))
+    for folder in steps[1:]:
+        shutil.rmtree(folder)
+    ckpt.best_checkpoint(run).rename(run / "checkpoints" / "best-00003")
+    Trainer(small_config(), local_worker(), run, small_data)
+    assert ckpt.best_checkpoint(run) is None
+
+
+def test_the_last_epoch_is_always_saved(small_fit, tmp_path):
+    small_fit(checkpoint__every=5)
+    assert ckpt.newest_checkpoint(tmp_path / "run").name == "step-00000012"
+
+
+def test_state_comes_back_whole(small_config, small_data, tmp_path):
+    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    trainer.skipped += torch.tensor([5.0, 2.0])
+    trainer.totals += 3
+    trainer.best, trainer.epoch, trainer.step = {"accuracy": 12.0, "epoch": 1, "weights": "ema"}, 1, 2
+    trainer._save_state()
+    again = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    assert again.skipped.tolist() == [5, 2] and again.totals.tolist() == [3, 3]
+    assert (again.best, again.epoch, again.step) == (trainer.best, 1, 2)
+
+
+@pytest.mark.parametrize("clip", [1e-3, None])
+def test_gradients_are_clipped_to_the_norm(small_config, small_data, tmp_path, monkeypatch, clip):
+    trainer = Trainer(small_config(optim__grad_clip=clip), local_worker(), tmp_path, small_data)
+    seen = []
+    monkeypatch.setattr(
+        trainer,
+        "_apply",
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()),
+    )
+    _, norm = trainer._train_step([(torch.randn(16, 3, 8, 8), torch.eye(3)[torch.arange(16) % 3])])
+    assert norm > 0.01  # what is reported is the norm before clipping
+    assert float(seen[0]) == pytest.approx(clip if clip else float(norm), rel=1e-3)
+
+
+def test_label_smoothing_is_in_the_training_loss_and_not_in_validation(small_config, small_data, tmp_path):
+    trainer = Trainer(
+        small_config(optim__label_smoothing=0.3, model__drop_path=0), local_worker(), tmp_path, small_data
+    )
+    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
+    logits = trainer.model(images)
+    loss, _ = trainer._train_step([(images, torch.eye(3)[labels])])
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_test_time_augmentation_is_used_for_the_test_alone(small_fit, monkeypatch):
+    views_of = {}
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        views_of.setdefault("test" if split is self.data.test else "val", set()).add(views)
+        return original(self, model, split, views)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    assert small_fit(eval__tta_views=4)["tested"]["tta_views"] == 4
+    assert views_of == {"val": {1}, "test": {4}}
+
+
+def test_average_can_be_turned_off(small_fit, tmp_path):
+    result = small_fit(ema__enabled=False)
+    assert "val/ema_accuracy" not in result["metrics"] and result["tested"]["weights"] == "raw"
+    assert not list((tmp_path / "run").rglob("ema.safetensors"))
+
+
+def test_bf16_and_compile_run(small_fit, tmp_path):
+    result = small_fit(optim__amp="bf16", optim__epochs=8)
+    assert result["amp"] == "bfloat16" and result["metrics"]["test/accuracy"] > 80
+
+
+def test_compiled_run_keeps_names_and_follows_the_plain_one(small_fit, tmp_path, monkeypatch):
+    compile_in_place = torch.nn.Module.compile
+    options = {"backend": "eager", "fullgraph": True}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **mine: compile_in_place(self, **(mine | options)))
+    for name, on in (("plain", False), ("compiled", True)):
+        (tmp_path / name).mkdir()
+        small_fit(name, optim__compile=on, model__drop_path=0)
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert a.keys() == b.keys()
+    torch.testing.assert_close(a["head.weight"], b["head.weight"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting, images, device, expected",
+    [
+        (True, 1, "cpu", True),
+        (False, COMPILE_FROM_IMAGES, "cuda", False),
+        ("auto", COMPILE_FROM_IMAGES, "cuda", True),
+        ("auto", COMPILE_FROM_IMAGES - 1, "cuda", False),
+        ("auto", COMPILE_FROM_IMAGES, "cpu", False),
+    ],
+)
+def test_which_runs_are_compiled(setting, images, device, expected):
+    assert should_compile(setting, images, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("hidden, varied", [((48, 48, 48), False), ((48, 36, 48), False), ((48, 36, 24), True)])
+def test_blocks_are_compiled_alike(monkeypatch, tmp_path, hidden, varied):
+    monkeypatch.setenv("MAMBA_FORGE_CACHE", str(tmp_path))
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    shapes = tuple(BlockShape(24, 4, 4, width) for width in hidden)
+    model = MambaModel(Architecture(8, 2, 3, 5, 12, 0.2, shapes))
+    unchanged = {"force_parameter_static_shapes": True, "force_nn_module_property_static_shapes": True}
+    with torch._dynamo.config.patch(unchanged), torch.fx.experimental._config.patch(use_duck_shape=True):
+        compile_blocks(model)
+        assert torch._dynamo.config.force_parameter_static_shapes != varied
+        assert torch.fx.experimental._config.use_duck_shape != varied
+    assert compiled == [(block, {"dynamic": varied}) for block in model.blocks]
+    # the first block's rate is 0: it takes the others' way through the code, and still drops nothing
+    assert all(block.drop_path.active for block in model.blocks) and model.blocks[0].drop_path.rate == 0
+    x = torch.randn(64, 2, 2)
+    assert torch.equal(model.blocks[0].drop_path.train()(x), x)
+    model = MambaModel(Architecture(8, 2, 3, 5, 12, 0.0, shapes[:1] * 2))
+    compile_blocks(model)
+    assert not any(block.drop_path.active for block in model.blocks)
+
+
+def test_the_compile_cache_is_shared_unless_the_user_has_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBA_FORGE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/the/users")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    share_compile_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/the/users"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton") and (tmp_path / "triton").is_dir()
+
+
+def test_a_run_is_as_long_as_its_epochs_and_says_whether_it_was_compiled(small_fit, monkeypatch):
+    asked, compiled = [], []
+    monkeypatch.setattr("mamba.train.trainer.should_compile", lambda *arguments: asked.append(arguments) or True)
+    monkeypatch.setattr("mamba.train.trainer.compile_blocks", compiled.append)
+    result = small_fit(optim__epochs=2)
+    assert asked == [("auto", 2 * 72, torch.device("cpu"))]
+    assert len(compiled) == 1 and result["compiled"] is True and result["recorded"] is False
+
+
+def test_a_compiled_run_evaluates_without_its_graphs(small_fit, monkeypatch):
+    stances = []
+    original = torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: stances.append(stance) or original(stance))
+    monkeypatch.setattr("mamba.train.trainer.compile_blocks", lambda model: None)
+    small_fit(optim__compile=True, optim__epochs=1)
+    assert stances == ["force_eager"] * 3  # raw and averaged weights on the validation split, then the test
+
+
+@pytest.mark.parametrize(
+    "asked, device, fp16, triton, recorded, warned",
+    [
+        ("auto", "cuda", False, True, True, False),
+        (True, "cuda", False, True, True, False),
+        (False, "cuda", False, True, False, False),
+        ("auto", "cpu", False, True, False, False),
+        ("auto", "cuda", True, True, False, False),
+        ("auto", "cuda", False, False, False, False),
+        (True, "cuda", True, True, False, True),
+        (True, "cuda", False, False, False, True),
+    ],
+)
+def test_which_runs_are_recorded(small_config, monkeypatch, recwarn, asked, device, fp16, triton, recorded, warned):
+    run = Trainer.__new__(Trainer)
+    run.config, run.worker = small_config(optim__cuda_graph=asked), Worker(device=torch.device(device))
+    run.scaler = SimpleNamespace(is_enabled=lambda: fp16)
+    monkeypatch.setattr("mamba.train.trainer.HAS_TRITON", triton)
+    assert run._should_record() is recorded
+    assert any("optim.cuda_graph" in str(w.message) for w in recwarn) == warned
+
+
+class Doubled(Worker):
+    """One of two ranks of which the other has the same values, but for running averages, which are 3 larger there, and
+    flags, which are `flags` larger. Sums end when they are waited for."""
+
+    other: Sequence[torch.Tensor] = ()
+    flags: float = 0
+    begun = 0
+
+    def begin_sum(self, values):
+        self.begun += 1
+
+        def wait():
+            larger = 3 if any(values is buffer for buffer in self.other) else self.flags * (values.shape == (2,))
+            values.mul_(2).add_(larger)
+
+        return SimpleNamespace(wait=wait)
+
+
+def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small_data, tmp_path):
+    def stepped(name, worker):
+        trainer = Trainer(small_config(model__stem="conv"), local_worker(), tmp_path / name, small_data)
+        trainer.model.train()
+        if worker:
+            worker.other = trainer.statistics
+            trainer.worker, trainer.flat = worker, SimpleNamespace(expect=lambda: None, sum=lambda: None)
+        trainer._optimizer_step([(images, torch.full((16, 3), 1 / 3))])
+        trainer.close()
+        return [buffer.clone() for buffer in trainer.statistics]
+
+    images = torch.randn(16, 3, 8, 8)
+    for alone, averaged in zip(stepped("one", None), stepped("two", Doubled(world_size=2)), strict=True):
+        torch.testing.assert_close(averaged, alone + 1.5 if alone.is_floating_point() else alone)
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_a_recorded_run_sums_gradients_during_the_last_backward(small_config, small_data, tmp_path, monkeypatch, flag):
+    """As one rank of two with the same images: the update of a lone run, unless the other rank's loss is not finite."""
+    monkeypatch.setattr("mamba.train.distributed.BUCKET", 1)
+    images = torch.randn(2, 16, 3, 8, 8)
+    micro = [(half, torch.full((16, 3), 1 / 3)) for half in images]
+
+    def stepped(name, worker):
+        trainer = Trainer(small_config(model__drop_path=0.0), local_worker(), tmp_path / name, small_data)
+        trainer.model.train()
+        seen = []
+        if worker:
+            trainer.worker, trainer.flat = worker, FlatGradients(list(trainer.model.parameters()), worker)
+            trainer.forward = trainer.model
+            loss = trainer.loss
+            trainer.loss = lambda *a: seen.append(worker.begun) or loss(*a)
+            whole = trainer.flat.sum
+            trainer.flat.sum = lambda: seen.append(worker.begun) or whole()
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer._optimizer_step(micro)
+        trainer.close()
+        return before, list(trainer.model.parameters()), seen
+
+    worker = Doubled(world_size=2)
+    worker.flags = flag
+    before, alone, _ = stepped("one", None)
+    _, together, seen = stepped("two", worker)
+    for start, a, b in zip(before, alone, together, strict=True):
+        torch.testing.assert_close(b, start if flag else a)
+    assert seen[:2] == [0, 0] and seen[2] == 1 + len(alone)  # at both losses, and before `sum`: flags and gradients
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_another_architecture_is_refused(small_fit, tmp_path):
+    small_fit(optim__epochs=1)
+    with pytest.raises(ForgeError, match=r"of another architecture: .* is \(1, 16, 12\) there and \(1, 16, 14\)"):
+        small_fit(model__d_model=14)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "training_state.pt"])
+def test_a_truncated_checkpoint_is_named(small_fit, tmp_path, file):
+    small_fit(optim__epochs=1)
+    path = ckpt.newest_checkpoint(tmp_path / "run") / file
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ForgeError, match=f"{file} is truncated or damaged"):
+        small_fit(optim__epochs=3)
+    path.unlink()
+    with pytest.raises(ForgeError, match=f"{file} is missing"):
+        small_fit(optim__epochs=3)
+
+
+def test_no_space_left_ends_with_one_sentence(small_fit, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    small_fit(optim__epochs=1)
+    monkeypatch.setattr("mamba.runs.checkpoint.save_file", full)
+    with pytest.raises(ForgeError, match=r"checkpoints/.* could not be written: .*No space left on device"):
+        small_fit(optim__epochs=3)
+    assert ckpt.newest_checkpoint(tmp_path / "run").name == "step-00000004"  # what was written is still there
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*partial"))
+
+
+def test_a_broken_checkpoint_write_leaves_no_name(small_config, small_data, tmp_path, monkeypatch):
+    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    monkeypatch.setattr("mamba.runs.checkpoint.json.dumps", lambda *_a, **_k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # killed just before the rename
+        trainer._save_state()
+    assert ckpt.newest_checkpoint(tmp_path) is None
+    monkeypatch.undo()
+    trainer._save_state()
+    assert ckpt.newest_checkpoint(tmp_path) is not None
+
+
+def test_a_model_is_rebuilt_from_its_folder_alone(small_fit, tmp_path):
+    small_fit()
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(ckpt.best_checkpoint(tmp_path / "run"), moved)
+    shutil.rmtree(tmp_path / "run")
+    model, description = ckpt.load_model(moved, weights="raw")
+    assert description["classes"] == ["dark", "grey", "bright"]
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    with pytest.raises(ForgeError, match="there is no .*nowhere; give a checkpoint's folder, or that of a run"):
+        ckpt.load_model(tmp_path / "nowhere")
+    with pytest.raises(ForgeError, match="neither a checkpoint .* nor a run"):
+        ckpt.load_model(tmp_path)
+    with pytest.raises(ForgeError, match=r"training_state.pt is missing: this checkpoint can be loaded, but"):
+        ckpt.load_training_state(moved)
+
+
+def test_a_set_with_one_image_left_over_in_a_batch(small_config, small_data, tmp_path):
+    """An odd batch: cutmix leaves its last image unmixed."""
+    result = fit(
+        small_config(data__batch_size=9, data__cutmix=1.0, data__mix_prob=1.0), local_worker(), tmp_path, small_data
+    )
+    assert result["status"] == "finished"
+
+
+def test_validation_each_second_epoch_and_after_the_last(small_fit, tmp_path):
+    small_fit(eval__every=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["val/accuracy" in m for m in lines] == [False, True, True]

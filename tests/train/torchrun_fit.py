@@ -1,0 +1,61 @@
+"""Run by torchrun in test_distributed.py: train the configs in the folders given, one after the other, in a real
+process group. `how.json` beside a config names a function of this file, with its argument."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from mamba.train import distributed as parallel
+from mamba.config.schema import RunConfig
+from mamba.train.trainer import Trainer, fit
+from mamba.train.worker import torchrun_worker
+from pruning.rounds import hooks_for
+
+
+@contextmanager
+def poison(step_at: int):
+    """Make one batch of rank 1 not finite."""
+    original = Trainer._train_step
+
+    def step(self, micro_batches):
+        if self.worker.rank == 1 and self.global_step == step_at:
+            micro_batches = [(images * float("nan"), targets) for images, targets in micro_batches]
+        return original(self, micro_batches)
+
+    with patch.object(Trainer, "_train_step", step):
+        yield
+
+
+@contextmanager
+def buckets(size: int):
+    """Sum gradients as recorded steps do, which are for GPUs only, instead of by DistributedDataParallel."""
+    original = Trainer.__init__
+
+    def init(self, config, worker, *args, **kwargs):
+        original(self, config, worker, *args, **kwargs)
+        self.forward, self.flat = self.model, parallel.FlatGradients(list(self.model.parameters()), worker)
+        assert len(self.flat.buckets) > 3
+
+    with patch.object(parallel, "BUCKET", size), patch.object(Trainer, "__init__", init):
+        yield
+
+
+HOW = {"poison": poison, "buckets": buckets}
+
+torch.set_num_threads(1)
+worker = torchrun_worker()
+for folder in map(Path, sys.argv[1:]):
+    config = RunConfig.from_yaml(folder / "config.yaml")
+    with ExitStack() as stack:
+        if (folder / "how.json").exists():
+            name, argument = json.loads((folder / "how.json").read_text())
+            stack.enter_context(HOW[name](argument))
+        fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
+dist.destroy_process_group()
