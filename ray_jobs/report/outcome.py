@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mamba.config.cli import TrainArgs
-from ray_jobs.sweep.search import experiment
+from ray_jobs.sweep import experiment
 from ray_jobs.report.findings import findings, ranked
 from ray_jobs.report.page import write_report
 from ray_jobs.report.table import show, write_results

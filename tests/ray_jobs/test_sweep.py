@@ -31,7 +31,7 @@ from mamba.train.trainer import fit
 from mamba.train.worker import local_worker
 from pruning import measure as meter
 from pruning import prune_multiple
-from ray_jobs.sweep.search import experiment
+from ray_jobs.sweep import experiment
 from ray_jobs.ablate import main as ablate
 from ray_jobs.launch.cluster import Cluster
 from ray_jobs.compare import main as compare
