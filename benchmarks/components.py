@@ -17,10 +17,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mamba.runs import checkpoint as ckpt
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError, ForgeError
+from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import environment
 from mamba.train.trainer import resolve_amp
 from mamba.train.worker import own_device

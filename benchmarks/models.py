@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba.train.compilation import compile_blocks
 from mamba.config.schema import ModelConfig, OptimConfig
-from mamba.train.record import WARM_UP, Batches, RecordedStep
 from mamba.models.model import MambaModel, count_parameters, named_model
-from mamba.train.optim import make_optimizer
 from mamba.runs.tracking import environment
+from mamba.train.compilation import compile_blocks
+from mamba.train.optim import make_optimizer
+from mamba.train.record import WARM_UP, Batches, RecordedStep
 from mamba.train.worker import own_device
 from pruning.measure import speed
 

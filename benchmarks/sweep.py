@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from mamba.runs import checkpoint as ckpt
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError
+from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import environment
 from mamba.train.worker import own_device
 from pruning import measure

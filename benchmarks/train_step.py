@@ -50,9 +50,9 @@ def uneven_checkpoint(folder: Path, model: str, classes: int, side: int) -> Path
     """New weights of a model each of whose blocks keeps another 50 to 100 % of its widths."""
     from dataclasses import replace
 
-    from mamba.runs.checkpoint import save_checkpoint
     from mamba.config.schema import ModelConfig
     from mamba.models.model import Architecture, MambaModel
+    from mamba.runs.checkpoint import save_checkpoint
 
     whole = Architecture.from_config(ModelConfig(name=model), classes, side)
     shapes = []
@@ -79,8 +79,8 @@ def use_scan(name: str) -> None:
 
 def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """One case in this process, which may be one of several that train together."""
-    from mamba.data.registry import load_data
     from mamba.config.presets import get_preset
+    from mamba.data.registry import load_data
     from mamba.train.trainer import Trainer
 
     values = {

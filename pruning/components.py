@@ -21,8 +21,8 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
-from mamba.models.ssm import MIXERS, MambaBlock
 from mamba.models.model import MambaModel
+from mamba.models.ssm import MIXERS, MambaBlock
 
 ELEMENT = "element"
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
-from mamba.models.ssm import BlockShape
 from mamba.models.model import MambaModel
+from mamba.models.ssm import BlockShape
 from pruning.components import (
     BLOCK,
     COMPONENTS,

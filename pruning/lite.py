@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
-from mamba.models.ssm import BlockShape
 from mamba.models.model import Architecture, MambaModel
+from mamba.models.ssm import BlockShape
 from pruning.components import BLOCK, blocks_of
 from pruning.importance import Batches, element_scores, unit_scores
 from pruning.masks import combine, unit_masks

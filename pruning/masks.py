@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mamba.train.ema import ModelEma
 from mamba.errors import CheckpointError, ConfigError
+from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
 from pruning.components import BLOCK, COMPONENTS, GROUPS, Found, covered, find_all, named_blocks, parts_of
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mamba.train.ema import ModelEma
 from mamba.errors import ConfigError
+from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
 from pruning.components import GROUPS, blocks_of, named_blocks, parts_of
 from pruning.masks import MaskHook, Masks

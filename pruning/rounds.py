@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba.runs import checkpoint as ckpt
 from mamba.config.schema import RunConfig
 from mamba.data.registry import ImageData, eval_batches
-from mamba.train.ema import ModelEma
 from mamba.errors import CheckpointError, ConfigError
-from mamba.train.hooks import TrainHook
 from mamba.models.model import Architecture, MambaModel
+from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import write_csv, write_json
+from mamba.train.ema import ModelEma
+from mamba.train.hooks import TrainHook
 from pruning.importance import Batches
 from pruning.masks import FILE as MASKS
 from pruning.masks import MaskHook, Masks, load_masks

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mamba.runs import checkpoint as ckpt
 from mamba.models.model import MambaModel
+from mamba.runs import checkpoint as ckpt
 from pruning.masks import FILE, Masks, load_masks
 from pruning.shrink import Shrunk, shrink
 
@@ -26,8 +26,8 @@ def masks_of(path: Path) -> Masks:
 def load_smaller(
     path: Path, device: str | torch.device = "cpu", drop_path: float | None = None
 ) -> tuple[Shrunk, dict[str, Any]]:
-    """A checkpoint's model (`mamba.runs.checkpoint.load_model`) without the units that its masks take whole, with what is
-    left of the masks, and the checkpoint's description."""
+    """A checkpoint's model (`mamba.runs.checkpoint.load_model`) without the units that its masks take whole, with what
+    is left of the masks, and the checkpoint's description."""
     model, description = ckpt.load_model(path, device=device, drop_path=drop_path)
     return shrink(model, masks_of(path)), description
 

@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _asked(args: AblateArgs) -> Experiment:
-    from mamba.runs import checkpoint as ckpt
     from mamba.models.model import Architecture
+    from mamba.runs import checkpoint as ckpt
     from ray_jobs.sweep.experiment import FILE, Experiment, taken
     from ray_jobs.sweep.space import expand, load_space
 

@@ -43,8 +43,8 @@ def _rounds(args: PruneArgs) -> int:
     from pruning.report import rounds_figure, rounds_table
     from pruning.rounds import Engine, check_rounds, check_series, run_rounds
     from ray_jobs.launch.cluster import connected_if
-    from ray_jobs.launch.run import preflight
     from ray_jobs.launch.measure import measure
+    from ray_jobs.launch.run import preflight
 
     config = args.config.resolve()
     if args.resume is None:
@@ -101,8 +101,8 @@ def _plan(args: PruneArgs) -> int:
     from pruning.report import before_after_table
     from pruning.store import masks_of, save_pruned
     from ray_jobs.launch.cluster import connected_if
-    from ray_jobs.launch.run import preflight
     from ray_jobs.launch.measure import compare
+    from ray_jobs.launch.run import preflight
 
     assert args.plan is not None
     plan = get_plan(args.plan)

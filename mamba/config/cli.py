@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
+from mamba.config.presets import PRESETS, get_preset
 from mamba.config.schema import RunConfig, dotted_keys, may_be_none, unknown_key
 from mamba.errors import ConfigError
-from mamba.config.presets import PRESETS, get_preset
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mamba.config.schema import DataConfig
 from mamba.data.augment import SampleTransform
 from mamba.data.augment_gpu import BatchAugment, Draws, to_device
-from mamba.config.schema import DataConfig
 from mamba.errors import DataError
 from mamba.train.worker import Worker
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba.ops.conv import causal_conv1d, causal_conv_silu
 from mamba.models.embed import rotate
+from mamba.ops.conv import causal_conv1d, causal_conv_silu
 from mamba.ops.scan import bidirectional_scan, selective_scan
 from mamba.ops.scan.inputs import Problem
 

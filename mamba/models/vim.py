@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mamba.runs.checkpoint import load_tensors
-from mamba.models.embed import resize_positions
 from mamba.errors import CheckpointError
+from mamba.models.embed import resize_positions
 from mamba.models.model import MambaModel, named_model
+from mamba.runs.checkpoint import load_tensors
 
 
 def vim_tiny(num_classes: int = 1000, img_size: int = 224, drop_path: float = 0.0, **overrides: Any) -> MambaModel:

@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from mamba.runs.checkpoint import check_resumable
 from mamba.config.schema import RunConfig, may_be_none
 from mamba.errors import CheckpointError, ConfigError
+from mamba.runs.checkpoint import check_resumable
 
 HPARAM_METRICS = (
     "test/accuracy",

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba.runs.checkpoint import check_start, load_model
 from mamba.config.schema import RunConfig
+from mamba.runs.checkpoint import check_start, load_model
 
 
 def distillation_loss(

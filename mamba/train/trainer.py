@@ -19,23 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mamba.runs import checkpoint as ckpt
-from mamba.data.augment import BatchMix, tta_views
-from mamba.train.compilation import compile_blocks, should_compile
 from mamba.config.schema import RunConfig
-from mamba.ops.conv import HAS_TRITON
+from mamba.data.augment import BatchMix, tta_views
 from mamba.data.registry import ImageData, ImageSet, eval_batches, load_data, make_train_batches
-from mamba.train.loss import TrainingLoss
-from mamba.train.ema import ModelEma
 from mamba.errors import ForgeError, TrainingError
-from mamba.train.record import Batches, RecordedStep
-from mamba.train.hooks import TrainHook
 from mamba.models.model import Architecture, MambaModel, count_parameters
-from mamba.train.optim import make_optimizer
+from mamba.ops.conv import HAS_TRITON
+from mamba.runs import checkpoint as ckpt
+from mamba.runs.tracking import Tracker, environment
+from mamba.train.compilation import compile_blocks, should_compile
 from mamba.train.distributed import FlatGradients
+from mamba.train.ema import ModelEma
+from mamba.train.hooks import TrainHook
+from mamba.train.loss import TrainingLoss
+from mamba.train.optim import make_optimizer
+from mamba.train.record import Batches, RecordedStep
 from mamba.train.schedule import learning_rate, set_learning_rate
 from mamba.train.stopwatch import Stopwatch
-from mamba.runs.tracking import Tracker, environment
 from mamba.train.worker import Pending, Worker
 
 if TYPE_CHECKING:

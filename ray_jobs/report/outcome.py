@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from mamba.config.cli import TrainArgs
-from ray_jobs.sweep import experiment
 from ray_jobs.report.findings import findings, ranked
 from ray_jobs.report.page import write_report
 from ray_jobs.report.table import show, write_results
+from ray_jobs.sweep import experiment
 
 SHOWN = 10
 """Trials in the table at the end."""

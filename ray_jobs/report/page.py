@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ray_jobs.sweep import experiment
 from ray_jobs.report.findings import by_component, by_layer, cut_of, front, joint, ranked, short, varied
-from ray_jobs.sweep.space import Space
 from ray_jobs.report.table import COLUMNS
+from ray_jobs.sweep import experiment
+from ray_jobs.sweep.space import Space
 
 Rows = Sequence[Mapping[str, Any]]
 INK, FRONT, DENSE, PALE = "#31688e", "#d1495b", "#555555", "#c8c8c8"

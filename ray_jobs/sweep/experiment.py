@@ -12,15 +12,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mamba.runs import checkpoint as ckpt
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError
+from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import exclusive, finished_result, write_json
 from ray_jobs.launch.cluster import Cluster, connected
 from ray_jobs.launch.console import SweepDisplay
-from ray_jobs.sweep.space import Space, Trial
 from ray_jobs.sweep.search import Drawn, Listed, Resources, open_study, run_sweep
+from ray_jobs.sweep.space import Space, Trial
 from ray_jobs.sweep.trial import BASELINE, Shared, time_trials
 
 FILE = "experiment.json"

@@ -22,12 +22,20 @@ from typing import Any
 
 import torch
 
-from mamba.runs import checkpoint as ckpt
 from mamba.config.schema import RunConfig
 from mamba.data.registry import ImageData
 from mamba.errors import ConfigError, ForgeError
 from mamba.models.model import MambaModel
-from mamba.runs.tracking import FIRST_HPARAMS, Tracker, environment, epochs_of, finished_result, write_hparams, write_json
+from mamba.runs import checkpoint as ckpt
+from mamba.runs.tracking import (
+    FIRST_HPARAMS,
+    Tracker,
+    environment,
+    epochs_of,
+    finished_result,
+    write_hparams,
+    write_json,
+)
 from mamba.train.trainer import fit, request_stop, resolve_amp
 from mamba.train.worker import Worker, own_device
 from pruning import measure as meter

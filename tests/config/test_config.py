@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mamba.config.cli import parse_train_args
+from mamba.config.presets import PRESETS, get_preset
 from mamba.config.schema import RunConfig, dotted_keys
 from mamba.errors import ConfigError
-from mamba.config.presets import PRESETS, get_preset
 
 
 @pytest.mark.parametrize(

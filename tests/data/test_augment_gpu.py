@@ -10,9 +10,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from mamba.config.schema import RunConfig
 from mamba.data.augment import SampleTransform
 from mamba.data.augment_gpu import BatchAugment, Draws, Policy
-from mamba.config.schema import RunConfig
 from mamba.data.registry import make_train_batches
 from mamba.train.worker import Worker
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from mamba.runs.checkpoint import load_model, save_checkpoint
-from mamba.models.embed import ConvStem, resize_positions, sequence_order
 from mamba.errors import CheckpointError
+from mamba.models.embed import ConvStem, resize_positions, sequence_order
 from mamba.models.model import Architecture, MambaModel, count_parameters, named_model
-from mamba.train.optim import parameter_groups
 from mamba.models.vim import load_published, vim_base, vim_small, vim_tiny
+from mamba.runs.checkpoint import load_model, save_checkpoint
+from mamba.train.optim import parameter_groups
 
 MIXERS = ("forward", "bidirectional", "bidirectional_shared", "multiscale")
 CLASS_TOKENS = ("none", "start", "middle", "double")

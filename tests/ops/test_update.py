@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from mamba.config.schema import OptimConfig
-from mamba.train.ema import ModelEma
 from mamba.models.model import mamba_tiny
+from mamba.train.ema import ModelEma
 from mamba.train.optim import make_optimizer
 
 ROOT = Path(__file__).parents[2]

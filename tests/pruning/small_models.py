@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mamba.models.ssm import BlockShape
 from mamba.models.model import Architecture, MambaModel
+from mamba.models.ssm import BlockShape
 
 PLAIN = BlockShape(d_inner=12, d_state=5, d_conv=4, mlp_hidden=14)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from small_models import build, family
 
 from mamba.errors import ConfigError
-from mamba.models.ssm import MIXERS, BlockShape
 from mamba.models.model import MambaModel, count_parameters, mamba_small
+from mamba.models.ssm import MIXERS, BlockShape
 from pruning import (
     COMPONENTS,
     apply_mask_mamba,

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mamba.runs import checkpoint as ckpt
 from mamba.errors import ConfigError
+from mamba.runs import checkpoint as ckpt
 from mamba.train.trainer import fit
 from mamba.train.worker import local_worker
 from pruning import compute_rsst_loss, refill_masks, rsst_schedule_exp

@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mamba.runs import checkpoint as ckpt
 from mamba.errors import CheckpointError, ConfigError
-from mamba.train.hooks import TrainHook
 from mamba.models.model import count_parameters
+from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import finished_result
+from mamba.train.hooks import TrainHook
 from mamba.train.trainer import fit, request_stop
 from mamba.train.worker import local_worker
 from pruning import load_masks, measure, prune_mamba_unstructured, refill_masks

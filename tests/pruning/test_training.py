@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from small_models import build
 
-from mamba.runs import checkpoint as ckpt
 from mamba.config.schema import OptimConfig
+from mamba.runs import checkpoint as ckpt
 from mamba.train.ema import ModelEma
 from mamba.train.optim import make_optimizer
 from mamba.train.trainer import Trainer, fit

@@ -22,25 +22,25 @@ import pytest
 import torch
 import yaml
 
-from mamba.runs import checkpoint as ckpt
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError
+from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import HPARAM_METRICS
 from mamba.train.trainer import fit
 from mamba.train.worker import local_worker
 from pruning import measure as meter
 from pruning import prune_multiple
-from ray_jobs.sweep import experiment
 from ray_jobs.ablate import main as ablate
-from ray_jobs.launch.cluster import Cluster
 from ray_jobs.compare import main as compare
+from ray_jobs.launch.cluster import Cluster
 from ray_jobs.report.findings import findings, front
 from ray_jobs.report.page import write_report
-from ray_jobs.sweep.space import expand, load_space
+from ray_jobs.sweep import experiment
 from ray_jobs.sweep.search import Drawn, Listed, Watcher, open_study
-from ray_jobs.train import main as train
+from ray_jobs.sweep.space import expand, load_space
 from ray_jobs.sweep.trial import Shared, run_trial
+from ray_jobs.train import main as train
 from ray_jobs.tune import main as tune
 from tests.runs.test_tracking import hparams_table, shown_status
 

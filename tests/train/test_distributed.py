@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mamba.runs import checkpoint as ckpt
 from mamba.models.model import Architecture, MambaModel
+from mamba.runs import checkpoint as ckpt
 from mamba.train.trainer import fit
 from mamba.train.worker import local_worker
 from pruning.cut import cut

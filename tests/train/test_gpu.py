@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mamba.runs import checkpoint as ckpt
-from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks
 from mamba.models.model import mamba_tiny, named_model
 from mamba.ops.scan import selective_scan
+from mamba.runs import checkpoint as ckpt
+from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks
 from mamba.train.trainer import Trainer
 from mamba.train.worker import local_worker
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba.train import trainer as training
-from mamba.runs.checkpoint import load_model, save_checkpoint
-from mamba.train.loss import TrainingLoss, distillation_loss
 from mamba.errors import CheckpointError
+from mamba.runs.checkpoint import load_model, save_checkpoint
+from mamba.train import trainer as training
+from mamba.train.loss import TrainingLoss, distillation_loss
 from mamba.train.trainer import fit
 from mamba.train.worker import local_worker
 from pruning import prune_mamba_structured

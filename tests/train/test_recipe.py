@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mamba.config.schema import RunConfig
-from mamba.train.ema import ModelEma
 from mamba.models.model import mamba_tiny
+from mamba.train.ema import ModelEma
 from mamba.train.optim import make_optimizer, parameter_groups
 from mamba.train.schedule import learning_rate, set_learning_rate
 

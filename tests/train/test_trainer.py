@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mamba.runs import checkpoint as ckpt
-from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
 from mamba.data.registry import ImageSet
 from mamba.errors import ForgeError, TrainingError
-from mamba.models.ssm import BlockShape
 from mamba.models.model import Architecture, MambaModel
+from mamba.models.ssm import BlockShape
+from mamba.runs import checkpoint as ckpt
+from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
 from mamba.train.distributed import FlatGradients
 from mamba.train.trainer import Trainer, fit, request_stop
 from mamba.train.worker import Worker, local_worker

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from mamba.train import distributed as parallel
 from mamba.config.schema import RunConfig
+from mamba.train import distributed as parallel
 from mamba.train.trainer import Trainer, fit
 from mamba.train.worker import torchrun_worker
 from pruning.rounds import hooks_for

@@ -165,7 +165,9 @@ def _check_shapes(
 
 
 def _selective_scan_triton(*args: Any) -> Tensor | tuple[Tensor, Tensor]:
-    from mamba.ops.scan.triton import selective_scan_triton  # on first use: it needs triton, which not every machine has
+    from mamba.ops.scan.triton import (
+        selective_scan_triton,  # on first use: it needs triton, which not every machine has
+    )
 
     return selective_scan_triton(*args)
 

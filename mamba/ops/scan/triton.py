@@ -40,8 +40,9 @@ Both directions of a bidirectional scan are one launch of the same kernels: axis
 Kept from forward to backward besides the inputs: batch x d_inner x d_state x (ceil(length / CHUNK) - 1) float32, and
 two float32 for each number of B.
 
-Deviations: exp2 and 1 / x are the hardware's approximations (2 ulp, denormals flushed: `mamba.ops.triton_math`); float64 is
-not supported. On AMD, and in Triton's interpreter, the few lines of PTX are replaced; only NVIDIA has been measured.
+Deviations: exp2 and 1 / x are the hardware's approximations (2 ulp, denormals flushed: `mamba.ops.triton_math`);
+float64 is not supported. On AMD, and in Triton's interpreter, the few lines of PTX are replaced; only NVIDIA has been
+measured.
 """
 
 from __future__ import annotations
