@@ -65,7 +65,7 @@ def compare(checkpoint: Path) -> dict[str, object]:
         began_at, began = time.time(), time.perf_counter()
         ablate(["--grid", "components", "--checkpoint", str(checkpoint.absolute()), "--out", scratch])
         sweep = time.perf_counter() - began
-        ended = sorted(p.stat().st_mtime for p in Path(scratch).glob("*/*/result.json"))
+        ended = sorted(p.stat().st_mtime for p in Path(scratch).glob("*/*/trial.json"))
     trials_s = ended[-1] - ended[0]
     return {
         "trials": float(len(ended)),

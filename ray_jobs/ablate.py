@@ -28,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         args = parse_ablate_args(argv, description=(__doc__ or "").split("\n")[0])
-        return perform(args, lambda: _asked(args), "ray_jobs/ablate.py")
+        return perform(args, lambda: _experiment(args), "ray_jobs/ablate.py")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _asked(args: AblateArgs) -> Experiment:
+def _experiment(args: AblateArgs) -> Experiment:
     from mamba.models.model import Architecture
     from mamba.runs import checkpoint as ckpt
     from ray_jobs.sweep.experiment import FILE, Experiment, taken

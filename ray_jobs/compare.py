@@ -16,6 +16,7 @@ import yaml
 
 from mamba.errors import ConfigError, ForgeError
 from ray_jobs.report.table import show, write_results
+from ray_jobs.sweep.results import TRIAL, read_trial
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,10 +49,11 @@ def trials_under(folder: Path) -> list[dict[str, Any]]:
 
     defaults = RunConfig().flat()
     rows = []
-    for path in sorted(folder.rglob("result.json")):
-        if ".ray" in path.parts:  # Tune's own
+    for own in sorted({path.parent for name in (TRIAL, "result.json") for path in folder.rglob(name)}):
+        if ".ray" in own.parts:  # Tune's own
             continue
-        result = json.loads(path.read_text())
+        path = own / "result.json"
+        result = read_trial(own) or json.loads(path.read_text())
         values = result.get("values")
         config = path.parent / "config.yaml"
         if values is None and config.exists():

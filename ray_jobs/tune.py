@@ -25,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         args = parse_sweep_args(argv, description=(__doc__ or "").split("\n")[0])
-        return perform(args, lambda: _asked(args), "ray_jobs/tune.py")
+        return perform(args, lambda: _experiment(args), "ray_jobs/tune.py")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _asked(args: SweepArgs) -> Experiment:
+def _experiment(args: SweepArgs) -> Experiment:
     from ray_jobs.sweep.experiment import Experiment
     from ray_jobs.sweep.space import expand, load_space
 

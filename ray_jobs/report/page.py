@@ -24,6 +24,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from ray_jobs.report.findings import by_component, by_layer, cut_of, front, joint, ranked, short, varied
 from ray_jobs.report.table import COLUMNS
 from ray_jobs.sweep import experiment
+from ray_jobs.sweep.results import read_trial
 from ray_jobs.sweep.space import Space
 
 Rows = Sequence[Mapping[str, Any]]
@@ -308,7 +309,7 @@ def _tensorboard(out: Path, names: Sequence[str]) -> None:
 
 def _page(folder: Path, told: experiment.Experiment, rows: Rows, text: str, names: Sequence[str]) -> str:
     tree = json.loads((folder / experiment.FILE).read_text())
-    results = (json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json")))
+    results = (read_trial(folder / row["trial"]) or {} for row in rows)
     ran: dict[str, Any] = next((result for result in results if "hardware" in result), {})
     hardware, packages = ran.get("hardware", {}), dict(ran.get("versions", {}))
     if told.space.search:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,12 +15,15 @@ from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import exclusive, finished_result, write_json
+from mamba.runs.tracking import exclusive
 from ray_jobs.launch.cluster import Cluster, connected
 from ray_jobs.launch.console import SweepDisplay
-from ray_jobs.sweep.search import Drawn, Listed, Resources, open_study, run_sweep
+from ray_jobs.sweep.results import baseline_of, read_trial, rows, write_baseline, write_trial
+from ray_jobs.sweep.search import GridTrials, Resources, StudyTrials, open_study, run_sweep
 from ray_jobs.sweep.space import Space, Trial
-from ray_jobs.sweep.trial import BASELINE, Shared, time_trials
+from ray_jobs.sweep.trial import Shared, time_trials
+
+__all__ = ["Experiment", "baseline_of", "create", "load", "outline", "rows", "run"]
 
 FILE = "experiment.json"
 MEASURES_PER_GPU = 4
@@ -218,7 +220,7 @@ def _time(shared: Shared, say: Callable[[str], None]) -> None:
         for row in rows(shared.folder)
         if row["status"] == "finished" and row["values"].get("prune.structured")
     ]
-    timed = [name for name, _ in changed if "bench/images_per_s" in _result(shared, name)["metrics"]]
+    timed = [row for row in rows(shared.folder) if "bench/images_per_s" in row["metrics"]]
     if not changed or len(timed) == len(changed):
         return
     say(f"timing {len(changed)} smaller models and the dense one, one after the other")
@@ -226,49 +228,15 @@ def _time(shared: Shared, say: Callable[[str], None]) -> None:
         speeds = ray.get(ray.remote(num_gpus=1)(time_trials).remote(shared, changed))
     else:
         speeds = time_trials(shared, changed)
-    write_json(shared.folder / BASELINE, {**baseline_of(shared.folder), **speeds[0]})
+    write_baseline(shared.folder, speeds[0])
     for (name, _), speed in zip(changed, speeds[1:], strict=True):
-        result = _result(shared, name)
-        result["metrics"] |= speed
-        write_json(shared.folder / name / "result.json", result)
+        result = read_trial(shared.folder / name)
+        assert result is not None
+        write_trial(shared.folder / name, {**result, "metrics": {**result["metrics"], **speed}})
 
 
-def _result(shared: Shared, name: str) -> dict[str, Any]:
-    return json.loads((shared.folder / name / "result.json").read_text())
-
-
-def _search(experiment: Experiment, folder: Path) -> Listed:
+def _search(experiment: Experiment, folder: Path) -> GridTrials:
     if experiment.space.search:
         study = open_study(experiment.space, folder, experiment.storage, experiment.config.seed)
-        return Drawn(experiment.space, study, folder, experiment.count)
-    return Listed([t for t in experiment.trials if "values" not in (finished_result(folder / t.name) or {})])
-
-
-def baseline_of(folder: Path) -> dict[str, float]:
-    """Metrics of the model that an experiment cuts; empty where there is none, or before the first trial."""
-    path = folder / BASELINE
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """Every trial that left a result: name, status, reason, values, metrics, seconds."""
-    found = []
-    for path in sorted(folder.glob("*/result.json")):
-        result = json.loads(path.read_text())
-        if "values" in result:
-            found.append(
-                {
-                    "trial": path.parent.name,
-                    "status": result["status"],
-                    "reason": result.get("reason", ""),
-                    "values": result["values"],
-                    "metrics": result["metrics"],
-                    "seconds": result.get("trial_seconds"),
-                }
-            )
-    return found
-
-
-def command() -> list[str]:
-    """The words that started this process."""
-    return list(sys.argv)
+        return StudyTrials(experiment.space, study, folder, experiment.count)
+    return GridTrials([t for t in experiment.trials if read_trial(folder / t.name) is None])

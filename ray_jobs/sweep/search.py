@@ -1,7 +1,7 @@
 """Running the trials of an experiment under Ray Tune, and what survives: its folder.
 
     experiment.json          the space, the config, the command
-    <trial>/result.json      what a trial left, finished, failed or stopped early; a trial that has one never runs again
+    <trial>/trial.json       what a trial left, finished, failed or stopped early; a trial that has one never runs again
     study.db                 Optuna's study of a search
     results.csv report/      the outcome
 
@@ -29,7 +29,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from mamba.runs.tracking import finished_result, write_json
+from ray_jobs.sweep.results import read_trial, write_trial
 from ray_jobs.sweep.space import Space, Trial
 from ray_jobs.sweep.trial import Shared, list_trial, run_trial
 
@@ -46,7 +46,7 @@ class Resources:
     concurrent: int
 
 
-class Listed(Searcher):
+class GridTrials(Searcher):
     """The trials of a grid, in order."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
@@ -81,7 +81,7 @@ class Listed(Searcher):
         raise NotImplementedError("sweeps continue from their folder")
 
 
-class Drawn(Listed):
+class StudyTrials(GridTrials):
     """The trials of a search, drawn by an Optuna study one by one."""
 
     def __init__(self, space: Space, study: optuna.Study, folder: Path, trials: int) -> None:
@@ -93,8 +93,8 @@ class Drawn(Listed):
         for row in study.get_trials(deepcopy=False):
             if row.state == TrialState.RUNNING:  # its sweep died: what it left counts, else it runs again
                 trial = optuna.trial.Trial(study, row._trial_id)
-                result = finished_result(folder / _name(trial))
-                if result is not None and "values" in result:
+                result = read_trial(folder / _name(trial))
+                if result is not None:
                     self.tell(trial, result)
                 else:
                     self.again.append(trial)
@@ -162,7 +162,7 @@ def open_study(space: Space, folder: Path, storage: str | None, seed: int) -> op
 class Watcher(tune.Callback):
     """Keeps the folder complete: trials that Tune stopped early or gave up get a result too."""
 
-    def __init__(self, shared: Shared, search: Listed, changed: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(self, shared: Shared, search: GridTrials, changed: Callable[[str, dict[str, Any]], None]) -> None:
         self.shared, self.search, self.changed = shared, search, changed
         self.running: set[str] = set()
 
@@ -184,12 +184,11 @@ class Watcher(tune.Callback):
         name = trial.config["trial"]
         self.running.discard(name)
         folder = self.shared.folder / name
-        result = finished_result(folder)
-        if result is None or "values" not in result:
+        result = read_trial(folder)
+        if result is None:
             metrics = {k: v for k, v in last.items() if "/" in k and isinstance(v, int | float)}
             result = {"status": status, "reason": reason, "metrics": metrics, "values": trial.config["values"]}
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "result.json", result)
+            write_trial(folder, result)
             list_trial(self.shared, name, trial.config["values"], status)
         self.search.settled(name, result)
         self.changed(name, result)
@@ -198,7 +197,7 @@ class Watcher(tune.Callback):
 def run_sweep(
     shared: Shared,
     space: Space,
-    search: Listed,
+    search: GridTrials,
     resources: Resources,
     trials: int,
     changed: Callable[[str, dict[str, Any]], None],

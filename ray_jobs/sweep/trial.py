@@ -6,7 +6,6 @@ object store and is kept by the process.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -24,18 +23,10 @@ import torch
 
 from mamba.config.schema import RunConfig
 from mamba.data.registry import ImageData
-from mamba.errors import ConfigError, ForgeError
+from mamba.errors import CheckpointError, ConfigError, ForgeError
 from mamba.models.model import MambaModel
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import (
-    FIRST_HPARAMS,
-    Tracker,
-    environment,
-    epochs_of,
-    finished_result,
-    write_hparams,
-    write_json,
-)
+from mamba.runs.tracking import FIRST_HPARAMS, Tracker, environment, epochs_of, finished_result, write_hparams
 from mamba.train.trainer import fit, request_stop, resolve_amp
 from mamba.train.worker import Worker, own_device
 from pruning import measure as meter
@@ -44,12 +35,11 @@ from pruning.masks import Masks
 from pruning.rounds import calibration_batches, hooks_for
 from pruning.shrink import Shrunk
 from pruning.store import masks_of, save_pruned
+from ray_jobs.sweep.results import baseline_of, read_trial, write_baseline, write_trial
 
 Report = Callable[[Mapping[str, float]], None]
 BENCH_SECONDS = 0.4
 LOG = "trial.log"
-BASELINE = "baseline.json"
-"""In an experiment's folder: metrics of the model that its trials cut."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +68,25 @@ class TrialWorker(Worker):
 
     def __init__(self, device: torch.device, threads: int, report: Report) -> None:
         super().__init__(device=device)
-        self.threads, self.told = threads, report
+        self.threads, self.report_to_tune = threads, report
 
     @property
     def cpus(self) -> int:
         return self.threads
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        self.told(metrics)
+        self.report_to_tune(metrics)
 
 
 def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report) -> dict[str, Any]:
     """Run a trial, or read what it left if it is done. A failure that would only repeat itself is its result.
 
     Returns:
-        result.json's content: status finished or failed, metrics, the reason of a failure.
+        trial.json's content: status finished or failed, metrics, the reason of a failure.
     """
     folder = shared.folder / name
-    done = finished_result(folder)
-    if done is not None and "values" in done:  # else the trainer's own, from before the trial was over
+    done = read_trial(folder)
+    if done is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(shared.threads)
@@ -115,8 +105,10 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
             print(f"{datetime.now():%F %T} ended by {type(error).__name__}")
             raise
         print(f"{datetime.now():%F %T} {result['status']}")
-    result = {**result, "values": values, "trial_seconds": round(time.perf_counter() - began, 3)}
-    write_json(folder / "result.json", result)
+    kept = ("status", "reason", "metrics", "seed", "hardware", "versions", "code_revision")
+    seconds = round(time.perf_counter() - began, 3)
+    own = {key: result[key] for key in kept if key in result}
+    result = write_trial(folder, {**own, "values": values, "seconds": seconds})
     list_trial(shared, name, values, result["status"])
     return result
 
@@ -189,17 +181,19 @@ _baselines: dict[Path, dict[str, float]] = {}
 def measured_baseline(shared: Shared, device: torch.device) -> dict[str, float]:
     """Validation accuracy and size of the model that is cut: measured once a process, by the process's first trial, so
     that no sweep waits for it, and kept in the experiment's folder."""
-    path = shared.folder / BASELINE
+    path = shared.folder
     if path not in _baselines:
-        if not path.exists():
+        baseline = baseline_of(path)
+        if "val/accuracy" not in baseline:
             assert shared.checkpoint is not None and shared.data.val is not None
             config = RunConfig(**shared.config)
             model, *_ = trained_model(shared.checkpoint, device)
             amp = resolve_amp(config.optim.amp, device)
             accuracy = meter.accuracy(model, shared.data, shared.data.val, config.eval.batch_size, amp)
             images = float(len(shared.data.val))
-            write_json(path, {"val/accuracy": accuracy, "val/images": images, **meter.size(model)})
-        _baselines[path] = json.loads(path.read_text())
+            measured = {"val/accuracy": accuracy, "val/images": images, **meter.size(model)}
+            baseline = write_baseline(path, measured)
+        _baselines[path] = baseline
     return _baselines[path]
 
 
@@ -220,8 +214,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
         tuning = config.with_values({"model.checkpoint": start, "optim.epochs": prune.finetune_epochs})
         tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
         worker = TrialWorker(device, shared.threads, report)
-        result = fit(tuning.resolve(), worker, folder, data, hooks_for(tuning))
-        (folder / "result.json").unlink()  # the trial's own comes after the measurements
+        result = finished_run(folder) or fit(tuning.resolve(), worker, folder, data, hooks_for(tuning))
         smaller, _ = ckpt.load_model(folder, device=device)
         metrics = dict(result["metrics"])
     else:
@@ -233,29 +226,38 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     result = {"status": "finished", "metrics": metrics, "seed": config.seed, **environment(device)}
     if not prune.finetune_epochs:
         tracker = Tracker(folder, config, 0, 0)
-        tracker.scalars({k: v for k, v in metrics.items() if not k.startswith("model/")}, 0)
-        tracker.finish(result, 0)
+        tracker.scalars(metrics, 0)
+        tracker.close()
     return result
+
+
+def finished_run(folder: Path) -> dict[str, Any] | None:
+    """What the training in a trial's folder left, if the trial was ended between it and its own result."""
+    try:
+        return finished_result(folder)
+    except CheckpointError:  # damaged: the trainer writes it again, from its last checkpoint
+        return None
 
 
 def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
     """Train as train.py would, from the folder's newest checkpoint if there is one; reports every epoch but the last,
     which is reported with the result: a trial that is stopped there saves nothing and loses its test."""
 
-    def told(metrics: Mapping[str, float]) -> None:
+    def report_epoch(metrics: Mapping[str, float]) -> None:
         epochs = epochs_of(folder)
         if metrics.get("epoch", epochs[-1]["epoch"]) < config.optim.epochs:
             report({**metrics, "val/best_accuracy": max(map(best_accuracy, [metrics, *epochs]))})
 
-    if shared.workers > 1:
-        result = _train_nested(shared, config, folder, told)
-    else:
-        device = own_device()
-        result = fit(config, TrialWorker(device, shared.threads, told), folder, shared.data, hooks_for(config))
+    result = finished_run(folder)
+    if result is None and shared.workers > 1:
+        result = _train_nested(shared, config, folder, report_epoch)
+    elif result is None:
+        worker = TrialWorker(own_device(), shared.threads, report_epoch)
+        result = fit(config, worker, folder, shared.data, hooks_for(config))
     return {**result, "metrics": {**result["metrics"], "val/best_accuracy": max(map(best_accuracy, epochs_of(folder)))}}
 
 
-def _train_nested(shared: Shared, config: RunConfig, folder: Path, told: Report) -> dict[str, Any]:
+def _train_nested(shared: Shared, config: RunConfig, folder: Path, report_epoch: Report) -> dict[str, Any]:
     """A Ray Train run of several workers inside the trial, followed by its metrics.jsonl."""
     from ray_jobs.launch.run import train_with_workers
 
@@ -269,7 +271,7 @@ def _train_nested(shared: Shared, config: RunConfig, folder: Path, told: Report)
             while True:
                 done = wait([running], timeout=0.5).done
                 for metrics in epochs_of(folder)[seen:]:
-                    told(metrics)
+                    report_epoch(metrics)
                     seen += 1
                 if done:
                     return running.result()

@@ -87,7 +87,7 @@ def test_an_ablation_as_a_job_submitted_and_stopped(cluster, tmp_path, monkeypat
     job(*submit, "stopped", "--no-wait", "--", *words, "--name", "stopped")
     folder = tmp_path / "runs" / "stopped"
     ends = time.monotonic() + 120
-    while len(list(folder.glob("*/result.json"))) < 3:
+    while len(list(folder.glob("*/trial.json"))) < 3:
         assert time.monotonic() < ends
         time.sleep(0.05)
     stopper.communicate("now", timeout=60)

@@ -37,7 +37,7 @@ from ray_jobs.launch.cluster import Cluster
 from ray_jobs.report.findings import findings, front
 from ray_jobs.report.page import write_report
 from ray_jobs.sweep import experiment
-from ray_jobs.sweep.search import Drawn, Listed, Watcher, open_study
+from ray_jobs.sweep.search import GridTrials, StudyTrials, Watcher, open_study
 from ray_jobs.sweep.space import expand, load_space
 from ray_jobs.sweep.trial import Shared, run_trial
 from ray_jobs.train import main as train
@@ -129,7 +129,7 @@ def test_a_trial_that_tune_ended_gets_a_result_and_a_status(trained, tmp_path):
             return "Traceback\nActorDiedError: gone"
 
     told = {}
-    watcher = Watcher(shared, Listed([]), told.__setitem__)
+    watcher = Watcher(shared, GridTrials([]), told.__setitem__)
     run_trial(shared, "done", {"prune.mlp": 0.5}, lambda _: None)
     watcher.on_trial_complete(0, [], Ended("done", {"prune.mlp": 0.5}))
     watcher.on_trial_complete(0, [], Ended("stopped", {"optim.lr": 0.1}))
@@ -181,24 +181,24 @@ def test_a_trial_of_several_workers_is_followed_and_stopped(trained, tmp_path, m
     with pytest.raises(SystemExit):
         run_trial(shared, "stopped", {"optim.epochs": 500}, stop)
     assert [r["status"] for r in ended] == ["finished", "interrupted"] and ended[-1]["epoch"] < 499
-    assert not (shared.folder / "stopped" / "result.json").exists()
+    assert not (shared.folder / "stopped" / "trial.json").exists()
 
 
 def test_a_study_goes_on_after_its_sweep_died(tmp_path):
     """Rows that were running: one whose trial had left its result counts, the other runs again, as it was."""
     space = load_space("quickstart")
     study = open_study(space, tmp_path, None, 0)
-    first = Drawn(space, study, tmp_path, 4)
+    first = StudyTrials(space, study, tmp_path, 4)
     handed = [first.suggest(str(i)) for i in range(3)]
     for i, status in enumerate(["finished", "finished"]):
         folder = tmp_path / handed[i]["trial"]
         folder.mkdir()
         result = {"status": status, "metrics": {"val/best_accuracy": 90.0 + i}, "values": handed[i]["values"]}
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "trial.json").write_text(json.dumps(result))
     first.settled(
-        "trial-0000", json.loads((tmp_path / "trial-0000" / "result.json").read_text())
+        "trial-0000", json.loads((tmp_path / "trial-0000" / "trial.json").read_text())
     )  # the sweep dies before it hears of the second
-    again = Drawn(space, open_study(space, tmp_path, None, 0), tmp_path, 4)
+    again = StudyTrials(space, open_study(space, tmp_path, None, 0), tmp_path, 4)
     states = [t.state.name for t in again.study.trials]
     assert states == ["COMPLETE", "COMPLETE", "RUNNING"]
     assert again.suggest("x") == handed[2], "an interrupted trial got other parameters"
@@ -322,7 +322,7 @@ def searched(folder, space, rows):
         (folder / f"trial-{i:04d}").mkdir()
         status = "finished" if metrics else "failed"
         result = {"status": status, "reason": "" if metrics else "it could not be", "values": values}
-        (folder / f"trial-{i:04d}" / "result.json").write_text(json.dumps({**result, "metrics": metrics}))
+        (folder / f"trial-{i:04d}" / "trial.json").write_text(json.dumps({**result, "metrics": metrics}))
     return experiment.rows(folder)
 
 
@@ -410,13 +410,13 @@ def test_an_ablation_killed_and_continued(trained, tmp_path, capsys):
     driver = start("ablate", "--checkpoint", str(trained), "--out", str(tmp_path))
     folder = tmp_path / "ablation"
     ends = time.monotonic() + 150
-    while len(list(folder.glob("*/result.json"))) < 5:
+    while len(list(folder.glob("*/trial.json"))) < 5:
         assert time.monotonic() < ends and driver.poll() is None
         time.sleep(0.05)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
     time.sleep(3)  # its actors end
-    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*/result.json")}
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*/trial.json")}
     assert 5 <= len(stamps) < 33
     done = start("ablate", "--resume", str(folder))
     out, _ = done.communicate(timeout=200)
@@ -451,7 +451,7 @@ def test_a_search_stopped_and_continued(tmp_path):
     driver = start("tune", *words)
     folder = tmp_path / "search"
     ends = time.monotonic() + 150
-    while not list(folder.glob("trial-*/result.json")):
+    while not list(folder.glob("trial-*/trial.json")):
         assert time.monotonic() < ends and driver.poll() is None
         time.sleep(0.05)
     driver.send_signal(signal.SIGTERM)
@@ -465,7 +465,7 @@ def test_a_search_stopped_and_continued(tmp_path):
     states = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed"}
     assert len(study.trials) == 5 and {"COMPLETE", "FAIL"} <= {t.state.name for t in study.trials} <= set(states)
     for t in study.trials:
-        result = json.loads((folder / f"trial-{t.number:04d}" / "result.json").read_text())
+        result = json.loads((folder / f"trial-{t.number:04d}" / "trial.json").read_text())
         assert result["values"]["optim.lr"] == pytest.approx(t.params["optim.lr"])
         assert result["status"] == states[t.state.name]
         assert (result["status"] == "failed") == (t.params["optim.lr"] < 2e-3)
@@ -481,7 +481,7 @@ def test_a_trial_trains_with_two_workers_on_all_cpus_there_are(tmp_path):
     done = start("tune", *words, *workers)
     out, _ = done.communicate(timeout=230)
     assert done.returncode == 0, out
-    results = [json.loads(p.read_text()) for p in sorted((tmp_path / "search").glob("trial-*/result.json"))]
+    results = [json.loads(p.read_text()) for p in sorted((tmp_path / "search").glob("trial-*/trial.json"))]
     assert len(results) == 1
     assert all(r["status"] == "stopped early" or r["world_size"] == 2 for r in results)
 
@@ -551,7 +551,7 @@ def test_a_node_that_dies_costs_only_the_trial_on_it(two_nodes, tmp_path, monkey
         assert time.monotonic() < ends and driver.poll() is None
         time.sleep(0.02)
     kill_second()
-    assert not list(folder.glob("*/result.json")), "a trial was over before the node died"
+    assert not list(folder.glob("*/trial.json")), "a trial was over before the node died"
     out, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, out
     with (folder / "results.csv").open() as file:

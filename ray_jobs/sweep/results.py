@@ -1,0 +1,78 @@
+"""What the trials of an experiment leave in its folder, and reading it again.
+
+    <trial>/trial.json      how a trial ended: status, reason, values, metrics, seconds, and the machine
+    baseline.json           metrics of the model that the trials cut
+
+A training trial's folder is a run's too, with the trainer's own result.json. Experiments from before trial.json kept
+both in result.json: of the two kinds, a trial's holds its values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mamba.runs.tracking import write_json
+
+TRIAL = "trial.json"
+BASELINE = "baseline.json"
+STATUSES = ("finished", "stopped early", "failed")
+"""How a trial can end."""
+
+
+def write_trial(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a trial's result, which ends it; returns it. What is not finite is no JSON, and written as null."""
+    metrics = {key: value if math.isfinite(value) else None for key, value in result["metrics"].items()}
+    written = {"status": result["status"], "reason": result.get("reason", ""), **result, "metrics": metrics}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / TRIAL, written)
+    return written
+
+
+def read_trial(folder: Path) -> dict[str, Any] | None:
+    """What `write_trial` wrote, its finite metrics alone; None for a trial that has no result, or a damaged one: it
+    has to run (again)."""
+    for name in (TRIAL, "result.json"):
+        try:
+            tree = json.loads((folder / name).read_text())
+            if name != TRIAL and "values" not in tree:  # a run's own
+                return None
+            values, metrics = dict(tree["values"]), dict(tree["metrics"])
+            if tree["status"] not in STATUSES:
+                return None
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        metrics = {key: v for key, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
+        seconds = tree.get("trial_seconds", tree.get("seconds"))
+        about = {"reason": tree.get("reason") or "", "seconds": seconds}
+        return {**tree, **about, "values": values, "metrics": metrics}
+    return None
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Every trial that left a result: trial, status, reason, values, metrics, seconds."""
+    trials = sorted({path.parent for name in (TRIAL, "result.json") for path in folder.glob(f"*/{name}")})
+    read = {path.name: read_trial(path) for path in trials}
+    keys = ("status", "reason", "values", "metrics", "seconds")
+    return [{"trial": name, **{key: result[key] for key in keys}} for name, result in read.items() if result]
+
+
+def baseline_of(folder: Path) -> dict[str, float]:
+    """Metrics of the model that an experiment cuts; empty where there is none, or before the first trial."""
+    try:
+        tree = json.loads((folder / BASELINE).read_text())
+    except (OSError, ValueError):  # measured again by the next trial
+        return {}
+    return {key: v for key, v in tree.items() if isinstance(v, int | float)} if isinstance(tree, dict) else {}
+
+
+def write_baseline(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Add metrics to the baseline's; returns all of them."""
+    merged = {**baseline_of(folder), **metrics}
+    write_json(folder / BASELINE, merged)
+    return merged
