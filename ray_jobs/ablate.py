@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mamba.config.cli import AblateArgs, parse_ablate_args
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
+from ray_jobs.launch.recipe import recipe_of
 
 if TYPE_CHECKING:
     from ray_jobs.sweep.experiment import Experiment
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ray_jobs.report.outcome import perform
 
     try:
-        args = parse_ablate_args(argv, description=(__doc__ or "").split("\n")[0])
+        args = parse_ablate_args(argv, description=(__doc__ or "").split("\n")[0], recipe_of=recipe_of)
         return perform(args, lambda: _experiment(args), "ray_jobs/ablate.py")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)

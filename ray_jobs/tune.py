@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mamba.config.cli import SweepArgs, parse_sweep_args
 from mamba.errors import ConfigError, ForgeError
+from ray_jobs.launch.recipe import recipe_of
 
 if TYPE_CHECKING:
     from ray_jobs.sweep.experiment import Experiment
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ray_jobs.report.outcome import perform
 
     try:
-        args = parse_sweep_args(argv, description=(__doc__ or "").split("\n")[0])
+        args = parse_sweep_args(argv, description=(__doc__ or "").split("\n")[0], recipe_of=recipe_of)
         return perform(args, lambda: _experiment(args), "ray_jobs/tune.py")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from mamba.config.keys import dotted_keys, may_be_none, unknown_key
 from mamba.config.presets import PRESETS, get_preset
-from mamba.config.schema import RunConfig, dotted_keys, may_be_none, unknown_key
+from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 
 
@@ -80,23 +81,30 @@ def parse_train_args(argv: Sequence[str] | None = None, description: str = "") -
     return _parse(TrainArgs, argv, "train.py", description, {}, {})
 
 
-def parse_prune_args(argv: Sequence[str] | None = None, description: str = "") -> PruneArgs:
-    """As `parse_train_args`, with `--plan` and the short names of PRUNE_SHORT; the method defaults to refill."""
-    args = _parse(PruneArgs, argv, "prune.py", description, PRUNE_SHORT, PRUNE_DEFAULTS, True)
+Recipe = Callable[[Path], RunConfig]
+"""Reads from a checkpoint how it was trained."""
+
+
+def parse_prune_args(argv: Sequence[str] | None = None, description: str = "", *, recipe_of: Recipe) -> PruneArgs:
+    """As `parse_train_args`, with `--plan` and the short names of PRUNE_SHORT; the method defaults to refill. Without
+    --preset, what starts from a checkpoint takes over the config that trained it, by `recipe_of`."""
+    args = _parse(PruneArgs, argv, "prune.py", description, PRUNE_SHORT, PRUNE_DEFAULTS, recipe_of)
     assert isinstance(args, PruneArgs)
     return args
 
 
-def parse_sweep_args(argv: Sequence[str] | None = None, description: str = "") -> SweepArgs:
-    """As `parse_train_args`, for a search; `--checkpoint` is the trained model that measure trials cut."""
-    args = _parse(SweepArgs, argv, "tune.py", description, CHECKPOINT, {"name": "search", "trial": None}, True)
+def parse_sweep_args(argv: Sequence[str] | None = None, description: str = "", *, recipe_of: Recipe) -> SweepArgs:
+    """As `parse_prune_args`, for a search; `--checkpoint` is the trained model that measure trials cut."""
+    args = _parse(SweepArgs, argv, "tune.py", description, CHECKPOINT, {"name": "search", "trial": None}, recipe_of)
     assert isinstance(args, SweepArgs)
     return args
 
 
-def parse_ablate_args(argv: Sequence[str] | None = None, description: str = "") -> AblateArgs:
-    """As `parse_train_args`, for the ablation grids of a trained model, `--checkpoint`."""
-    args = _parse(AblateArgs, argv, "ablate.py", description, CHECKPOINT, {"name": "ablation", "trial": None}, True)
+def parse_ablate_args(argv: Sequence[str] | None = None, description: str = "", *, recipe_of: Recipe) -> AblateArgs:
+    """As `parse_prune_args`, for the ablation grids of a trained model, `--checkpoint`."""
+    args = _parse(
+        AblateArgs, argv, "ablate.py", description, CHECKPOINT, {"name": "ablation", "trial": None}, recipe_of
+    )
     assert isinstance(args, AblateArgs)
     return args
 
@@ -111,16 +119,15 @@ def _parse(
     description: str,
     short: dict[str, str],
     defaults: dict[str, str | None],
-    own_recipe: bool = False,
+    recipe_of: Recipe | None = None,
 ) -> TrainArgs:
-    """`own_recipe`: without --preset, a run that starts from a checkpoint takes over the config that trained it."""
     options = {field.name for field in fields(kind)} - {"config", "dry_run"}
     launch, values = _split(list(sys.argv[1:] if argv is None else argv), options, short)
     preset = launch.get("preset", "quickstart")
     base = get_preset(preset)
     checkpoint = values.get("model.checkpoint")
-    if own_recipe and checkpoint and "preset" not in launch:
-        base = _recipe_of(Path(checkpoint))
+    if recipe_of and checkpoint and "preset" not in launch:
+        base = recipe_of(Path(checkpoint))
     base = base.with_values(defaults)
     if "resume" in launch:
         extra = [f"--{key}" for key in values if not key.startswith("scaling.")]
@@ -169,17 +176,6 @@ def _config_in(folder: Path) -> RunConfig:
     if not experiment.exists():
         return RunConfig.from_yaml(folder / "config.yaml")
     return RunConfig(**json.loads(experiment.read_text())["config"])
-
-
-def _recipe_of(path: Path) -> RunConfig:
-    """The config of the run that a checkpoint is from."""
-    from mamba.runs.checkpoint import find_checkpoint, read_description
-
-    folder = find_checkpoint(path)
-    tree = read_description(folder).get("config")
-    if tree is None:
-        raise ConfigError(f"{folder} does not say how it was trained: give --preset, or the data.* keys with one")
-    return RunConfig(**tree).with_values({"out": RunConfig().out, "prune.round": 0})
 
 
 def _split(words: list[str], options: set[str], short: dict[str, str]) -> tuple[dict[str, str], dict[str, str | None]]:

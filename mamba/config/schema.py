@@ -1,53 +1,24 @@
 """The whole configuration of a run: typed, validated, and addressed by dotted keys.
 
 The same keys (`optim.lr`, `data.dataset`, ...) name a value on the command line, in a search space, in TensorBoard's
-HPARAMS tab and in the results table. Each field states its own bounds; `RunConfig.resolve` fills in what depends on
-other fields and refuses combinations that cannot run. Nothing here imports torch, so errors come at once.
+HPARAMS tab and in the results table. Each field states its own bounds; what fields say of each other is in
+`mamba.config.resolve`. Nothing here imports torch, so errors come at once.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from mamba.errors import ConfigError
-
-DATASET_SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "folder": 224}
-"""Side in pixels that `data.img_size` takes when it is not given."""
+from mamba.config import resolve
+from mamba.config.keys import Group, Keyed
 
 SizeName = Literal["mamba_tiny", "mamba_small", "mamba_base", "vim_tiny", "vim_small", "vim_base"]
 
-MODEL_SIZES: dict[SizeName, tuple[int, int]] = {
-    "mamba_tiny": (128, 16),
-    "mamba_small": (192, 24),
-    "mamba_base": (384, 32),
-    "vim_tiny": (192, 24),
-    "vim_small": (384, 24),
-    "vim_base": (768, 24),
-}
-"""Named models: (d_model, depth)."""
 
-
-def default_patch_size(img_size: int) -> int:
-    """16 to 256 tokens for the image sizes in use: 2 up to 16 pixels, 4 up to 64, 16 above."""
-    return 2 if img_size <= 16 else 4 if img_size <= 64 else 16
-
-
-class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_one_line(error, type(self))) from None
-
-
-class DataConfig(_Group):
+class DataConfig(Group):
     """Images, splits and augmentation."""
 
     dataset: Literal["digits", "cifar10", "cifar100", "folder"] = "cifar10"
@@ -79,7 +50,7 @@ class DataConfig(_Group):
     """Loader processes per training worker; None: its CPUs less one (16 at most), 0 where nothing is augmented."""
 
 
-class ModelConfig(_Group):
+class ModelConfig(Group):
     """Architecture. What is None comes from the named model or from the image size."""
 
     name: SizeName = "mamba_small"
@@ -129,56 +100,10 @@ class ModelConfig(_Group):
 
     def filled(self, img_size: int) -> ModelConfig:
         """With every value that is None taken from the named model or the image size, `checkpoint` excepted."""
-        width, depth = MODEL_SIZES[self.name]
-        patch_size = self.patch_size or (4 if self.stem == "conv" else default_patch_size(img_size))
-        follows = {
-            "d_model": width,
-            "depth": depth,
-            "patch_size": patch_size,
-            "stride": patch_size,
-            "class_token": "middle" if self.is_vim else "none",
-            "mixer": "bidirectional_shared" if self.is_vim else "forward",
-            "mlp_ratio": 0.0 if self.is_vim else 4.0,
-        }
-        return self.model_copy(update={key: v for key, v in follows.items() if getattr(self, key) is None})
+        return resolve.filled(self, img_size)
 
 
-def _check_model(model: ModelConfig, side: int) -> None:
-    """Raises ConfigError where a filled model config does not fit images of this side, or itself."""
-    patch, stride, d_model = model.patch_size, model.stride, model.d_model
-    assert patch is not None and stride is not None and d_model is not None and model.mlp_ratio is not None
-    if model.stem == "conv":
-        for key, value in (("patch_size", patch), ("stride", stride)):
-            if value != 4:
-                raise ConfigError(f"model.{key} {value} does not go with model.stem 'conv'; valid: 4 (its strides)")
-        if side % 4:
-            raise ConfigError(f"data.img_size {side} does not go with model.stem 'conv'; valid: a multiple of 4")
-    if stride == patch and side % patch:
-        raise ConfigError(
-            f"data.img_size {side} is not divisible by model.patch_size {patch}; "
-            f"valid patch sizes: {', '.join(str(p) for p in range(1, side + 1) if side % p == 0)}"
-        )
-    if patch > side:
-        raise ConfigError(f"model.patch_size {patch} is larger than data.img_size {side}; it must not be")
-    if stride > patch or (side - patch) % stride:
-        valid = [s for s in range(1, patch + 1) if (side - patch) % s == 0]
-        raise ConfigError(
-            f"model.stride {stride} does not lead from one end of data.img_size {side} to the other with "
-            f"model.patch_size {patch}; valid strides: {', '.join(map(str, valid))}"
-        )
-    if model.pos_embed in ("rope", "both") and d_model % 4:
-        raise ConfigError(f"model.pos_embed '{model.pos_embed}' needs a model.d_model divisible by 4, got {d_model}")
-    if model.class_token == "start" and model.mixer in ("forward", "multiscale"):
-        raise ConfigError(
-            f"model.class_token 'start' with model.mixer '{model.mixer}' sees no image: scans go on from it; "
-            "valid mixers: bidirectional, bidirectional_shared; valid class tokens: none, middle, double"
-        )
-    for key, ratio in (("expand", model.expand), ("mlp_ratio", model.mlp_ratio)):
-        if ratio and int(ratio * d_model) < 1:
-            raise ConfigError(f"model.{key} {ratio:g} of model.d_model {d_model} gives no channel; choose more")
-
-
-class OptimConfig(_Group):
+class OptimConfig(Group):
     """AdamW, its schedule, precision."""
 
     epochs: int = Field(300, ge=1)
@@ -218,7 +143,7 @@ class OptimConfig(_Group):
     """Stop after this many optimizer steps in a row with a non-finite loss or gradient (each is skipped)."""
 
 
-class EmaConfig(_Group):
+class EmaConfig(Group):
     """Moving average of the weights."""
 
     enabled: bool = True
@@ -227,7 +152,7 @@ class EmaConfig(_Group):
     """Largest decay per step; it warms up as (1 + t) / (10 + t), so that a short run is not stuck at its start."""
 
 
-class DistillConfig(_Group):
+class DistillConfig(Group):
     """Distillation: the outputs of a trained model as a second target."""
 
     teacher: Path | None = None
@@ -238,7 +163,7 @@ class DistillConfig(_Group):
     """Weight of the teacher: alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy."""
 
 
-class EvalConfig(_Group):
+class EvalConfig(Group):
     """Validation and the final test."""
 
     every: int = Field(1, ge=1)
@@ -249,7 +174,7 @@ class EvalConfig(_Group):
     """Views averaged per test image: the image, its mirror image, then shifts of both; 1: off."""
 
 
-class PruneConfig(_Group):
+class PruneConfig(Group):
     """Rounds of training, pruning and rewinding (`ray_jobs/prune.py`), and the penalties of training."""
 
     method: Literal["none", "magnitude", "refill", "rsst"] = "none"
@@ -310,7 +235,7 @@ class PruneConfig(_Group):
     """Epochs of training after a cut; 0: measure at once."""
 
 
-class CheckpointConfig(_Group):
+class CheckpointConfig(Group):
     """What is kept of a run."""
 
     every: int = Field(1, ge=1)
@@ -319,7 +244,7 @@ class CheckpointConfig(_Group):
     """Full training states kept; the best by validation is kept besides."""
 
 
-class ScalingConfig(_Group):
+class ScalingConfig(Group):
     """Processes and devices."""
 
     num_workers: int | None = Field(None, ge=0)
@@ -331,7 +256,7 @@ class ScalingConfig(_Group):
     """Times that Ray restarts the run from its last checkpoint when a worker dies."""
 
 
-class RunConfig(_Group):
+class RunConfig(Keyed):
     """One training run."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -353,49 +278,12 @@ class RunConfig(_Group):
     scaling: ScalingConfig = ScalingConfig()
 
     def resolve(self) -> RunConfig:
-        """Fill in every value that follows from others, make paths absolute, and refuse what cannot run.
+        """A copy with every value that follows from others, and with absolute paths.
 
         Raises:
-            ConfigError: names the keys, and what is valid.
+            ConfigError: a combination that cannot run; names the keys, and what is valid.
         """
-        side = self.data.img_size or DATASET_SIDES[self.data.dataset]
-        model = self.model.filled(side)
-        _check_model(model, side)
-        if self.data.batch_size % self.optim.accumulate:
-            raise ConfigError(
-                f"data.batch_size {self.data.batch_size} is not divisible by optim.accumulate {self.optim.accumulate}"
-            )
-        if self.optim.min_lr > self.optim.lr:
-            raise ConfigError(f"optim.min_lr {self.optim.min_lr} is above optim.lr {self.optim.lr}; it must not be")
-        if self.optim.warmup_epochs > self.optim.epochs:
-            raise ConfigError(
-                f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than optim.epochs {self.optim.epochs}; it "
-                "must not be: lower it too, 0 is allowed"
-            )
-        pruned = self.prune.method != "none" or self.prune.penalty != "off"
-        if pruned and self.prune.target == "mlp" and model.mlp_ratio == 0 and self.model.checkpoint is None:
-            raise ConfigError("prune.target 'mlp' needs an MLP and model.mlp_ratio 0 has none; valid: ssm, both")
-        if self.prune.rewind_epoch >= self.optim.epochs:
-            raise ConfigError(
-                f"prune.rewind_epoch {self.prune.rewind_epoch} is not before the end of optim.epochs "
-                f"{self.optim.epochs}; it must be"
-            )
-        if self.prune.method == "rsst" and self.grow_epochs() >= self.optim.epochs:
-            raise ConfigError(
-                f"prune.grow_fraction {self.prune.grow_fraction:g} of optim.epochs {self.optim.epochs} leaves no epoch "
-                "after the cut; lower it or train for more epochs"
-            )
-        checkpoint, teacher = self.model.checkpoint, self.distill.teacher
-        return self.with_values(
-            {
-                "model.checkpoint": checkpoint.expanduser().absolute() if checkpoint else None,
-                "distill.teacher": teacher.expanduser().absolute() if teacher else None,
-                "data.img_size": side,
-                "data.root": self.data.root.expanduser().absolute(),
-                "out": self.out.expanduser().absolute(),
-                **{f"model.{key}": value for key, value in model if key != "checkpoint"},
-            }
-        )
+        return resolve.resolved(self)
 
     def cuts(self) -> dict[str, float]:
         """Component -> rate of the one cut that `prune.*` describes; empty where it cuts nothing."""
@@ -412,128 +300,4 @@ class RunConfig(_Group):
         Raises:
             ConfigError: names the keys, and what is valid.
         """
-        shards = max(1, num_workers) * self.optim.accumulate
-        if self.data.batch_size % shards:
-            raise ConfigError(
-                f"data.batch_size {self.data.batch_size} is not divisible by workers x optim.accumulate = "
-                f"{max(1, num_workers)} x {self.optim.accumulate}; valid: a multiple of {shards}"
-            )
-        share = self.data.batch_size // shards
-        if shards > 1 and share % 2 and (self.data.mixup or self.data.cutmix):
-            raise ConfigError(
-                f"data.mixup and data.cutmix pair neighbours, and data.batch_size {self.data.batch_size} over "
-                f"{shards} shares (workers x optim.accumulate) leaves {share} each; valid: a multiple of {2 * shards}"
-            )
-        if share == 1 and self.model.stem == "conv" and self.data.img_size == 4:
-            raise ConfigError(
-                "model.stem 'conv' makes one token of data.img_size 4, and one image a pass (data.batch_size over "
-                "workers x optim.accumulate) leaves its batch norm one value a channel; valid: two images or more"
-            )
-        if self.data.device == "gpu" and not gpu:
-            raise ConfigError("data.device 'gpu' needs a GPU and there is none; valid on CPU: auto, cpu")
-        if self.optim.cuda_graph is True and not gpu:
-            raise ConfigError("optim.cuda_graph needs a GPU and there is none; valid on CPU: auto, False")
-        if self.optim.cuda_graph is True and self.optim.amp == "fp16":
-            raise ConfigError("optim.cuda_graph cannot record optim.amp 'fp16'; turn one off, or choose bf16")
-        if self.optim.amp == "fp16" and not gpu:
-            raise ConfigError("optim.amp 'fp16' needs a GPU and there is none; valid on CPU: auto, bf16, off")
-
-    def with_values(self, values: dict[str, Any]) -> RunConfig:
-        """A copy with the given dotted keys replaced, checked like everything else.
-
-        Raises:
-            ConfigError: an unknown key, a wrong type, a value out of bounds.
-        """
-        tree = self.model_dump()
-        known = dotted_keys()
-        for key, value in values.items():
-            if key not in known:
-                raise unknown_key(key)
-            *groups, leaf = key.split(".")
-            node = tree
-            for group in groups:
-                node = node[group]
-            node[leaf] = value
-        return RunConfig(**tree)
-
-    def flat(self) -> dict[str, Any]:
-        """Dotted key -> value, in order of declaration; paths as text."""
-        tree = self.model_dump(mode="json")
-        flat: dict[str, Any] = {}
-        for key, value in tree.items():
-            flat |= {f"{key}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {key: value}
-        return flat
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-    @classmethod
-    def from_yaml(cls, path: Path) -> RunConfig:
-        """Read what `to_yaml` wrote.
-
-        Raises:
-            ConfigError: the file is missing or unreadable, or holds an unknown key or a bad value.
-        """
-        try:
-            tree = yaml.safe_load(path.read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read as a run config: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-            raise ConfigError(f"{path} does not hold a run config (a mapping of keys)")
-        return cls(**tree)
-
-
-def dotted_keys() -> dict[str, type[_Group]]:
-    """Every dotted key of a run config, with the group that owns it."""
-    keys: dict[str, type[_Group]] = {}
-    for name, field in RunConfig.model_fields.items():
-        group = field.annotation
-        if isinstance(group, type) and issubclass(group, _Group):
-            keys |= {f"{name}.{leaf}": group for leaf in group.model_fields}
-        else:
-            keys[name] = RunConfig
-    return keys
-
-
-def may_be_none(key: str) -> bool:
-    """Whether a dotted key takes None."""
-    field = dotted_keys()[key].model_fields[key.rpartition(".")[2]]
-    return type(None) in getattr(field.annotation, "__args__", ())
-
-
-def unknown_key(key: str) -> ConfigError:
-    """The error for a key that is none: lists its group's keys, or the groups where there is no such group."""
-    known = dotted_keys()
-    group = key.split(".")[0]
-    siblings = [k for k in known if k.startswith(group + ".")]
-    if siblings:
-        return ConfigError(f"unknown key '{key}'; valid in {group}: {', '.join(siblings)}")
-    groups = sorted({k.split(".")[0] + ".*" for k in known if "." in k})
-    plain = [k for k in known if "." not in k]
-    return ConfigError(f"unknown key '{key}'; valid: {', '.join(plain + groups)}")
-
-
-def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """All findings of one validation as a sentence, with dotted keys and without pydantic's own vocabulary."""
-    group = next((k for k, f in RunConfig.model_fields.items() if f.annotation is model), None)
-    findings: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, ConfigError):  # raised by a nested group, already complete
-            findings[str(inner)] = str(inner)
-            continue
-        # a union's location ends in the name of the member that was tried
-        path = [str(p) for p in item["loc"] if not re.fullmatch(r"int|float|none|str|bool|literal\[.*\]", str(p))]
-        key = ".".join(([group] if group else []) + path)
-        if item["type"] == "extra_forbidden":
-            findings[key] = str(unknown_key(key))
-        elif item["type"] == "literal_error" and item["loc"][-1] != path[-1]:  # the other member is a boolean
-            findings[key] = f"{key}: {_lower_first(item['msg'])}, True or False, got {item['input']!r}"
-        else:
-            findings.setdefault(key, f"{key}: {_lower_first(item['msg'])}, got {item['input']!r}")
-    return "; ".join(findings.values())
-
-
-def _lower_first(text: str) -> str:
-    text = text.removeprefix("Input ")
-    return text[:1].lower() + text[1:]
+        resolve.check_workers(self, num_workers, gpu)

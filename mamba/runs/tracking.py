@@ -37,7 +37,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from mamba.config.schema import RunConfig, may_be_none
+from mamba.config.keys import may_be_none
+from mamba.config.schema import RunConfig
 from mamba.errors import CheckpointError, ConfigError
 from mamba.runs.checkpoint import check_resumable
 

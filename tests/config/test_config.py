@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mamba.config.cli import parse_train_args
+from mamba.config.keys import dotted_keys
 from mamba.config.presets import PRESETS, get_preset
-from mamba.config.schema import RunConfig, dotted_keys
+from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 
 

@@ -1,0 +1,158 @@
+"""What follows from what, and what cannot be: values that others decide, and combinations that cannot run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mamba.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mamba.config.schema import ModelConfig, RunConfig, SizeName
+
+DATASET_SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "folder": 224}
+"""Side in pixels that `data.img_size` takes when it is not given."""
+
+MODEL_SIZES: dict[SizeName, tuple[int, int]] = {
+    "mamba_tiny": (128, 16),
+    "mamba_small": (192, 24),
+    "mamba_base": (384, 32),
+    "vim_tiny": (192, 24),
+    "vim_small": (384, 24),
+    "vim_base": (768, 24),
+}
+"""Named models: (d_model, depth)."""
+
+
+def default_patch_size(img_size: int) -> int:
+    """16 to 256 tokens for the image sizes in use: 2 up to 16 pixels, 4 up to 64, 16 above."""
+    return 2 if img_size <= 16 else 4 if img_size <= 64 else 16
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """Fill in every value that follows from others, make paths absolute, and refuse what cannot run.
+
+    Raises:
+        ConfigError: names the keys, and what is valid.
+    """
+    side = config.data.img_size or DATASET_SIDES[config.data.dataset]
+    model = filled(config.model, side)
+    check_model(model, side)
+    if config.data.batch_size % config.optim.accumulate:
+        raise ConfigError(
+            f"data.batch_size {config.data.batch_size} is not divisible by optim.accumulate {config.optim.accumulate}"
+        )
+    if config.optim.min_lr > config.optim.lr:
+        raise ConfigError(f"optim.min_lr {config.optim.min_lr} is above optim.lr {config.optim.lr}; it must not be")
+    if config.optim.warmup_epochs > config.optim.epochs:
+        raise ConfigError(
+            f"optim.warmup_epochs {config.optim.warmup_epochs:g} is longer than optim.epochs {config.optim.epochs}; it "
+            "must not be: lower it too, 0 is allowed"
+        )
+    pruned = config.prune.method != "none" or config.prune.penalty != "off"
+    if pruned and config.prune.target == "mlp" and model.mlp_ratio == 0 and config.model.checkpoint is None:
+        raise ConfigError("prune.target 'mlp' needs an MLP and model.mlp_ratio 0 has none; valid: ssm, both")
+    if config.prune.rewind_epoch >= config.optim.epochs:
+        raise ConfigError(
+            f"prune.rewind_epoch {config.prune.rewind_epoch} is not before the end of optim.epochs "
+            f"{config.optim.epochs}; it must be"
+        )
+    if config.prune.method == "rsst" and config.grow_epochs() >= config.optim.epochs:
+        raise ConfigError(
+            f"prune.grow_fraction {config.prune.grow_fraction:g} of optim.epochs {config.optim.epochs} leaves no epoch "
+            "after the cut; lower it or train for more epochs"
+        )
+    checkpoint, teacher = config.model.checkpoint, config.distill.teacher
+    return config.with_values(
+        {
+            "model.checkpoint": checkpoint.expanduser().absolute() if checkpoint else None,
+            "distill.teacher": teacher.expanduser().absolute() if teacher else None,
+            "data.img_size": side,
+            "data.root": config.data.root.expanduser().absolute(),
+            "out": config.out.expanduser().absolute(),
+            **{f"model.{key}": value for key, value in model if key != "checkpoint"},
+        }
+    )
+
+
+def filled(model: ModelConfig, img_size: int) -> ModelConfig:
+    """With every value that is None taken from the named model or the image size, `checkpoint` excepted."""
+    width, depth = MODEL_SIZES[model.name]
+    patch_size = model.patch_size or (4 if model.stem == "conv" else default_patch_size(img_size))
+    follows = {
+        "d_model": width,
+        "depth": depth,
+        "patch_size": patch_size,
+        "stride": patch_size,
+        "class_token": "middle" if model.is_vim else "none",
+        "mixer": "bidirectional_shared" if model.is_vim else "forward",
+        "mlp_ratio": 0.0 if model.is_vim else 4.0,
+    }
+    return model.model_copy(update={key: v for key, v in follows.items() if getattr(model, key) is None})
+
+
+def check_model(model: ModelConfig, side: int) -> None:
+    """Raises ConfigError where a filled model config does not fit images of this side, or itself."""
+    patch, stride, d_model = model.patch_size, model.stride, model.d_model
+    assert patch is not None and stride is not None and d_model is not None and model.mlp_ratio is not None
+    if model.stem == "conv":
+        for key, value in (("patch_size", patch), ("stride", stride)):
+            if value != 4:
+                raise ConfigError(f"model.{key} {value} does not go with model.stem 'conv'; valid: 4 (its strides)")
+        if side % 4:
+            raise ConfigError(f"data.img_size {side} does not go with model.stem 'conv'; valid: a multiple of 4")
+    if stride == patch and side % patch:
+        raise ConfigError(
+            f"data.img_size {side} is not divisible by model.patch_size {patch}; "
+            f"valid patch sizes: {', '.join(str(p) for p in range(1, side + 1) if side % p == 0)}"
+        )
+    if patch > side:
+        raise ConfigError(f"model.patch_size {patch} is larger than data.img_size {side}; it must not be")
+    if stride > patch or (side - patch) % stride:
+        valid = [s for s in range(1, patch + 1) if (side - patch) % s == 0]
+        raise ConfigError(
+            f"model.stride {stride} does not lead from one end of data.img_size {side} to the other with "
+            f"model.patch_size {patch}; valid strides: {', '.join(map(str, valid))}"
+        )
+    if model.pos_embed in ("rope", "both") and d_model % 4:
+        raise ConfigError(f"model.pos_embed '{model.pos_embed}' needs a model.d_model divisible by 4, got {d_model}")
+    if model.class_token == "start" and model.mixer in ("forward", "multiscale"):
+        raise ConfigError(
+            f"model.class_token 'start' with model.mixer '{model.mixer}' sees no image: scans go on from it; "
+            "valid mixers: bidirectional, bidirectional_shared; valid class tokens: none, middle, double"
+        )
+    for key, ratio in (("expand", model.expand), ("mlp_ratio", model.mlp_ratio)):
+        if ratio and int(ratio * d_model) < 1:
+            raise ConfigError(f"model.{key} {ratio:g} of model.d_model {d_model} gives no channel; choose more")
+
+
+def check_workers(config: RunConfig, num_workers: int, gpu: bool) -> None:
+    """Refuse what cannot run on this many processes of this kind.
+
+    Raises:
+        ConfigError: names the keys, and what is valid.
+    """
+    shards = max(1, num_workers) * config.optim.accumulate
+    if config.data.batch_size % shards:
+        raise ConfigError(
+            f"data.batch_size {config.data.batch_size} is not divisible by workers x optim.accumulate = "
+            f"{max(1, num_workers)} x {config.optim.accumulate}; valid: a multiple of {shards}"
+        )
+    share = config.data.batch_size // shards
+    if shards > 1 and share % 2 and (config.data.mixup or config.data.cutmix):
+        raise ConfigError(
+            f"data.mixup and data.cutmix pair neighbours, and data.batch_size {config.data.batch_size} over "
+            f"{shards} shares (workers x optim.accumulate) leaves {share} each; valid: a multiple of {2 * shards}"
+        )
+    if share == 1 and config.model.stem == "conv" and config.data.img_size == 4:
+        raise ConfigError(
+            "model.stem 'conv' makes one token of data.img_size 4, and one image a pass (data.batch_size over "
+            "workers x optim.accumulate) leaves its batch norm one value a channel; valid: two images or more"
+        )
+    if config.data.device == "gpu" and not gpu:
+        raise ConfigError("data.device 'gpu' needs a GPU and there is none; valid on CPU: auto, cpu")
+    if config.optim.cuda_graph is True and not gpu:
+        raise ConfigError("optim.cuda_graph needs a GPU and there is none; valid on CPU: auto, False")
+    if config.optim.cuda_graph is True and config.optim.amp == "fp16":
+        raise ConfigError("optim.cuda_graph cannot record optim.amp 'fp16'; turn one off, or choose bf16")
+    if config.optim.amp == "fp16" and not gpu:
+        raise ConfigError("optim.amp 'fp16' needs a GPU and there is none; valid on CPU: auto, bf16, off")

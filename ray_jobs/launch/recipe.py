@@ -1,0 +1,24 @@
+"""How a trained model was trained: the config that its checkpoint keeps, from which prune, tune and ablate start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mamba.config.schema import RunConfig
+from mamba.errors import ConfigError
+
+
+def recipe_of(path: Path) -> RunConfig:
+    """The config of the run that a checkpoint is from, without the place where that run's results went.
+
+    Raises:
+        CheckpointError: there is none, or its description is damaged.
+        ConfigError: its description says nothing of how it was trained.
+    """
+    from mamba.runs.checkpoint import find_checkpoint, read_description  # not above: imports torch
+
+    folder = find_checkpoint(path)
+    tree = read_description(folder).get("config")
+    if tree is None:
+        raise ConfigError(f"{folder} does not say how it was trained: give --preset, or the data.* keys with one")
+    return RunConfig(**tree).with_values({"out": RunConfig().out, "prune.round": 0})
