@@ -21,7 +21,7 @@ def _library() -> ctypes.CDLL:
 def one_channel_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
 ) -> Tensor:
-    """Arguments and result as in `mamba.ops.scan.selective_scan`, float32, with softplus; channels contiguous."""
+    """As `mamba.ops.scan.selective_scan`: float32, softplus on, memory (batch, length, channel)."""
     batch, d_inner, length = u.shape
     u, delta, B, C, z = (t.transpose(1, 2).contiguous() for t in (u, delta, B, C, z))
     out = torch.empty_like(u)

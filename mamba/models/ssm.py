@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mamba.models.embed import rotate
 from mamba.ops.conv import causal_conv1d, causal_conv_silu
 from mamba.ops.scan import bidirectional_scan, selective_scan
-from mamba.ops.scan.inputs import Problem
+from mamba.ops.scan.inputs import ScanInputs
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class SelectiveSSM(nn.Module):
             return self.out_proj(sum(ys) / len(ys))
         return self.out_proj(ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1))
 
-    def _scan_inputs(self, path: ScanPath, x: Tensor, z: Tensor) -> Problem:
+    def _scan_inputs(self, path: ScanPath, x: Tensor, z: Tensor) -> ScanInputs:
         """The arguments of a path's scan, from its x and z: (batch, length, d_inner)."""
         end = path.suffix
         x, z = pool(x, path.scale), pool(z, path.scale)
@@ -258,7 +258,7 @@ class SelectiveSSM(nn.Module):
         parts = dict(zip(widths, getattr(self, f"x_proj{end}")(x).split(tuple(widths.values()), dim=-1), strict=True))
         delta = parts["delta"] if dt_proj is None else dt_proj(parts["dt"])
         bias = dt_proj.bias if self.learned_dt_bias else getattr(self, f"delta_bias{end}")
-        return Problem(
+        return ScanInputs(
             x.transpose(1, 2),
             delta.transpose(1, 2),
             -torch.exp(at_least_float32(getattr(self, f"A{end}_log"))),
@@ -270,16 +270,16 @@ class SelectiveSSM(nn.Module):
         )
 
 
-def one_scan(problem: Problem) -> Tensor:
-    y = selective_scan(*problem, delta_softplus=True)
+def one_scan(scan: ScanInputs) -> Tensor:
+    y = selective_scan(*scan, delta_softplus=True)
     assert isinstance(y, Tensor)
     return y
 
 
-def both_scans(forward: Problem, backward: Problem) -> tuple[Tensor, Tensor]:
+def both_scans(forward: ScanInputs, backward: ScanInputs) -> tuple[Tensor, Tensor]:
     """Without repeating what both directions share (the gate, where the projections are shared)."""
     pairs: dict[str, Any] = {
-        name: a if a is b else (a, b) for name, a, b in zip(Problem._fields, forward, backward, strict=True)
+        name: a if a is b else (a, b) for name, a, b in zip(ScanInputs._fields, forward, backward, strict=True)
     }
     return bidirectional_scan(**pairs, delta_softplus=True)
 

@@ -1,4 +1,4 @@
-"""Element functions of the Triton kernels, in few instructions.
+"""What the Triton kernels share: element functions in few instructions, and the device that they are launched on.
 
 exp2 and 1 / x are the hardware's approximations (2 ulp, denormals flushed). On AMD, and in Triton's interpreter, the
 line of PTX is replaced; only NVIDIA has been measured.
@@ -6,15 +6,23 @@ line of PTX is replaced; only NVIDIA has been measured.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 NVIDIA = not INTERPRETED and torch.version.hip is None
 
 _PTX = tl.constexpr(NVIDIA)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def device_of(t: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 @triton.jit

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from mamba.cache import cache_folder
 from mamba.models.model import MambaModel
 
 COMPILE_FROM_IMAGES = 500_000
@@ -19,9 +19,9 @@ variables: slower by what docs/BENCHMARKS.md says, but compiled a few times and 
 
 
 def share_compile_cache() -> None:
-    """Keep what is compiled under `$MAMBA_FORGE_CACHE`, else ~/.cache/mamba-forge, where the next run finds it; a cache
-    folder that the user chose by torch's or Triton's own variables stays."""
-    root = Path(os.environ.get("MAMBA_FORGE_CACHE") or Path.home() / ".cache" / "mamba-forge")
+    """Keep what is compiled in our own cache folder, where the next run finds it; a cache folder that the user chose by
+    torch's or Triton's own variables stays."""
+    root = cache_folder()
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         try:
             (root / name).mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ of the weights and, in backward, the sums. Tile and warps are the fastest of tho
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba.ops.triton_math import sigmoid
+from mamba.ops.triton_math import device_of, sigmoid
 
 COLUMNS = 64  # channels of a tile: a 128-byte row in 16 bits
 MOST_ROWS = 16  # tokens of a tile
@@ -157,16 +156,12 @@ def _readable(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _device_of(t: Tensor) -> AbstractContextManager[None]:
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
-
-
 @torch.library.custom_op("mamba_forge::causal_conv_silu", mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     y = x.new_empty(x.shape)
     grid, chunks, constants = _launch(x)
     x = _readable(x)
-    with _device_of(x):
+    with device_of(x):
         _conv_kernel[grid](
             x, weight.contiguous(), bias.contiguous(), y, *x.shape, chunks, *x.stride()[:2],
             TAPS=weight.shape[-1], STEP=-1 if reverse else 1, **constants,
@@ -187,7 +182,7 @@ def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse:
     x, dy, kernel, shift = _readable(x), _readable(dy), weight.contiguous(), bias.contiguous()
     dpre, dx = x.new_empty(x.shape), x.new_empty(x.shape)
     sums = x.new_empty((grid[0], taps + 1, x.shape[2]), dtype=torch.float32)
-    with _device_of(x):
+    with device_of(x):
         _conv_backward_pre_kernel[grid](
             x, kernel, shift, dy, dpre, sums, *x.shape, chunks, *x.stride()[:2], *dy.stride()[:2],
             TAPS=taps, STEP=step, **constants,

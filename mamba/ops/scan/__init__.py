@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba.ops.scan.cpu import bidirectional_scan_cpu, selective_scan_cpu
-from mamba.ops.scan.inputs import Problem
+from mamba.ops.scan.inputs import ScanInputs
 from mamba.ops.scan.reference import bidirectional_scan_by_flips, selective_scan_reference
 from mamba.ops.scan.two_phase import selective_scan_two_phase
 
@@ -63,9 +63,10 @@ def selective_scan(
         (batch, d_inner, d_state) in the working precision.
 
     Raises:
+        TypeError: a tensor is complex or holds integers.
         ValueError: a shape does not fit, or the backend is unknown.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias)
+    _check_inputs(u, delta, A, B, C, D, z, delta_bias)
     backend = _chosen(backend, u)
     with torch.autocast(u.device.type, enabled=False):  # the backends choose their own precision
         return BACKENDS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
@@ -101,10 +102,10 @@ def bidirectional_scan(
         ValueError: a shape does not fit, or the backend is unknown.
     """
     given = (u, delta, A, B, C, D, z, delta_bias)
-    forward, backward = (Problem(*(x[i] if isinstance(x, tuple) else x for x in given)) for i in (0, 1))  # type: ignore[arg-type]
-    for problem in (forward, backward):
-        _check_shapes(*problem)
-    for name, a, b in zip(Problem._fields, forward, backward, strict=True):
+    forward, backward = (ScanInputs(*(x[i] if isinstance(x, tuple) else x for x in given)) for i in (0, 1))  # type: ignore[arg-type]
+    for scan in (forward, backward):
+        _check_inputs(*scan)
+    for name, a, b in zip(ScanInputs._fields, forward, backward, strict=True):
         if (a is None) != (b is None):
             raise ValueError(f"{name} must be given for both directions or for none")
     if forward.u.shape != backward.u.shape or forward.A.shape != backward.A.shape:
@@ -132,7 +133,7 @@ def _chosen(backend: str, u: Tensor) -> str:
     return backend
 
 
-def _check_shapes(
+def _check_inputs(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -151,6 +152,7 @@ def _check_shapes(
     if length == 0:
         raise ValueError("the sequence is empty: length must be at least 1")
     wanted = {
+        "u": (u, (batch, d_inner, length)),
         "delta": (delta, (batch, d_inner, length)),
         "A": (A, (d_inner, d_state)),
         "B": (B, (batch, d_state, length)),
@@ -160,14 +162,14 @@ def _check_shapes(
         "delta_bias": (delta_bias, (d_inner,)),
     }
     for name, (tensor, shape) in wanted.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; the scan takes real floating-point tensors only")
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape} to match u {tuple(u.shape)}, got {tuple(tensor.shape)}")
 
 
 def _selective_scan_triton(*args: Any) -> Tensor | tuple[Tensor, Tensor]:
-    from mamba.ops.scan.triton import (
-        selective_scan_triton,  # on first use: it needs triton, which not every machine has
-    )
+    from mamba.ops.scan.triton import selective_scan_triton  # on first use: not every machine has triton
 
     return selective_scan_triton(*args)
 

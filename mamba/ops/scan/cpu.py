@@ -7,9 +7,8 @@ The kernel is plain C++ with a C interface, called through ctypes with pointers 
 torch, so it compiles in one to three seconds, needs no ninja, and cannot break on torch's ABI. Its OpenMP runtime is
 the one that torch has loaded, where that is visible, and it uses `torch.get_num_threads()` threads.
 
-The library lies in `$MAMBA_FORGE_CACHE`, else `~/.cache/mamba-forge`, else in the folder for temporary files, under a
-name that is a hash of everything it depends on. Where it cannot be built there is one warning, and `two_phase` takes
-over; float64 always goes there.
+The library lies in the cache folder (`mamba.cache`), under a name that is a hash of everything it depends on. Where it
+cannot be built there is one warning, and `two_phase` takes over; float64 always goes there.
 
 Deterministic: the same inputs give the same bits, whatever the number of threads. Differentiable once.
 """
@@ -26,15 +25,17 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.nn import Parameter
 
-from mamba.ops.scan.inputs import Problem
+from mamba.cache import cache_folder
+from mamba.ops.scan.inputs import ScanInputs, make_differentiable, pack, unpack
 from mamba.ops.scan.reference import bidirectional_scan_by_flips
 from mamba.ops.scan.two_phase import selective_scan_two_phase
 
@@ -79,34 +80,6 @@ def _link_flags() -> list[str]:
     return ["-shared"] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-shared", "-fopenmp"]
 
 
-def _cache_folder() -> Path:
-    """The first candidate that can be written to; in a shared place it is named after the user, and only theirs."""
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
-    candidates = [Path(tempfile.gettempdir()) / f"mamba-forge-{user}"]
-    with contextlib.suppress(RuntimeError):  # no home folder
-        candidates.insert(0, Path.home() / ".cache" / "mamba-forge")
-    if folder := os.environ.get("MAMBA_FORGE_CACHE"):
-        candidates.insert(0, Path(folder).expanduser())
-    for candidate in candidates:
-        with contextlib.suppress(OSError):
-            candidate.mkdir(mode=0o700, parents=True, exist_ok=True)
-            mine = not hasattr(os, "getuid") or candidate.stat().st_uid == os.getuid()
-            if os.access(candidate, os.W_OK) and (mine or candidate != candidates[-1]):
-                return candidate
-    return Path(tempfile.mkdtemp(prefix="mamba-forge-"))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, where the file system can lock; elsewhere two may build, and the last rename counts."""
-    with path.open("w") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-        yield
-
-
 def _build(compiler: str, link: list[str], source: Path, target: Path) -> None:
     """Compile in a folder of its own, then rename: a reader sees the whole library or none."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
@@ -132,9 +105,9 @@ def load(source: Path) -> ctypes.CDLL:
         *link,
     ]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    folder = _cache_folder()
+    folder = cache_folder()
     target = folder / f"{source.stem}_{key}.so"
-    with _locked(folder / f"{source.stem}_{key}.lock"):
+    with FileLock(folder / f"{source.stem}_{key}.lock"):
         if target.exists():
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(target))
@@ -202,29 +175,22 @@ def _group(batch: int, d_inner: int) -> int:
     return LANES * max(2, min(8, batch * blocks // 32))
 
 
-def _problems(tensors: Sequence[Tensor], given: Sequence[bool]) -> list[Problem]:
-    """One problem or two from the tensors that are there; `given` says which they are, in the order of the fields."""
-    rest, size = iter(tensors), len(Problem._fields)
-    places = [next(rest) if there else None for there in given]
-    return [Problem(*places[i : i + size]) for i in range(0, len(places), size)]  # type: ignore[arg-type]
-
-
-def _states_shape(p: Problem, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
+def _states_shape(p: ScanInputs, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
     slots = (p.u.shape[2] + CHUNK - 1) // CHUNK - 1
     return (directions, p.u.shape[0], slots if keep else 0, p.A.shape[1], p.A.shape[0])
 
 
-def _last_shape(p: Problem, last_state: bool) -> tuple[int, int, int]:
+def _last_shape(p: ScanInputs, last_state: bool) -> tuple[int, int, int]:
     return (p.u.shape[0] if last_state else 0, p.A.shape[1], p.A.shape[0])
 
 
-def _inputs(p: Problem) -> dict[str, Tensor | None]:
+def _inputs(p: ScanInputs) -> dict[str, Tensor | None]:
     """What the kernel reads, by its names; the caller must keep it alive until the kernel is done."""
     sequences = {name: _rows(getattr(p, name)) for name in ("u", "delta", "B", "C", "z")}
     return {**sequences, "A": _vector(p.A.t()), "D": _vector(p.D), "bias": _vector(p.delta_bias)}
 
 
-def _call(name: str, p: Problem, softplus: bool, directions: Sequence[dict[str, Tensor | None]]) -> None:
+def _call(name: str, p: ScanInputs, softplus: bool, directions: Sequence[dict[str, Tensor | None]]) -> None:
     """Run one function of the library on one direction or both. Tensors are float32, named as in `struct Scan`."""
     library = _kernel()
     if library is None:
@@ -257,14 +223,14 @@ def _forward(
     Returns out, out2 (empty without a second direction), the last state (empty unless `last_state`) and the checkpoints
     (no slots unless `keep`).
     """
-    problems = _problems(tensors, given)
-    p = problems[0]
+    scans = unpack(tensors, given)
+    p = scans[0]
     u = p.u
     batch, d_inner, length = u.shape
-    outs = [u.new_empty((batch, length, d_inner), dtype=torch.float32) for _ in problems]
-    states = u.new_empty(_states_shape(p, len(problems), keep), dtype=torch.float32)
+    outs = [u.new_empty((batch, length, d_inner), dtype=torch.float32) for _ in scans]
+    states = u.new_empty(_states_shape(p, len(scans), keep), dtype=torch.float32)
     last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
-    directions = [_inputs(q) | {"out": out} for q, out in zip(problems, outs, strict=True)]
+    directions = [_inputs(q) | {"out": out} for q, out in zip(scans, outs, strict=True)]
     for direction, checkpoints in zip(directions, states, strict=True):
         direction["states"] = checkpoints if keep else None
     directions[0]["last"] = last if last_state else None
@@ -285,11 +251,11 @@ def _(
     keep: bool,
     last_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problems = _problems(tensors, given)
-    p = problems[0]
-    states = p.u.new_empty(_states_shape(p, len(problems), keep), dtype=torch.float32)
+    scans = unpack(tensors, given)
+    p = scans[0]
+    states = p.u.new_empty(_states_shape(p, len(scans), keep), dtype=torch.float32)
     last = p.u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
-    out, out2 = (*(_like(q.u) for q in problems), p.u.new_empty(0))[:2]
+    out, out2 = (*(_like(q.u) for q in scans), p.u.new_empty(0))[:2]
     return out, out2, last.transpose(1, 2), states
 
 
@@ -300,21 +266,21 @@ def _selective_scan_backward(
     d_last: Tensor | None,
     tensors: Sequence[Tensor],
     given: Sequence[bool],
-    states: Tensor,
+    kept: Sequence[Tensor],
     delta_softplus: bool,
 ) -> list[Tensor]:
     """The gradients of the tensors that are there, in their order and types."""
-    problems = _problems(tensors, given)
-    u = problems[0].u
+    scans = unpack(tensors, given)
+    u = scans[0].u
     batch, d_inner, length = u.shape
-    d_state = problems[0].A.shape[1]
+    d_state = scans[0].A.shape[1]
     groups = -(-d_inner // _group(batch, d_inner))
 
     def empty(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)
 
     directions = []
-    for q, dy, checkpoints in zip(problems, (dout, dout2), states, strict=False):
+    for q, dy, checkpoints in zip(scans, (dout, dout2), kept[0], strict=False):
         assert dy is not None
         directions.append(
             _inputs(q)
@@ -324,20 +290,15 @@ def _selective_scan_backward(
             | {"dz": None if q.z is None else empty(batch, length, d_inner)}
         )
     directions[0]["d_last"] = None if d_last is None else _vector(d_last.transpose(1, 2))
-    _call("mamba_forge_scan_backward", problems[0], delta_softplus, directions)
-    return [
-        grad
-        for q, results in zip(problems, directions, strict=True)
-        for grad in _gradients(q, results)
-        if grad is not None
-    ]
+    _call("mamba_forge_scan_backward", scans[0], delta_softplus, directions)
+    return pack(*(_gradients(q, results) for q, results in zip(scans, directions, strict=True)))[0]
 
 
-def _gradients(p: Problem, results: dict[str, Any]) -> Problem:
+def _gradients(p: ScanInputs, results: dict[str, Any]) -> ScanInputs:
     """Partial sums added up, in the types and layouts of the interface."""
     shares = results["parameters"].sum(0)
     d_state = p.A.shape[1]
-    return Problem(
+    return ScanInputs(
         results["du"].transpose(1, 2).to(p.u.dtype),
         results["ddelta"].transpose(1, 2).to(p.delta.dtype),
         shares[:d_state].t().to(p.A.dtype, copy=True),
@@ -356,11 +317,11 @@ def _(
     d_last: Tensor | None,
     tensors: Sequence[Tensor],
     given: Sequence[bool],
-    states: Tensor,
+    kept: Sequence[Tensor],
     delta_softplus: bool,
 ) -> list[Tensor]:
     grads: list[Tensor] = []
-    for p in _problems(tensors, given):
+    for p in unpack(tensors, given):
         A_rows = p.A.new_empty((p.A.shape[1], p.A.shape[0])).t()
         shapes = (_like(p.u), _like(p.delta), A_rows, _like(p.B), _like(p.C))
         optional = (
@@ -372,24 +333,7 @@ def _(
     return grads
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.given, ctx.delta_softplus, ctx.keep, ctx.last_state = inputs
-    *_, states = output
-    ctx.mark_non_differentiable(states)
-    ctx.save_for_backward(*tensors, states)
-
-
-def _backward(ctx: Any, dout: Tensor, dout2: Tensor, d_last: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *tensors, states = ctx.saved_tensors
-    if not ctx.keep:  # no checkpoints were asked for: run forward again for them
-        *_, states = _selective_scan(tensors, ctx.given, ctx.delta_softplus, True, False)
-    two_way = len(ctx.given) > len(Problem._fields)
-    douts = (dout, dout2 if two_way else None, d_last if ctx.last_state else None)
-    grads = _selective_scan_backward(*douts, tensors, ctx.given, states, ctx.delta_softplus)
-    return grads, None, None, None, None
-
-
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+make_differentiable(_selective_scan, _selective_scan_backward)
 
 
 def _takes(tensors: Sequence[Tensor | None]) -> bool:
@@ -403,7 +347,7 @@ def _takes(tensors: Sequence[Tensor | None]) -> bool:
 def _scan(tensors: Sequence[Tensor | None], softplus: bool, last_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator; it keeps checkpoints where there will be gradients. Else, and uncompiled, its function does: an
     operator imports torch._dynamo when it is first called, which takes more than a second."""
-    there, given = [t for t in tensors if t is not None], [t is not None for t in tensors]
+    there, given = pack(tensors)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in there)
     plain = not keep and not torch.compiler.is_compiling() and all(type(t) in (Tensor, Parameter) for t in there)
     return (_forward if plain else _selective_scan)(there, given, softplus, keep, last_state)
@@ -437,7 +381,7 @@ def selective_scan_cpu(
     return (out, last) if return_last_state else out
 
 
-def bidirectional_scan_cpu(forward: Problem, backward: Problem, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+def bidirectional_scan_cpu(forward: ScanInputs, backward: ScanInputs, delta_softplus: bool) -> tuple[Tensor, Tensor]:
     """Both directions side by side on the threads of one call. Else as `selective_scan_cpu`."""
     tensors = (*forward, *backward)
     if not _takes(tensors):

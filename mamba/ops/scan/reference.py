@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba.ops.scan.inputs import Problem
+from mamba.ops.scan.inputs import ScanInputs
 
 
 def selective_scan_reference(
@@ -53,7 +53,7 @@ def selective_scan_reference(
 
 
 def bidirectional_scan_by_flips(
-    scan: Callable[..., Tensor | tuple[Tensor, Tensor]], forward: Problem, backward: Problem, delta_softplus: bool
+    scan: Callable[..., Tensor | tuple[Tensor, Tensor]], forward: ScanInputs, backward: ScanInputs, delta_softplus: bool
 ) -> tuple[Tensor, Tensor]:
     """`mamba.ops.scan.bidirectional_scan` as two one-way scans, the second of sequences flipped in time and back."""
     flipped = (t.flip(-1) if t is not None and t.ndim == 3 else t for t in backward)

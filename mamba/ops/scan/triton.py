@@ -49,16 +49,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba.ops.scan.inputs import NONE, Problem
-from mamba.ops.triton_math import INTERPRETED, LOG2E, NVIDIA, sigmoid, softplus
+from mamba.ops.scan.inputs import ScanInputs, make_differentiable, pack, unpack
+from mamba.ops.triton_math import INTERPRETED, LOG2E, NVIDIA, device_of, sigmoid, softplus
 
 CHUNK = 16  # tokens a program keeps in registers; also the distance of the checkpoints. Half of LANES
 LANES = 32
@@ -772,11 +770,6 @@ def _backward_kernel(
 # ---------------------------------------------------------------- operators
 
 
-def _device_of(u: Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(u.device) if u.is_cuda else nullcontext()
-
-
 def _rows(d_state: int) -> int:
     return max(2, min(16, triton.next_power_of_2(d_state)))
 
@@ -796,7 +789,7 @@ def _dense(t: Tensor) -> Tensor:
     return _channels_last(t).copy_(t) if t.ndim == 3 else t.contiguous()
 
 
-def _aligned(p: Problem, *more: Tensor) -> int:
+def _aligned(p: ScanInputs, *more: Tensor) -> int:
     """8 if rows of every sequence start at multiples of so many elements (16 bytes, or more), else 1."""
     sequences = (p.u, p.delta, p.z, *more)
     strides = (p.u.shape[1], *(s for t in sequences if t is not None for s in (t.stride(0), t.stride(2))))
@@ -823,38 +816,36 @@ def _groups(programs: int, d_state: int, device: torch.device) -> tuple[int, int
     return 2, 2 if programs <= _schedulers(device) else 1
 
 
-def _pair(tensors: Sequence[Tensor | None]) -> tuple[Problem, Problem, int]:
-    """The forward problem, the reversed one with the same strides, and how many there are.
+def _pair(tensors: Sequence[Tensor], given: Sequence[bool]) -> tuple[ScanInputs, ScanInputs, int]:
+    """The forward scan, the reversed one with the same strides, and how many there are.
 
-    Without a reversed problem the forward one stands in for it; nothing looks at it.
+    Without a reversed scan the forward one stands in for it; nothing looks at it.
     """
-    one, two = Problem(*tensors[:8]), Problem(*tensors[8:])  # type: ignore[arg-type]
-    directions = 1 if tensors[8] is None else 2
-    if directions == 1:
-        two = one
-    for name in Problem._fields:
+    scans = unpack(tensors, given)
+    one, two, directions = scans[0], scans[-1], len(scans)
+    for name in ScanInputs._fields:
         a, b = getattr(one, name), getattr(two, name)
         if a is not None and (a.stride() != b.stride() or a.ndim == 1):
             one, two = one._replace(**{name: _dense(a)}), two._replace(**{name: _dense(b)})
     return one, two, directions
 
 
-def _sizes(p: Problem) -> tuple[int, int, int, int, int]:
+def _sizes(p: ScanInputs) -> tuple[int, int, int, int, int]:
     """batch, d_inner, d_state, length and the number of chunks."""
     batch, d_inner, length = p.u.shape
     return batch, d_inner, p.A.shape[1], length, (length + CHUNK - 1) // CHUNK
 
 
-def _states_shape(p: Problem, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
+def _states_shape(p: ScanInputs, directions: int, keep: bool) -> tuple[int, int, int, int, int]:
     batch, d_inner, d_state, _, chunks = _sizes(p)
     return directions, batch, chunks - 1 if keep else 0, d_state, d_inner
 
 
-def _last_shape(p: Problem, last_state: bool) -> tuple[int, int, int]:
+def _last_shape(p: ScanInputs, last_state: bool) -> tuple[int, int, int]:
     return p.u.shape[0] if last_state else 0, p.A.shape[1], p.A.shape[0]
 
 
-def _shared_shapes(p: Problem, directions: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shared_shapes(p: ScanInputs, directions: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of `packed` and `rows`."""
     batch, d_inner, d_state, _, chunks = _sizes(p)
     return (directions, batch, chunks, d_state, 2, CHUNK), (directions, d_state + 2, d_inner)
@@ -862,32 +853,19 @@ def _shared_shapes(p: Problem, directions: int) -> tuple[tuple[int, ...], tuple[
 
 @torch.library.custom_op("mamba_forge::selective_scan", mutates_args=())
 def _selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    u2: Tensor | None,
-    delta2: Tensor | None,
-    A2: Tensor | None,
-    B2: Tensor | None,
-    C2: Tensor | None,
-    D2: Tensor | None,
-    z2: Tensor | None,
-    delta_bias2: Tensor | None,
+    tensors: Sequence[Tensor],
+    given: Sequence[bool],
     delta_softplus: bool,
     keep: bool,
     last_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One direction, or two: the tensors named with a 2 are scanned from the last token to the first.
+    """One scan, or two: the second goes from the last token to the first.
 
     Returns out, out2 (empty without a second direction), the last state (empty unless `last_state`) and what backward
     needs: the checkpoints (no slots unless `keep`), `packed` and `rows`.
     """
-    p, q, directions = _pair((u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2))
+    p, q, directions = _pair(tensors, given)
+    u = p.u
     batch, d_inner, d_state, length, chunks = _sizes(p)
     blocks = triton.cdiv(d_inner, LANES)
     out = _channels_last(u)
@@ -896,7 +874,7 @@ def _selective_scan(
     last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
     packed, rows = (u.new_empty(shape, dtype=torch.float32) for shape in _shared_shapes(p, directions))
     slots = states if keep else u.new_empty((directions, batch, d_state, d_inner), dtype=torch.float32)
-    with _device_of(u):
+    with device_of(u):
         _prepare_kernel[(batch * chunks + blocks, directions)](
             p.A, q.A, p.B, q.B, p.C, q.C, p.D, q.D, p.delta_bias, q.delta_bias, packed, rows,
             batch, d_inner, d_state, length, chunks,
@@ -917,39 +895,26 @@ def _selective_scan(
 
 @_selective_scan.register_fake
 def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    u2: Tensor | None,
-    delta2: Tensor | None,
-    A2: Tensor | None,
-    B2: Tensor | None,
-    C2: Tensor | None,
-    D2: Tensor | None,
-    z2: Tensor | None,
-    delta_bias2: Tensor | None,
+    tensors: Sequence[Tensor],
+    given: Sequence[bool],
     delta_softplus: bool,
     keep: bool,
     last_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    p = Problem(u, delta, A, B, C, D, z, delta_bias)
-    directions = 1 if u2 is None else 2
+    scans = unpack(tensors, given)
+    p, directions = scans[0], len(scans)
+    u = p.u
     states, last, packed, rows = (
         u.new_empty(shape, dtype=torch.float32)
         for shape in (_states_shape(p, directions, keep), _last_shape(p, last_state), *_shared_shapes(p, directions))
     )
-    out2 = u.new_empty(0) if u2 is None else _channels_last(u)
+    out2 = _channels_last(u) if directions == 2 else u.new_empty(0)
     return _channels_last(u), out2, last.transpose(1, 2), states, packed, rows
 
 
-def _gradients(p: Problem) -> Problem:
+def _gradients(p: ScanInputs) -> ScanInputs:
     """Empty tensors for the gradients of one direction, each in its tensor's type."""
-    return Problem(
+    return ScanInputs(
         _channels_last(p.u),
         _channels_last(p.delta),
         p.A.new_empty(p.A.shape),
@@ -966,29 +931,14 @@ def _selective_scan_backward(
     dout: Tensor,
     dout2: Tensor | None,
     d_last: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    u2: Tensor | None,
-    delta2: Tensor | None,
-    A2: Tensor | None,
-    B2: Tensor | None,
-    C2: Tensor | None,
-    D2: Tensor | None,
-    z2: Tensor | None,
-    delta_bias2: Tensor | None,
-    states: Tensor,
-    packed: Tensor,
-    rows: Tensor,
+    tensors: Sequence[Tensor],
+    given: Sequence[bool],
+    kept: Sequence[Tensor],
     delta_softplus: bool,
 ) -> list[Tensor]:
     """The gradients of the tensors that are there, in their order and types."""
-    p, q, directions = _pair((u, delta, A, B, C, D, z, delta_bias, u2, delta2, A2, B2, C2, D2, z2, delta_bias2))
+    p, q, directions = _pair(tensors, given)
+    u, (states, packed, rows) = p.u, kept
     batch, d_inner, d_state, length, chunks = _sizes(p)
     blocks = triton.cdiv(d_inner, LANES)
     if dout2 is None:
@@ -1004,8 +954,8 @@ def _selective_scan_backward(
     partial = u.new_empty((directions, batch, chunks, d_state, blocks, 2, CHUNK), dtype=torch.float32)
     _, groups = _groups(batch * blocks * directions, d_state, u.device)
     many = d_state > WARMED or directions == 2  # two directions have no registers to spare: measured faster as a loop
-    matrix = _has_tf32(u.device) and B.dtype != torch.float32 and C.dtype != torch.float32
-    with _device_of(u):
+    matrix = _has_tf32(u.device) and torch.float32 not in (p.B.dtype, p.C.dtype)
+    with device_of(u):
         _backward_kernel[(batch * blocks, directions)](
             p.u, q.u, p.delta, q.delta, p.z, q.z, dout, dout2,
             grads.u, grads2.u, grads.delta, grads2.delta, grads.z, grads2.z,
@@ -1021,7 +971,7 @@ def _selective_scan_backward(
             batch, d_inner, d_state, length, chunks, blocks,
             T=CHUNK, ROWS=_rows(d_state), BOTH=directions == 2, ENTRIES=64, MATRIX=matrix, num_warps=4,
         )  # fmt: skip
-    return [t for g in (grads, grads2)[:directions] for t in g if t is not None]
+    return pack(*(grads, grads2)[:directions])[0]
 
 
 @_selective_scan_backward.register_fake
@@ -1029,50 +979,15 @@ def _(
     dout: Tensor,
     dout2: Tensor | None,
     d_last: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    u2: Tensor | None,
-    delta2: Tensor | None,
-    A2: Tensor | None,
-    B2: Tensor | None,
-    C2: Tensor | None,
-    D2: Tensor | None,
-    z2: Tensor | None,
-    delta_bias2: Tensor | None,
-    states: Tensor,
-    packed: Tensor,
-    rows: Tensor,
+    tensors: Sequence[Tensor],
+    given: Sequence[bool],
+    kept: Sequence[Tensor],
     delta_softplus: bool,
 ) -> list[Tensor]:
-    grads = list(_gradients(Problem(u, delta, A, B, C, D, z, delta_bias)))
-    if u2 is not None:
-        grads += _gradients(Problem(u2, delta2, A2, B2, C2, D2, z2, delta_bias2))  # type: ignore[arg-type]
-    return [t for t in grads if t is not None]
+    return pack(*map(_gradients, unpack(tensors, given)))[0]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.delta_softplus, ctx.keep, ctx.last_state = inputs
-    _, _, _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(*tensors, *kept)
-
-
-def _backward(ctx: Any, dout: Tensor, dout2: Tensor, d_last: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, states, packed, rows = ctx.saved_tensors
-    if not ctx.keep:  # no checkpoints were asked for: run forward again for them
-        _, _, _, states, packed, rows = _selective_scan(*tensors, ctx.delta_softplus, True, False)
-    given = (dout, dout2 if tensors[8] is not None else None, d_last if ctx.last_state else None)
-    grads = iter(_selective_scan_backward(*given, *tensors, states, packed, rows, ctx.delta_softplus))
-    return (*(None if t is None else next(grads) for t in tensors), None, None, None)
-
-
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+make_differentiable(_selective_scan, _selective_scan_backward)
 
 
 def _check(tensors: Sequence[Tensor | None]) -> bool:
@@ -1108,16 +1023,16 @@ def selective_scan_triton(
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     keep = _check(tensors)
-    out, _, last, *_ = _selective_scan(*tensors, *NONE, delta_softplus, keep, return_last_state)
+    out, _, last, *_ = _selective_scan(*pack(tensors), delta_softplus, keep, return_last_state)
     return (out, last) if return_last_state else out
 
 
-def bidirectional_scan_triton(forward: Problem, backward: Problem, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+def bidirectional_scan_triton(forward: ScanInputs, backward: ScanInputs, delta_softplus: bool) -> tuple[Tensor, Tensor]:
     """Both directions in one launch of each kernel. Else as `selective_scan_triton`.
 
     `backward` takes the types of `forward`; a sequence whose strides differ from those of its partner is copied.
     """
     alike = [b if a is None or b is None else b.to(a.dtype) for a, b in zip(forward, backward, strict=True)]
     keep = _check([*forward, *alike])
-    out, out2, *_ = _selective_scan(*forward, *alike, delta_softplus, keep, False)
+    out, out2, *_ = _selective_scan(*pack(forward, alike), delta_softplus, keep, False)
     return out, out2

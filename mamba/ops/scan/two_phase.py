@@ -72,7 +72,8 @@ def selective_scan_two_phase(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Arguments as in `mamba.ops.scan.selective_scan`. What surrounds the recurrence is cheap and left to autograd."""
+    """Arguments as in `mamba.ops.scan.selective_scan`. What surrounds the recurrence is left to autograd: it is
+    cheap."""
     work = torch.float64 if u.dtype == torch.float64 else torch.float32
     out_dtype = u.dtype
     u, delta = u.to(work), delta.to(work)

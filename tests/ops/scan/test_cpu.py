@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.one_channel_scan import one_channel_scan
+from mamba.cache import cache_folder
 from mamba.ops.scan import cpu, selective_scan
 from tests.ops.scan.test_selective_scan import OPTIONS, assert_equal_to_reference, make_inputs, run_with_gradients
 
@@ -256,9 +257,9 @@ def test_broken_library_is_built_again(tmp_path, fresh, monkeypatch):
 
 def test_cache_that_cannot_be_written_falls_back(tmp_path, monkeypatch):
     monkeypatch.setenv("MAMBA_FORGE_CACHE", str(tmp_path / "a"))
-    assert cpu._cache_folder() == tmp_path / "a"
+    assert cache_folder() == tmp_path / "a"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MAMBA_FORGE_CACHE", str(tmp_path / "file"))
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     monkeypatch.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert cpu._cache_folder().parent == tmp_path
+    assert cache_folder().parent == tmp_path

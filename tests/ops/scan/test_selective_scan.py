@@ -156,3 +156,14 @@ def test_autocast_does_not_reach_inside(backend):
 def test_wrong_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         selective_scan(**{**make_inputs(dtype=torch.float32), **change})
+
+
+@pytest.mark.parametrize("backend", ["auto", *FAST, "reference"])
+@pytest.mark.parametrize(
+    "name, kind", [("A", torch.complex64), ("B", torch.complex64), ("u", torch.int32), ("delta", torch.bool)]
+)
+def test_what_the_scan_cannot_do_is_refused_by_name(backend, name, kind):
+    tensors = make_inputs(dtype=torch.float32)
+    tensors[name] = tensors[name].to(kind)
+    with pytest.raises(TypeError, match=f"^{name} is {kind}"):
+        selective_scan(**tensors, backend=backend)

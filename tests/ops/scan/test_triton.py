@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from mamba.ops.scan import BACKENDS, selective_scan
-from mamba.ops.scan.inputs import NONE
 
 ROOT = Path(__file__).parents[3]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -87,7 +86,6 @@ def test_scan_works_where_triton_is_missing():
     code = """
 import sys; sys.modules["triton"] = None
 import torch; from mamba.ops.scan import BACKENDS, selective_scan
-from mamba.ops.scan.inputs import NONE
 assert "triton" not in BACKENDS
 x = torch.ones(1, 2, 3); selective_scan(x, x, -torch.ones(2, 4), torch.ones(1, 4, 3), torch.ones(1, 4, 3))
 """
@@ -112,7 +110,7 @@ def test_cpu_tensors_are_refused_and_auto_avoids_them():
 
 @needs_triton
 def test_wide_loads_only_where_every_row_is_aligned():
-    from mamba.ops.scan.inputs import Problem
+    from mamba.ops.scan.inputs import ScanInputs
     from mamba.ops.scan.triton import _aligned
 
     def sequence(channels, row, batch=2, length=3):
@@ -120,7 +118,7 @@ def test_wide_loads_only_where_every_row_is_aligned():
 
     def aligned(channels, row, *more):
         u = sequence(channels, row)
-        return _aligned(Problem(u, u, *[torch.zeros(1)] * 3, None, None, None), *more)
+        return _aligned(ScanInputs(u, u, *[torch.zeros(1)] * 3, None, None, None), *more)
 
     assert aligned(40, 40) == aligned(40, 48) == aligned(40, 40, sequence(40, 40)) == 8
     assert aligned(33, 40) == aligned(40, 41) == aligned(40, 40, sequence(40, 41)) == 1
@@ -157,15 +155,15 @@ assert_equal_to_reference(tensors, ALL, 1e-5)
 @needs_gpu
 @pytest.mark.parametrize("keep", [False, True])
 def test_operator_contract(keep):
+    from mamba.ops.scan.inputs import pack
     from mamba.ops.scan.triton import _selective_scan
 
     tensors = [v.requires_grad_() for v in make_inputs(2, 40, 37, 7, torch.bfloat16, mixed=True).values()]
-    torch.library.opcheck(_selective_scan, (*tensors, *NONE, True, keep, True), atol=2e-2, rtol=2e-2)
-    for optional in (5, 6, 7):
-        tensors[optional] = None
-    tensors[1] = tensors[1].detach().abs().requires_grad_()  # without softplus a negative step makes the state grow
-    second = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(_selective_scan, (*tensors, *second, False, keep, False), atol=2e-2, rtol=2e-2)
+    torch.library.opcheck(_selective_scan, (*pack(tensors), True, keep, True), atol=2e-2, rtol=2e-2)
+    first = [*tensors[:5], None, None, None]
+    first[1] = tensors[1].detach().abs().requires_grad_()  # without softplus a negative step makes the state grow
+    second = [None if t is None else t.detach().clone().requires_grad_() for t in first]
+    torch.library.opcheck(_selective_scan, (*pack(first, second), False, keep, False), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu
