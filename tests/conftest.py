@@ -42,8 +42,7 @@ def small_config(tmp_path: Path):
     return partial(make_small_config, tmp_path / "runs")
 
 
-@pytest.fixture(scope="session")
-def small_data() -> ImageData:
+def make_small_data() -> ImageData:
     """Three classes of 8x8 images that differ in brightness: 72 to train, 24 to validate, 30 to test on."""
     rng = np.random.default_rng(0)
 
@@ -54,6 +53,12 @@ def small_data() -> ImageData:
 
     train, val = split_validation(images(96), 0.25, seed=0)
     return ImageData(train, val, images(30), ("dark", "grey", "bright"), (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture(scope="session")
+def small_data() -> ImageData:
+    """`make_small_data`, once."""
+    return make_small_data()
 
 
 @pytest.fixture
