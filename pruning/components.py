@@ -21,8 +21,9 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
+from mamba.models.block import MambaBlock
 from mamba.models.model import MambaModel
-from mamba.models.ssm import MIXERS, MambaBlock
+from mamba.models.ssm import MIXERS
 
 ELEMENT = "element"
 

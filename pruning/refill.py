@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
-from mamba.models.ssm import MambaBlock
+from mamba.models.block import MambaBlock
 from pruning.components import GROUPS, Part, each, find_all, named_blocks, parts_of
 from pruning.importance import Batches, element_scores
 from pruning.masks import Masks, gone_units, unit_masks

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mamba.errors import ConfigError
-from mamba.models.ssm import BlockShape, MambaBlock
+from mamba.models.block import MambaBlock
+from mamba.models.ssm import BlockShape
 from pruning.components import each, find_all
 
 X_PROJ, CONV = each(("x_proj{}.weight", 0)), each(("conv1d{}.weight", 0))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mamba.errors import ConfigError
+from mamba.models.block import MambaBlock
 from mamba.models.model import MambaModel
-from mamba.models.ssm import BlockShape, MambaBlock
+from mamba.models.ssm import BlockShape
 from mamba.train.ema import ModelEma
 from pruning.components import GROUPS, block_prefix, named_blocks, parts_of, tensors_of, units_of
 from pruning.masks import Masks, apply_mask_mamba, check_masks, gone_units

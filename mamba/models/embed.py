@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,14 @@ class ConvStem(nn.Module):
         x = F.gelu(self.norm1(self.conv1(images)))
         x = F.gelu(self.norm2(self.conv2(x)))
         return self.norm3(self.conv3(x)).flatten(2).transpose(1, 2).contiguous()
+
+
+Stem = PatchEmbed | ConvStem
+STEMS: dict[str, Callable[[int, int, int, int], Stem]] = {
+    "patch": PatchEmbed,
+    "conv": lambda patch_size, in_chans, d_model, stride: ConvStem(in_chans, d_model),
+}
+"""`model.stem`, called with patch_size, in_chans, d_model and stride."""
 
 
 def class_token_places(kind: str, patches: int) -> dict[str, int]:

@@ -13,15 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mamba.config.schema import ModelConfig, SizeName
-from mamba.models.embed import (
-    STEM_CHANNELS,
-    ConvStem,
-    PatchEmbed,
-    class_token_places,
-    rotary_tables,
-    sequence_order,
-)
-from mamba.models.ssm import MIXERS, NORMS, BlockShape, MambaBlock
+from mamba.models.block import NORMS, MambaBlock
+from mamba.models.embed import STEM_CHANNELS, STEMS, class_token_places, rotary_tables, sequence_order
+from mamba.models.heads import HEADS
+from mamba.models.ssm import MIXERS, BlockShape
 
 MODEL_NAMES = {"mamba": ("blocks", "norm"), "vim": ("layers", "norm_f")}
 """What a model's blocks and its final norm are called: our names, and those of Vision Mamba's published weights."""
@@ -48,7 +43,7 @@ class Architecture:
     pos_embed: str = "learned"
     scan_order: str = "raster"
     norm: str = "layer"
-    """A key of mamba.models.ssm.NORMS: layer or rms."""
+    """A key of mamba.models.block.NORMS: layer or rms."""
     names: str = "mamba"
     """A key of MODEL_NAMES: what parameters are called; it changes nothing that is computed."""
 
@@ -178,6 +173,7 @@ class MambaModel(nn.Module):
         blocks = (MambaBlock(a.d_model, b, rate, a.norm, a.names) for b, rate in zip(a.blocks, rates, strict=True))
         self.add_module(self.stack_name, nn.ModuleList(blocks))
         self.add_module(self.norm_name, NORMS[a.norm](a.d_model))
+        self.pool = HEADS["auto"](a.d_model, self.class_places.values())
         self.head = nn.Linear(a.d_model, a.num_classes)
 
         order = sequence_order(a.scan_order, a.grid, self.class_places.values())
@@ -222,11 +218,7 @@ class MambaModel(nn.Module):
         rotary = (self.cos, self.sin) if self.rotary else None
         for block in self.stack:
             x = block(x, rotary)
-        norm = getattr(self, self.norm_name)
-        if not self.class_places:
-            return self.head(norm(x).mean(dim=1))
-        features = [norm(x[:, place]) for place in self.class_places.values()]
-        return self.head(sum(features) / len(features))
+        return self.head(self.pool(x, getattr(self, self.norm_name)))
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Images to (batch, tokens, d_model): class tokens in place, positions added, in the order of the scan."""
@@ -240,10 +232,8 @@ class MambaModel(nn.Module):
 
 
 def _stem(a: Architecture) -> nn.Module:
-    if a.stem == "conv":
-        return ConvStem(a.in_chans, a.d_model)
-    patches = PatchEmbed(a.patch_size, a.in_chans, a.d_model, a.stride or a.patch_size)
-    return nn.Sequential(OrderedDict(proj=patches)) if a.names == "vim" else patches
+    stem = STEMS[a.stem](a.patch_size, a.in_chans, a.d_model, a.stride or a.patch_size)
+    return nn.Sequential(OrderedDict(proj=stem)) if a.names == "vim" and a.stem == "patch" else stem
 
 
 def named_model(name: SizeName, num_classes: int, img_size: int, **overrides: Any) -> MambaModel:

@@ -1,4 +1,4 @@
-"""The parts of a Mamba block: stochastic depth, the selective SSM mixer in its forms, the MLP, and the block itself.
+"""The mixer of a Mamba block: one selective scan of the sequence or several, and what a block is made of.
 
 Every width is read from the tensors themselves, so a layer whose weights were made smaller runs as it is.
 """
@@ -6,16 +6,13 @@ Every width is read from the tensors themselves, so a layer whose weights were m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba.models.embed import rotate
 from mamba.ops.conv import causal_conv1d, causal_conv_silu
 from mamba.ops.scan import bidirectional_scan, selective_scan
 from mamba.ops.scan.inputs import ScanInputs
@@ -82,35 +79,6 @@ class BlockShape:
         """Pairs of x and z that `in_proj` makes."""
         mixer = MIXERS[self.mixer]
         return 1 if mixer.shared else len(mixer.paths)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch for whole samples (https://arxiv.org/abs/1603.09382).
-
-    In training each sample's branch is zeroed with probability `rate` and scaled by 1 / (1 - rate) otherwise, so the
-    expectation is unchanged; in evaluation it is the identity. Input and output: (batch, ...).
-    """
-
-    keep: Tensor
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.active = rate > 0
-        # a tensor, so that blocks that differ in their rate share one compiled graph
-        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
-
-    @property
-    def rate(self) -> float:
-        return 1.0 - float(self.keep)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.active:
-            return x
-        mask = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) < self.keep
-        return x * (mask / self.keep).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
 
 
 class CausalConv1d(nn.Conv1d):
@@ -241,7 +209,7 @@ class SelectiveSSM(nn.Module):
         pairs = [pieces] * len(self.paths) if self.shared else list(zip(pieces[::2], pieces[1::2], strict=True))
         inputs = [self._scan_inputs(path, x, z) for path, (x, z) in zip(self.paths, pairs, strict=True)]
         outputs = both_scans(*inputs) if self.paths[-1].reverse else tuple(one_scan(one) for one in inputs)
-        ys = [expand(y.transpose(1, 2), path.scale, length) for path, y in zip(self.paths, outputs, strict=True)]
+        ys = [upsample(y.transpose(1, 2), path.scale, length) for path, y in zip(self.paths, outputs, strict=True)]
         if self.shared:
             return self.out_proj(sum(ys) / len(ys))
         return self.out_proj(ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1))
@@ -249,7 +217,7 @@ class SelectiveSSM(nn.Module):
     def _scan_inputs(self, path: ScanPath, x: Tensor, z: Tensor) -> ScanInputs:
         """The arguments of a path's scan, from its x and z: (batch, length, d_inner)."""
         end = path.suffix
-        x, z = pool(x, path.scale), pool(z, path.scale)
+        x, z = average(x, path.scale), average(z, path.scale)
         x = getattr(self, f"conv1d{end}")(x)
         pointwise, dt_proj = getattr(self, f"pointwise{end}"), getattr(self, f"dt_proj{end}")
         if pointwise is not None:
@@ -270,8 +238,8 @@ class SelectiveSSM(nn.Module):
         )
 
 
-def one_scan(scan: ScanInputs) -> Tensor:
-    y = selective_scan(*scan, delta_softplus=True)
+def one_scan(inputs: ScanInputs) -> Tensor:
+    y = selective_scan(*inputs, delta_softplus=True)
     assert isinstance(y, Tensor)
     return y
 
@@ -288,7 +256,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def pool(x: Tensor, scale: int) -> Tensor:
+def average(x: Tensor, scale: int) -> Tensor:
     """Averages of `scale` tokens each, the last one of what is left. (batch, length, channels) -> the same, shorter."""
     if scale == 1:
         return x
@@ -297,72 +265,7 @@ def pool(x: Tensor, scale: int) -> Tensor:
     return torch.cat((averages, x[:, -rest:].mean(1, keepdim=True)), dim=1) if rest else averages
 
 
-def expand(x: Tensor, scale: int, length: int) -> Tensor:
-    """The inverse of `pool` by nearest-neighbour interpolation: each token gets the value of the average that it went
-    into. (batch, ceil(length / scale), channels) -> (batch, length, channels)."""
+def upsample(x: Tensor, scale: int, length: int) -> Tensor:
+    """The way back from `average` by nearest-neighbour interpolation: each token gets the value of the average that it
+    went into. (batch, ceil(length / scale), channels) -> (batch, length, channels)."""
     return x if scale == 1 else x.repeat_interleave(scale, dim=1)[:, :length]
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear. (..., d_model) -> (..., d_model)."""
-
-    def __init__(self, d_model: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(d_model, hidden)
-        self.fc2 = nn.Linear(hidden, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": partial(nn.RMSNorm, eps=1e-5)}
-BLOCK_NAMES = {"mamba": ("ssm", "norm1"), "vim": ("mixer", "norm")}
-"""What a block's mixer and the norm before it are called: our names, and those of Vision Mamba's published weights."""
-
-
-class MambaBlock(nn.Module):
-    """x + drop(ssm(norm1 x)), then, if there is an MLP, x + drop(mlp(norm2 x)). (batch, length, d_model) -> the same.
-
-    Args:
-        d_model: width of the residual stream.
-        shape: what it is made of.
-        drop_path: rate of stochastic depth.
-        norm: a key of NORMS.
-        names: a key of BLOCK_NAMES: what the mixer and its norm are called in the state dict.
-    """
-
-    def __init__(
-        self, d_model: int, shape: BlockShape, drop_path: float = 0.0, norm: str = "layer", names: str = "mamba"
-    ) -> None:
-        super().__init__()
-        self.mixer_name, self.norm_name = BLOCK_NAMES[names]
-        self.add_module(self.norm_name, NORMS[norm](d_model))
-        self.add_module(self.mixer_name, SelectiveSSM(d_model, shape))
-        self.norm2 = NORMS[norm](d_model) if shape.mlp_hidden else None
-        self.mlp = Mlp(d_model, shape.mlp_hidden) if shape.mlp_hidden else None
-        self.drop_path = DropPath(drop_path)
-
-    @property
-    def token_mixer(self) -> SelectiveSSM:
-        return getattr(self, self.mixer_name)
-
-    @property
-    def shape(self) -> BlockShape:
-        """The actual widths, read from the tensors."""
-        shape = self.token_mixer.shape
-        return shape if self.mlp is None else replace(shape, mlp_hidden=self.mlp.fc1.weight.shape[0])
-
-    def segments(self) -> dict[str, dict[str, int]]:
-        """The mixer's, with names that start at the block."""
-        return {f"{self.mixer_name}.{name}": parts for name, parts in self.token_mixer.segments().items()}
-
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """`rotary`: cosines and sines (`mamba.models.embed.rotary_tables`) that turn what the mixer reads."""
-        mixer, norm = self.token_mixer, getattr(self, self.norm_name)
-        read = norm(x)
-        mixed = self.drop_path(mixer(read if rotary is None else rotate(read, *rotary)))
-        index = mixer.out_index
-        x = x + mixed if index is None else x.index_add(-1, index, mixed.to(x.dtype))
-        if self.mlp is None or self.norm2 is None:
-            return x
-        return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -9,24 +9,15 @@ apart; here it is "norm, mix, add", which is the same.
 Deviations: with `pos_embed` rope or both, each mixer reads turned features (the authors turn the residual stream before
 each layer, again and again), rows and columns count patches of the model's own grid (the authors stretch every grid to
 14), and class tokens do not turn; no published weights use it. The patch embedding starts from torch's defaults.
+
+Published weights are read by `mamba.runs.published.load_published`.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
-from mamba.errors import CheckpointError
-from mamba.models.embed import resize_positions
 from mamba.models.model import MambaModel, named_model
-from mamba.runs.checkpoint import load_tensors
 
 
 def vim_tiny(num_classes: int = 1000, img_size: int = 224, drop_path: float = 0.0, **overrides: Any) -> MambaModel:
@@ -43,43 +34,3 @@ def vim_small(num_classes: int = 1000, img_size: int = 224, drop_path: float = 0
 def vim_base(num_classes: int = 1000, img_size: int = 224, drop_path: float = 0.0, **overrides: Any) -> MambaModel:
     """d_model 768, 24 layers; 97,598,440 parameters at the defaults. Overrides: as of `vim_tiny`."""
     return named_model("vim_base", num_classes, img_size, drop_path=drop_path, **overrides)
-
-
-def load_published(model: MambaModel, weights: Path | Mapping[str, Tensor]) -> None:
-    """Load weights with the published names, strictly; positions are interpolated where the model's grid is another.
-
-    Args:
-        model: of `vim_tiny`, `vim_small` or `vim_base`, with the weights' patch size and number of classes.
-        weights: a file (.pth with the weights under "model" or at the top, or .safetensors), or a state dict.
-
-    Raises:
-        CheckpointError: a file that cannot be read, or a name or a shape that differs; the first is named.
-    """
-    if isinstance(weights, Path):
-        tensors, where = _read(weights), str(weights)
-    else:
-        tensors, where = dict(weights), "the state dict"
-    a = model.architecture
-    same_names = tensors.keys() == model.state_dict().keys()
-    if same_names and "pos_embed" in tensors and tensors["pos_embed"].shape[1] != a.num_tokens:
-        try:
-            tensors["pos_embed"] = resize_positions(tensors["pos_embed"], a.grid, a.class_token)
-        except ValueError as error:
-            raise CheckpointError(f"{where} does not fit: {error}") from None
-    load_tensors(model, tensors, where)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors keep their command line beside
-            tree = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error})") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise CheckpointError(f"{path} cannot be read as weights ({str(error).splitlines()[0]})") from None
-    tree = tree.get("model", tree)
-    return {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mamba.models.block import DropPath
 from mamba.models.model import Architecture, MambaModel, count_parameters, mamba_base, mamba_small, mamba_tiny
-from mamba.models.ssm import BlockShape, DropPath
+from mamba.models.ssm import BlockShape
 from mamba.ops.conv import causal_conv1d
 
 TINY = Architecture(8, 2, 3, 5, 12, 0.0, (BlockShape(24, 4, 4, 48),) * 2)

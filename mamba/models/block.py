@@ -1,0 +1,111 @@
+"""A Mamba block: norm and mixer, norm and MLP, each added to the residual stream, with stochastic depth.
+
+Every width is read from the tensors themselves, so a block whose weights were made smaller runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba.models.embed import rotate
+from mamba.models.ssm import BlockShape, SelectiveSSM
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a residual branch for whole samples (https://arxiv.org/abs/1603.09382).
+
+    In training each sample's branch is zeroed with probability `rate` and scaled by 1 / (1 - rate) otherwise, so the
+    expectation is unchanged; in evaluation it is the identity. Input and output: (batch, ...).
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.active = rate > 0
+        # a tensor, so that blocks that differ in their rate share one compiled graph
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    @property
+    def rate(self) -> float:
+        return 1.0 - float(self.keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.active:
+            return x
+        mask = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) < self.keep
+        return x * (mask / self.keep).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear. (..., d_model) -> (..., d_model)."""
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, hidden)
+        self.fc2 = nn.Linear(hidden, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": partial(nn.RMSNorm, eps=1e-5)}
+BLOCK_NAMES = {"mamba": ("ssm", "norm1"), "vim": ("mixer", "norm")}
+"""What a block's mixer and the norm before it are called: our names, and those of Vision Mamba's published weights."""
+
+
+class MambaBlock(nn.Module):
+    """x + drop(ssm(norm1 x)), then, if there is an MLP, x + drop(mlp(norm2 x)). (batch, length, d_model) -> the same.
+
+    Args:
+        d_model: width of the residual stream.
+        shape: what it is made of.
+        drop_path: rate of stochastic depth.
+        norm: a key of NORMS.
+        names: a key of BLOCK_NAMES: what the mixer and its norm are called in the state dict.
+    """
+
+    def __init__(
+        self, d_model: int, shape: BlockShape, drop_path: float = 0.0, norm: str = "layer", names: str = "mamba"
+    ) -> None:
+        super().__init__()
+        self.mixer_name, self.norm_name = BLOCK_NAMES[names]
+        self.add_module(self.norm_name, NORMS[norm](d_model))
+        self.add_module(self.mixer_name, SelectiveSSM(d_model, shape))
+        self.norm2 = NORMS[norm](d_model) if shape.mlp_hidden else None
+        self.mlp = Mlp(d_model, shape.mlp_hidden) if shape.mlp_hidden else None
+        self.drop_path = DropPath(drop_path)
+
+    @property
+    def token_mixer(self) -> SelectiveSSM:
+        return getattr(self, self.mixer_name)
+
+    @property
+    def shape(self) -> BlockShape:
+        """The actual widths, read from the tensors."""
+        shape = self.token_mixer.shape
+        return shape if self.mlp is None else replace(shape, mlp_hidden=self.mlp.fc1.weight.shape[0])
+
+    def segments(self) -> dict[str, dict[str, int]]:
+        """The mixer's, with names that start at the block."""
+        return {f"{self.mixer_name}.{name}": parts for name, parts in self.token_mixer.segments().items()}
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`rotary`: cosines and sines (`mamba.models.embed.rotary_tables`) that turn what the mixer reads."""
+        mixer, norm = self.token_mixer, getattr(self, self.norm_name)
+        read = norm(x)
+        mixed = self.drop_path(mixer(read if rotary is None else rotate(read, *rotary)))
+        index = mixer.out_index
+        x = x + mixed if index is None else x.index_add(-1, index, mixed.to(x.dtype))
+        if self.mlp is None or self.norm2 is None:
+            return x
+        return x + self.drop_path(self.mlp(self.norm2(x)))
