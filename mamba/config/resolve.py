@@ -41,6 +41,15 @@ def resolved(config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"data.batch_size {config.data.batch_size} is not divisible by optim.accumulate {config.optim.accumulate}"
         )
+    if config.data.batch_size % config.data.repeats:
+        raise ConfigError(
+            f"data.batch_size {config.data.batch_size} is not divisible by data.repeats {config.data.repeats}"
+        )
+    if config.data.mix_off_epochs > config.optim.epochs:
+        raise ConfigError(
+            f"data.mix_off_epochs {config.data.mix_off_epochs} is more than optim.epochs {config.optim.epochs}; it "
+            "must not be"
+        )
     if config.optim.min_lr > config.optim.lr:
         raise ConfigError(f"optim.min_lr {config.optim.min_lr} is above optim.lr {config.optim.lr}; it must not be")
     if config.optim.warmup_epochs > config.optim.epochs:

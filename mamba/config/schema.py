@@ -32,17 +32,34 @@ class DataConfig(Group):
     """Images per optimizer step, over all workers and accumulation steps together."""
     val_fraction: float = Field(0.1, ge=0, lt=1)
     """Part of the training set, class by class, kept for validation; 0 trains on all of it and selects nothing."""
-    augment: Literal["none", "basic", "randaugment", "autoaugment"] = "basic"
-    """basic: crop with padding (an eighth of the side, 4 pixels at 32) and flip; the others add RandAugment
-    (2 operations, magnitude 9) or AutoAugment (CIFAR-10 policy)."""
+    augment: Literal["none", "basic", "randaugment", "randaugment_inc", "autoaugment", "autoaugment_imagenet"] = "basic"
+    """basic: crop and flip; the others add a policy. randaugment: torchvision's (2 operations, magnitude 9);
+    randaugment_inc: timm's "rand-m9-mstd0.5-inc1" (2 of 15 operations, each with probability 0.5, at a level around
+    `data.magnitude`); autoaugment, autoaugment_imagenet: the policies found on CIFAR-10 and on ImageNet."""
+    magnitude: float = Field(9.0, ge=0, le=10)
+    """randaugment_inc: mean level of its operations."""
+    magnitude_std: float = Field(0.5, ge=0)
+    """randaugment_inc: deviation of that level, which stays within 0 to 10."""
+    crop: Literal["pad", "resized"] = "pad"
+    """Of every `data.augment` but none. pad: shifted by up to an eighth of the side (4 pixels at 32), black outside;
+    resized: a random part of the image, resized to the whole side."""
+    crop_scale: float = Field(0.8, gt=0, le=1)
+    """Crop resized: smallest part of the image's area; its sides' ratio is between 3/4 and 4/3."""
     random_erasing: float = Field(0.0, ge=0, le=1)
     """Probability of erasing a random rectangle of the normalised image."""
+    cutout: int = Field(0, ge=0)
+    """Side in pixels of the square that is erased from every normalised image, anywhere; 0: off."""
+    repeats: int = Field(1, ge=1)
+    """Repeated augmentation: each image is this many times in a batch, augmented in as many ways, and an epoch of as
+    many steps as ever sees this part of the images; 1: off."""
     mixup: float = Field(0.0, ge=0)
     """Alpha of mixup's Beta distribution; 0: off."""
     cutmix: float = Field(0.0, ge=0)
     """Alpha of cutmix's Beta distribution; 0: off. With both on, each mixed batch takes one of them at random."""
     mix_prob: float = Field(0.5, ge=0, le=1)
-    """Part of the batches that mixup or cutmix is applied to."""
+    """Part of the batches that mixup or cutmix is applied to; 1: all."""
+    mix_off_epochs: int = Field(0, ge=0)
+    """Epochs at the end in which nothing is mixed."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are augmented: cpu, by loader processes; gpu, where the training set then lies in GPU memory; auto:
     gpu where there is one and the decoded images take at most an eighth of its memory (CIFAR: 150 MB)."""

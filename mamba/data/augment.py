@@ -1,110 +1,178 @@
-"""Augmentation: torchvision's transforms for single images, mixup and cutmix for batches.
+"""Augmentation of many images at once, on the device that holds them: crop, mirror, policy, rectangles.
 
-Each image is transformed under a seed of its own, and each batch is mixed under one of its own, so that results do
-not depend on how batches are shared out.
+What happens to an image is drawn on the host, as a function of (seed, epoch, step) for the whole global batch, so it
+depends neither on how the batch is shared out nor on which images are worked on together, nor on the device. Images
+that get the same operation lie next to each other while it is applied to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-Normalise = Callable[[Tensor], Tensor]
+from mamba.config.schema import DataConfig
+from mamba.data import operations
+from mamba.data.policies import Floats, Ints, apply_slot, make_policy
 
 
-class SampleTransform:
-    """Crop, flip and a policy on the image, then erasing on the normalised image.
+@dataclass
+class Draws:
+    """What is to happen to n images."""
 
-    RandAugment: https://arxiv.org/abs/1909.13719; AutoAugment: https://arxiv.org/abs/1805.09501; random erasing:
-    https://arxiv.org/abs/1708.04896.
+    boxes: Ints  # (n, 5): first row, first column, rows, columns of the crop, mirrored; outside of the image is black
+    codes: Ints  # (n, slots): operations of the policy
+    arguments: Floats  # (n, slots)
+    erased: Ints  # (n, 2, 4): rectangles y0, y1, x0, x1 of random erasing and of cutout, empty for most
+
+    def part(self, lo: int, hi: int) -> Draws:
+        return Draws(self.boxes[lo:hi], self.codes[lo:hi], self.arguments[lo:hi], self.erased[lo:hi])
+
+    @classmethod
+    def join(cls, parts: list[Draws]) -> Draws:
+        return cls(
+            np.concatenate([p.boxes for p in parts]),
+            np.concatenate([p.codes for p in parts]),
+            np.concatenate([p.arguments for p in parts]),
+            np.concatenate([p.erased for p in parts]),
+        )
+
+
+class BatchAugment:
+    """`draw` on the host, `transform` and `erase` on the device.
+
+    Random erasing: https://arxiv.org/abs/1708.04896; cutout: https://arxiv.org/abs/1708.04552; the random resized crop
+    is torchvision's (ratio 3/4 to 4/3) with the area of `data.crop_scale`.
+
+    Args:
+        config: resolved.
+        side: of the images, in pixels.
+        mean: (3,), the data set's mean colour in 0..1.
+        seed: of the run.
     """
 
-    def __init__(self, augment: str, random_erasing: float, side: int) -> None:
-        self.image = self.erase = None
-        if augment == "none" and random_erasing == 0:
-            return
-        from torchvision.transforms import v2  # it imports torch.compile: seconds that not every process needs
-
-        steps: list[torch.nn.Module] = []
-        if augment != "none":
-            steps += [v2.RandomCrop(side, padding=max(1, side // 8)), v2.RandomHorizontalFlip()]
-        if augment == "randaugment":
-            steps.append(v2.RandAugment(num_ops=2, magnitude=9))
-        if augment == "autoaugment":
-            steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
-        self.image = v2.Compose(steps) if steps else None
-        self.erase = v2.RandomErasing(p=random_erasing) if random_erasing > 0 else None
+    def __init__(self, config: DataConfig, side: int, mean: tuple[float, ...], seed: int) -> None:
+        self.side, self.seed = side, seed
+        self.random_erasing, self.cutout = config.random_erasing, config.cutout
+        self.moves = config.augment != "none"  # crops and mirrors
+        self.resized, self.scale = config.crop == "resized", config.crop_scale
+        self.pad = max(1, side // 8)
+        self.policy = make_policy(config.augment, side, mean, config.magnitude, config.magnitude_std)
 
     @property
     def active(self) -> bool:
-        return self.image is not None or self.erase is not None
+        return self.moves or self.random_erasing > 0 or self.cutout > 0
 
-    def __call__(self, images: NDArray[np.uint8], seeds: NDArray[np.int64], normalise: Normalise) -> Tensor:
-        """(n, side, side, 3) uint8 and n seeds -> (n, 3, side, side) float32. The global random state is restored."""
-        if not self.active:
-            return normalise(torch.from_numpy(images))
-        generator = torch.default_generator  # not torch.manual_seed: that would reseed the GPUs too
-        before = generator.get_state()
-        try:
-            if self.image is not None:
-                transformed = np.empty_like(images)
-                for i, seed in enumerate(seeds.tolist()):
-                    generator.manual_seed(seed)
-                    transformed[i] = np.asarray(self.image(Image.fromarray(images[i])))
-                images = transformed
-            batch = normalise(torch.from_numpy(images))
-            if self.erase is not None:
-                for i, seed in enumerate(seeds.tolist()):
-                    generator.manual_seed(seed ^ 1)  # not the crop's numbers again
-                    batch[i] = self.erase(batch[i])
-            return batch
-        finally:
-            generator.set_state(before)
+    # --- on the host -------------------------------------------------------------------------------------------------
 
-
-class BatchMix:
-    """Mixup (https://arxiv.org/abs/1710.09412) and cutmix (https://arxiv.org/abs/1905.04899) on part of the batches.
-
-    Partners are neighbours in the (shuffled) batch: 0 with 1, 2 with 3, ..., an odd last image with itself. Unlike a
-    permutation of the whole batch this gives the same pairs however the batch is shared out over workers.
-    """
-
-    def __init__(self, mixup: float, cutmix: float, prob: float, num_classes: int, seed: int) -> None:
-        self.alphas = {"mixup": mixup, "cutmix": cutmix}
-        self.kinds = [kind for kind, alpha in self.alphas.items() if alpha > 0]
-        self.prob, self.num_classes, self.seed = prob, num_classes, seed
-
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """(n, c, side, side) and (n,) -> images, and targets (n, num_classes) as probabilities."""
-        targets = F.one_hot(labels, self.num_classes).to(images.dtype)
-        rng = np.random.default_rng([self.seed, epoch, step, 1])
-        if not self.kinds or rng.random() >= self.prob:
-            return images, targets
-        kind = self.kinds[int(rng.integers(len(self.kinds)))]
-        keep = float(rng.beta(self.alphas[kind], self.alphas[kind]))
-        partner = _neighbour(len(images), images.device)
-        if kind == "mixup":
-            images = keep * images + (1 - keep) * images[partner]
+    def draw(self, epoch: int, step: int, batch_size: int) -> Draws:
+        """For a global batch."""
+        rng = np.random.default_rng([self.seed, epoch, step, 2])
+        boxes = np.tile(np.array([0, 0, self.side, self.side, 0]), (batch_size, 1))
+        if self.moves:
+            if self.resized:
+                boxes[:, :4] = self._resized_boxes(rng, batch_size)
+            else:
+                boxes[:, :2] = rng.integers(-self.pad, self.pad + 1, size=(batch_size, 2))
+            boxes[:, 4] = rng.random(batch_size) < 0.5
+        if self.policy:
+            codes, arguments = self.policy.draw(rng, batch_size)
         else:
-            side = images.shape[-1]
-            half = 0.5 * side * (1 - keep) ** 0.5
-            cy, cx = rng.integers(side, size=2).tolist()
-            y0, y1, x0, x1 = (int(np.clip(round(v), 0, side)) for v in (cy - half, cy + half, cx - half, cx + half))
-            images = images.clone()
-            images[:, :, y0:y1, x0:x1] = images[partner][:, :, y0:y1, x0:x1]
-            keep = 1 - (y1 - y0) * (x1 - x0) / side**2  # the area that was really kept
-        return images, keep * targets + (1 - keep) * targets[partner]
+            codes, arguments = np.zeros((batch_size, 0), np.int64), np.zeros((batch_size, 0), np.float32)
+        erased = np.stack([self._rectangles(rng, batch_size), self._squares(rng, batch_size)], axis=1)
+        return Draws(boxes, codes, arguments, erased)
+
+    def _resized_boxes(self, rng: np.random.Generator, n: int) -> Ints:
+        """As torchvision's RandomResizedCrop; (n, 4)."""
+        side = self.side
+        height, width, fits = self._tries(rng, n, (self.scale, 1.0), (3 / 4, 4 / 3), side)
+        h, w = np.where(fits, height, side), np.where(fits, width, side)  # torchvision's fallback: all of a square
+        y, x = (_offset(rng, side - v) for v in (h, w))
+        return np.stack([y, x, h, w], axis=1)
+
+    def _rectangles(self, rng: np.random.Generator, n: int) -> Ints:
+        """As torchvision's RandomErasing with its default scale and ratio; (n, 4)."""
+        if self.random_erasing == 0:
+            return np.zeros((n, 4), np.int64)
+        h, w, fits = self._tries(rng, n, (0.02, 0.33), (0.3, 3.3), self.side - 1)
+        y, x = (_offset(rng, np.maximum(self.side - v, 0)) for v in (h, w))
+        erased = (rng.random(n) < self.random_erasing) & fits
+        return np.stack([y, y + h, x, x + w], axis=1) * erased[:, None]
+
+    def _squares(self, rng: np.random.Generator, n: int) -> Ints:
+        """Cutout: a square around any pixel, cut off at the edges; (n, 4)."""
+        if self.cutout == 0:
+            return np.zeros((n, 4), np.int64)
+        first = rng.integers(self.side, size=(n, 2)) - self.cutout // 2
+        edges = np.stack([first[:, 0], first[:, 0] + self.cutout, first[:, 1], first[:, 1] + self.cutout], axis=1)
+        return edges.clip(0, self.side)
+
+    def _tries(
+        self, rng: np.random.Generator, n: int, scale: tuple[float, float], ratio: tuple[float, float], limit: int
+    ) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+        """Heights and widths of the first of ten tries that fits within `limit`, and whether one did."""
+        area = self.side**2 * rng.uniform(*scale, (n, 10))
+        aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), (n, 10)))
+        height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (height <= limit) & (width <= limit) & (height > 0) & (width > 0)
+        first = fits.argmax(1)
+        h, w = (v[np.arange(n), first].astype(np.int64) for v in (height, width))
+        return h, w, np.asarray(fits.any(1))
+
+    # --- on the device -----------------------------------------------------------------------------------------------
+
+    def transform(self, images: Tensor, draws: Draws) -> Tensor:
+        """Crop, mirror and policy. (n, 3, side, side) uint8 -> the same."""
+        if not self.moves:
+            return images
+        device, slots = images.device, draws.codes.shape[1]
+        orders = [draws.codes[:, slot].argsort(kind="stable") for slot in range(slots)]
+        table = np.column_stack([draws.boxes, *orders, *(o.argsort(kind="stable") for o in orders)])
+        columns = to_device(torch.from_numpy(table.T.copy()), device)
+        ordered = [draws.arguments[order, slot] for slot, order in enumerate(orders)]
+        arguments = to_device(torch.from_numpy(np.stack(ordered)), device) if ordered else None
+        top, left, _, _, mirrored = boxes = columns[:5]
+        images = operations.resample(images, boxes.T) if self.resized else self._crop(images, top, left, mirrored)
+        for slot, order in enumerate(orders):
+            assert self.policy is not None and arguments is not None
+            forth, back = columns[5 + slot], columns[5 + slots + slot]
+            codes = draws.codes[order, slot]
+            images = apply_slot(self.policy, images[forth], codes, arguments[slot])[back]
+        return images
+
+    def _crop(self, images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+        """A crop of the same side that may reach `pad` pixels out of the image."""
+        side, n = self.side, len(images)
+        at = torch.arange(side, device=images.device)
+        rows = at + top[:, None] + self.pad
+        columns = torch.where(mirrored[:, None] > 0, side - 1 - at, at) + left[:, None] + self.pad
+        padded = F.pad(images, (self.pad,) * 4)
+        entry = torch.arange(n, device=images.device)[:, None, None, None]
+        channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+        return padded[entry, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+    def erase(self, images: Tensor, rectangles: Tensor) -> Tensor:
+        """Zero the rectangles (y0, y1, x0, x1) of each normalised image; (n, 3, side, side) and (n, 2, 4)."""
+        if self.random_erasing == 0 and self.cutout == 0:
+            return images
+        at = torch.arange(self.side, device=images.device)
+        y0, y1, x0, x1 = rectangles[..., None].unbind(2)
+        rows, columns = (at >= y0) & (at < y1), (at >= x0) & (at < x1)
+        return images.masked_fill((rows[..., :, None] & columns[..., None, :]).any(1)[:, None], 0.0)
 
 
-def _neighbour(n: int, device: torch.device) -> Tensor:
-    """0 <-> 1, 2 <-> 3, ...; an odd last one stays."""
-    return (torch.arange(n, device=device) ^ 1).clamp_max(n - 1)
+def _offset(rng: np.random.Generator, room: Ints) -> Ints:
+    """A whole number from 0 to `room`, both included, for each of them."""
+    return np.floor(rng.random(len(room)) * (room + 1)).astype(np.int64)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy that does not wait for what the device still has to do."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def tta_views(images: Tensor, views: int) -> list[Tensor]:

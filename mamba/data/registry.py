@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mamba.config.schema import DataConfig
-from mamba.data.augment import SampleTransform
-from mamba.data.augment_gpu import BatchAugment, Draws, to_device
+from mamba.data.augment import BatchAugment, Draws, to_device
 from mamba.errors import DataError
 from mamba.train.worker import Worker
 
@@ -309,12 +308,15 @@ class ShardSampler(Sampler[BatchKey]):
     """The order of an epoch, cut into global batches, micro-batches and this rank's contiguous share of each.
 
     Set `epoch` (and `start`, a step to begin at) before iterating. Images that do not fill the last batch are left
-    out of that epoch.
+    out of that epoch. With `repeats`, a batch is that many times the same images one after the other
+    (https://arxiv.org/abs/1901.09335), and an epoch has as many steps as without.
     """
 
-    def __init__(self, size: int, batch_size: int, accumulate: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self, size: int, batch_size: int, accumulate: int, rank: int, world_size: int, seed: int, repeats: int = 1
+    ) -> None:
         self.size, self.batch_size, self.accumulate = size, batch_size, accumulate
-        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.rank, self.world_size, self.seed, self.repeats = rank, world_size, seed, repeats
         self.epoch = self.start = 0
 
     @property
@@ -329,28 +331,33 @@ class ShardSampler(Sampler[BatchKey]):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         micro = self.batch_size // self.accumulate
         share = micro // self.world_size
+        different = self.batch_size // self.repeats
         for step in range(self.start, self.steps):
+            batch = np.tile(order[step * different : (step + 1) * different], self.repeats)
             for part in range(self.accumulate):
                 lo = part * micro + self.rank * share
-                at = step * self.batch_size + lo
-                yield BatchKey(self.epoch, step, lo, lo + share, order[at : at + share])
+                yield BatchKey(self.epoch, step, lo, lo + share, batch[lo : lo + share])
 
 
 class TrainBatches(Dataset[tuple[Tensor, Tensor]]):
     """BatchKey -> (images (n, 3, side, side) float32 augmented and normalised, labels (n,) int64)."""
 
     def __init__(self, data: ImageData, config: DataConfig, seed: int) -> None:
-        self.data, self.seed, self.batch_size = data, seed, config.batch_size
-        self.transform = SampleTransform(config.augment, config.random_erasing, data.train.images.shape[1])
+        self.data, self.batch_size = data, config.batch_size
+        self.augment = BatchAugment(config, data.train.images.shape[1], data.mean, seed)
 
     def __getitem__(self, key: BatchKey) -> tuple[Tensor, Tensor]:
         train = self.data.train
         rows = train.index[key.rows]
         # a fancy index over a memory map reads in file order when sorted; small enough not to matter here
         images = np.asarray(train.images[rows])
-        seeds = np.random.default_rng([self.seed, key.epoch, key.step]).integers(2**63, size=self.batch_size)
-        batch = self.transform(images, seeds[key.lo : key.hi], self.data.normalise)
-        return batch, torch.from_numpy(train.labels[rows])
+        labels = torch.from_numpy(train.labels[rows])
+        if not self.augment.active:
+            return self.data.normalise(torch.from_numpy(images)), labels
+        draws = self.augment.draw(key.epoch, key.step, self.batch_size).part(key.lo, key.hi)
+        augmented = self.augment.transform(torch.from_numpy(images).permute(0, 3, 1, 2), draws)
+        normalised = self.data.normalise(augmented.permute(0, 2, 3, 1))
+        return self.augment.erase(normalised, torch.from_numpy(draws.erased)), labels
 
 
 @dataclass
@@ -374,11 +381,11 @@ def make_train_loader(
         DataError: the training set is smaller than one batch.
     """
     check_batch_size(len(data.train), config)
-    sampler = ShardSampler(len(data.train), config.batch_size, accumulate, rank, world_size, seed)
+    sampler = ShardSampler(len(data.train), config.batch_size, accumulate, rank, world_size, seed, config.repeats)
     batches = TrainBatches(data, config, seed)
     workers = config.loader_workers
     if workers is None:
-        workers = 0 if not batches.transform.active else max(0, min(16, cpus - 1))
+        workers = 0 if not batches.augment.active else max(0, min(16, cpus - 1))
     loader: DataLoader[Any] = DataLoader(
         batches,
         sampler=sampler,
@@ -410,7 +417,7 @@ class DeviceBatches:
         self.labels = torch.from_numpy(train.labels[train.index]).to(device)
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (data.mean, data.std))
         self.factor, self.offset = 1 / (255 * std), -mean / std
-        self.augment = BatchAugment(config.augment, config.random_erasing, self.images.shape[-1], seed)
+        self.augment = BatchAugment(config, self.images.shape[-1], data.mean, seed)
         self.batch_size = config.batch_size
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -447,7 +454,7 @@ class DeviceBatches:
         draws = Draws.join([self.augment.draw(k.epoch, k.step, self.batch_size).part(k.lo, k.hi) for k in keys])
         with torch.cuda.stream(self.stream):  # of None: as it is
             rows = to_device(torch.from_numpy(np.concatenate([k.rows for k in keys])), self.device)
-            rectangles = to_device(torch.from_numpy(draws.erase), self.device)
+            rectangles = to_device(torch.from_numpy(draws.erased), self.device)
             images, labels = self.augment.transform(self.images[rows], draws), self.labels[rows]
         made = self.stream.record_event() if self.stream else None
         return Chunk([len(k.rows) for k in keys], images, labels, rectangles, made)
@@ -497,7 +504,8 @@ def make_train_batches(
     if not on_device:
         return make_train_loader(data, config, seed, accumulate, worker.rank, worker.world_size, worker.cpus, pin=gpu)
     check_batch_size(len(data.train), config)
-    sampler = ShardSampler(len(data.train), config.batch_size, accumulate, worker.rank, worker.world_size, seed)
+    rank, world_size = worker.rank, worker.world_size
+    sampler = ShardSampler(len(data.train), config.batch_size, accumulate, rank, world_size, seed, config.repeats)
     return DeviceBatches(data, config, seed, sampler, worker.device)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mamba.config.schema import RunConfig
-from mamba.data.augment import BatchMix, tta_views
+from mamba.data.augment import tta_views
+from mamba.data.mix import BatchMix
 from mamba.data.registry import ImageData, ImageSet, eval_batches, load_data, make_train_batches
 from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel, count_parameters
@@ -101,7 +102,7 @@ class Trainer:
         self.statistics = batch_norm_statistics(self.model)  # a forward pass changes them, a skipped step must not
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
         self.optimizer = make_optimizer(self.model, optim)
-        self.mix = BatchMix(config.data.mixup, config.data.cutmix, config.data.mix_prob, len(data.classes), config.seed)
+        self.mix = BatchMix.from_config(config, len(data.classes))
         self.batches = make_train_batches(data, config.data, config.seed, optim.accumulate, worker)
         self.steps_per_epoch = self.batches.sampler.steps
         self.amp = resolve_amp(optim.amp, worker.device)
