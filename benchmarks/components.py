@@ -99,7 +99,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     device = own_device()
     model, description = ckpt.load_model(args.checkpoint, device=device)
-    config = RunConfig(**description["config"])
+    config = RunConfig.stored(description["config"], args.checkpoint)
     data = load_data(config.data, config.seed)
     if data.val is None:
         raise ConfigError("the run kept no validation split (data.val_fraction 0); there is nothing to measure on")

@@ -49,14 +49,14 @@ def compare(checkpoint: Path) -> dict[str, object]:
     trials = expand(load_space(GRIDS["components"]), 0)
     device = own_device()
     model, description = ckpt.load_model(checkpoint, device=device)
-    config = RunConfig(**description["config"])
+    config = RunConfig.stored(description["config"], checkpoint)
     data = load_data(config.data, config.seed)
     assert data.val is not None
     measure.accuracy(model, data, data.val, config.eval.batch_size)  # the first call imports, and builds, what it needs
     began = time.perf_counter()
     for trial in trials:
         ((key, rate),) = trial.values.items()
-        pruned = cut(model, {key.removeprefix("prune."): rate}).model
+        pruned = cut(model, {key.removeprefix("cut."): rate}).model
         measure.size(pruned)
         measure.accuracy(pruned, data, data.val, config.eval.batch_size)
     loop = time.perf_counter() - began

@@ -123,9 +123,9 @@ def hooks_for(config: RunConfig, rank: int = 0) -> list[TrainHook]:
         CheckpointError: masks that cannot be read.
     """
     hooks: list[TrainHook] = []
-    prune = config.prune
-    if prune.penalty != "off":
-        hooks.append(PenaltyHook(prune.penalty_strength, prune.exponent, prune.target, prune.penalty))
+    prune, penalty = config.prune, config.penalty
+    if penalty.kind != "off":
+        hooks.append(PenaltyHook(penalty.strength, penalty.exponent, penalty.target, penalty.kind))
     if config.model.checkpoint is not None:
         start = ckpt.find_checkpoint(config.model.checkpoint)
         later = prune.round > 0

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mamba.errors import ConfigError, ForgeError
 from ray_jobs.report.table import show, write_results
 from ray_jobs.sweep.results import TRIAL, read_trial
@@ -57,7 +55,7 @@ def trials_under(folder: Path) -> list[dict[str, Any]]:
         values = result.get("values")
         config = path.parent / "config.yaml"
         if values is None and config.exists():
-            flat = RunConfig(**yaml.safe_load(config.read_text())).flat()
+            flat = RunConfig.from_yaml(config).flat()
             values = {k: v for k, v in flat.items() if v != defaults.get(k) and k not in ("out", "name", "trial")}
         name = f"{folder.name}/{path.parent.relative_to(folder)}"
         row = {key: result.get(key, "") for key in ("status", "reason", "seconds", "metrics")}

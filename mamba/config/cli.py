@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from mamba.config.keys import dotted_keys, may_be_none, unknown_key
+from mamba.config.keys import RETIRED, current, dotted_keys, may_be_none, unknown_key
 from mamba.config.presets import PRESETS, get_preset
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
@@ -175,7 +175,7 @@ def _config_in(folder: Path) -> RunConfig:
         raise ConfigError(f"--resume {folder}: there is no such folder")
     if not experiment.exists():
         return RunConfig.from_yaml(folder / "config.yaml")
-    return RunConfig(**json.loads(experiment.read_text())["config"])
+    return RunConfig.stored(json.loads(experiment.read_text())["config"], experiment)
 
 
 def _split(words: list[str], options: set[str], short: dict[str, str]) -> tuple[dict[str, str], dict[str, str | None]]:
@@ -196,7 +196,7 @@ def _split(words: list[str], options: set[str], short: dict[str, str]) -> tuple[
         flag, equals, value = word[2:].partition("=")
         key = flag.replace("-", "_")
         key = short.get(key, key)
-        if key not in known and key not in options:
+        if key not in known and key not in options and key not in RETIRED:
             raise unknown_key(key)
         if not equals:
             value = next(rest, "--")
@@ -204,8 +204,8 @@ def _split(words: list[str], options: set[str], short: dict[str, str]) -> tuple[
                 raise ConfigError(f"--{flag} needs a value (see --help)")
         if key in launch or key in values:
             raise ConfigError(f"--{flag} is given twice")
-        if key in known:
-            values[key] = None if value.lower() == "none" and may_be_none(key) else value
-        else:
+        if key in options:
             launch[key] = value
-    return launch, values
+        else:
+            values[key] = None if value.lower() == "none" and may_be_none(RETIRED.get(key) or key) else value
+    return launch, current(values, "the command line")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,8 +26,70 @@ class Group(BaseModel):
             raise ConfigError(_one_line(error, type(self))) from None
 
 
+RETIRED: dict[str, str | None] = {
+    **{
+        f"prune.{name}": f"cut.{name}"
+        for name in (
+            *("linear_out", "mlp", "linear_gate", "linear_in", "conv1d", "linear_B_C", "linear_delta", "block"),
+            *("layer", "structured", "criterion", "scope", "finetune_epochs"),
+        )
+    },
+    "prune.penalty": "penalty.kind",
+    "prune.penalty_strength": "penalty.strength",
+}
+"""Keys of earlier versions: what each is called now; None: it is left out. What was stored is read by this table."""
+
+SHARED = {"prune.penalty": {"prune.target": "penalty.target", "prune.exponent": "penalty.exponent"}}
+"""Of a retired key: keys that counted for it too, and where they went besides staying."""
+
+_said: set[str] = set()
+
+
+def current(values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Dotted keys and their values, by the names of today; says once in a process that it translated.
+
+    Raises:
+        ConfigError: a key stands there by its old and by its new name; `where` says where.
+    """
+    old = [key for key in values if key in RETIRED]
+    found = {RETIRED.get(key, key): value for key, value in values.items()}
+    for key in old:
+        if RETIRED[key] in values:
+            raise ConfigError(f"{where}: {key} is called {RETIRED[key]} now, and both are given; leave one out")
+        for source, target in SHARED.get(key, {}).items():
+            if source in values:
+                found.setdefault(target, values[source])
+    if old and not _said.intersection(old):
+        more = f" (and {len(old) - 1} more keys)" if len(old) > 1 else ""
+        fate = f"read as {RETIRED[old[0]]}" if RETIRED[old[0]] else "left out"
+        print(f"note: {where} is of an earlier version: {old[0]} is {fate}{more}", file=sys.stderr)
+        _said.update(RETIRED)
+    return {key: value for key, value in found.items() if key is not None}
+
+
 class Keyed(Group):
     """A group of groups, whose values have dotted keys: `optim.lr`, or `seed`."""
+
+    @classmethod
+    def stored(cls, tree: object, where: object) -> Self:
+        """A config that was stored, perhaps by an earlier version; `where` is said in errors.
+
+        Raises:
+            ConfigError: no mapping of keys, an unknown key, or a bad value.
+        """
+        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+            raise ConfigError(f"{where} does not hold a run config (a mapping of keys)")
+        flat: dict[str, Any] = {}
+        for key, value in tree.items():
+            flat |= {f"{key}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {key: value}
+        now: dict[str, Any] = {}
+        for key, value in current(flat, where).items():
+            group, _, leaf = key.partition(".")
+            if leaf:
+                now.setdefault(group, {})[leaf] = value
+            else:
+                now[key] = value
+        return cls(**now)
 
     def with_values(self, values: dict[str, Any]) -> Self:
         """A copy with the given dotted keys replaced, checked like everything else.
@@ -67,9 +131,7 @@ class Keyed(Group):
             tree = yaml.safe_load(path.read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read as a run config: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-            raise ConfigError(f"{path} does not hold a run config (a mapping of keys)")
-        return cls(**tree)
+        return cls.stored(tree, path)
 
 
 def dotted_keys() -> dict[str, type[Group]]:
@@ -93,7 +155,9 @@ def may_be_none(key: str) -> bool:
 
 
 def unknown_key(key: str) -> ConfigError:
-    """The error for a key that is none: lists its group's keys, or the groups where there is no such group."""
+    """The error for a key that is none: its new name, its group's keys, or the groups where there is no such group."""
+    if key in RETIRED:
+        return ConfigError(f"unknown key '{key}': " + (f"it is {RETIRED[key]} now" if RETIRED[key] else "retired"))
     known = dotted_keys()
     group = key.split(".")[0]
     siblings = [k for k in known if k.startswith(group + ".")]

@@ -57,9 +57,12 @@ def resolved(config: RunConfig) -> RunConfig:
             f"optim.warmup_epochs {config.optim.warmup_epochs:g} is longer than optim.epochs {config.optim.epochs}; it "
             "must not be: lower it too, 0 is allowed"
         )
-    pruned = config.prune.method != "none" or config.prune.penalty != "off"
-    if pruned and config.prune.target == "mlp" and model.mlp_ratio == 0 and config.model.checkpoint is None:
-        raise ConfigError("prune.target 'mlp' needs an MLP and model.mlp_ratio 0 has none; valid: ssm, both")
+    for key, used, target in (
+        ("prune.target", config.prune.method != "none", config.prune.target),
+        ("penalty.target", config.penalty.kind != "off", config.penalty.target),
+    ):
+        if used and target == "mlp" and model.mlp_ratio == 0 and config.model.checkpoint is None:
+            raise ConfigError(f"{key} 'mlp' needs an MLP and model.mlp_ratio 0 has none; valid: ssm, both")
     if config.prune.rewind_epoch >= config.optim.epochs:
         raise ConfigError(
             f"prune.rewind_epoch {config.prune.rewind_epoch} is not before the end of optim.epochs "

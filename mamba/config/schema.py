@@ -16,6 +16,7 @@ from mamba.config import resolve
 from mamba.config.keys import Group, Keyed
 
 SizeName = Literal["mamba_tiny", "mamba_small", "mamba_base", "vim_tiny", "vim_small", "vim_base"]
+Target = Literal["ssm", "mlp", "both"]
 
 
 class DataConfig(Group):
@@ -192,12 +193,12 @@ class EvalConfig(Group):
 
 
 class PruneConfig(Group):
-    """Rounds of training, pruning and rewinding (`ray_jobs/prune.py`), and the penalties of training."""
+    """Rounds of training, pruning and rewinding (`ray_jobs/prune.py`)."""
 
     method: Literal["none", "magnitude", "refill", "rsst"] = "none"
     """What a round does with the weights that global magnitude pruning gives up. magnitude: zeroes them one by one;
     refill: keeps the best whole units instead and removes the others; rsst: decays the others until they can go."""
-    target: Literal["ssm", "mlp", "both"] = "both"
+    target: Target = "both"
     """Channels of the mixer (its in_proj and out_proj), neurons of the MLP (fc1 and fc2), or both, where there are."""
     rate: float = Field(0.2, gt=0, lt=1)
     """Share of the surviving weights of the target that each round prunes: (1 - rate)^k of them are left after
@@ -217,39 +218,59 @@ class PruneConfig(Group):
     schedule: Literal["linear", "x2", "x3", "exp", "power"] = "linear"
     """rsst: how lambda grows to its ceiling, epoch by epoch."""
     exponent: float = Field(4.0, gt=0)
-    """Exponent of schedule power, and of the penalty's strength over time."""
+    """rsst: exponent of schedule power."""
     grow_fraction: float = Field(0.5, gt=0, le=1)
     """rsst: part of a round's epochs in which lambda grows; then the units are cut, and the rest trains on."""
-    penalty: Literal["off", "l1", "group"] = "off"
-    """Sparsity penalty on the target's units while training: their L1 norm, or group lasso."""
-    penalty_strength: float = Field(1e-4, ge=0)
-    """Weight of the penalty in the last epoch; before: strength (epoch / epochs)^exponent."""
+
+
+class CutConfig(Group):
+    """One cut of a trained model (`ray_jobs/ablate.py`, measure trials): a rate for each component that is cut."""
+
     linear_out: float = Field(0.0, ge=0, lt=1)
-    """One cut of a trained model (`ray_jobs/ablate.py`): the rate of out_proj; docs/PRUNING.md says what each is."""
+    """The rate of out_proj; docs/PRUNING.md says what each component is."""
     mlp: float = Field(0.0, ge=0, lt=1)
-    """One cut: the rate of the MLP."""
+    """The rate of the MLP."""
     linear_gate: float = Field(0.0, ge=0, lt=1)
-    """One cut: the rate of in_proj's gate rows."""
+    """The rate of in_proj's gate rows."""
     linear_in: float = Field(0.0, ge=0, lt=1)
-    """One cut: the rate of in_proj."""
+    """The rate of in_proj."""
     conv1d: float = Field(0.0, ge=0, lt=1)
-    """One cut: the rate of the convolution."""
+    """The rate of the convolution."""
     linear_B_C: float = Field(0.0, ge=0, lt=1)
-    """One cut: the rate of x_proj's B and C rows."""
+    """The rate of x_proj's B and C rows."""
     linear_delta: float = Field(0.0, ge=0, lt=1)
-    """One cut: the rate of the time step's projection."""
+    """The rate of the time step's projection."""
     block: float = Field(0.0, ge=0, lt=1)
-    """One cut: the share of whole blocks."""
+    """The share of whole blocks."""
     layer: int | None = Field(None, ge=0)
-    """One cut: the only block that it is made in; None: all."""
+    """The only block that the cut is made in; None: all."""
     structured: bool = False
-    """One cut: remove whole units (each component's structured granularity) instead of zeroing single weights."""
+    """Remove whole units (each component's structured granularity) instead of zeroing single weights."""
     criterion: Literal["l1", "l2", "taylor", "wanda", "random"] = "l1"
-    """One cut: what ranks weights and units."""
+    """What ranks weights and units."""
     scope: Literal["global", "layerwise"] = "global"
-    """One cut: rank over all blocks together, or within each."""
+    """Rank over all blocks together, or within each."""
     finetune_epochs: int = Field(0, ge=0)
-    """Epochs of training after a cut; 0: measure at once."""
+    """Epochs of training after the cut; 0: measure at once."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Component -> rate, of those that are cut; empty where nothing is."""
+        names = ("linear_out", "mlp", "linear_gate", "linear_in", "conv1d", "linear_B_C", "linear_delta", "block")
+        return {name: rate for name in names if (rate := getattr(self, name)) > 0}
+
+
+class PenaltyConfig(Group):
+    """A sparsity penalty on whole units while training, of any run or of each round."""
+
+    kind: Literal["off", "l1", "group"] = "off"
+    """l1: the units' L1 norm; group: group lasso."""
+    target: Target = "both"
+    """Whose units: channels of the mixer, neurons of the MLP, or both, where there are."""
+    strength: float = Field(1e-4, ge=0)
+    """Weight of the penalty in the last epoch; before: strength (epoch / epochs)^exponent."""
+    exponent: float = Field(4.0, gt=0)
+    """Exponent of the strength over time."""
 
 
 class CheckpointConfig(Group):
@@ -291,6 +312,8 @@ class RunConfig(Keyed):
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     prune: PruneConfig = PruneConfig()
+    cut: CutConfig = CutConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     scaling: ScalingConfig = ScalingConfig()
 
@@ -301,11 +324,6 @@ class RunConfig(Keyed):
             ConfigError: a combination that cannot run; names the keys, and what is valid.
         """
         return resolve.resolved(self)
-
-    def cuts(self) -> dict[str, float]:
-        """Component -> rate of the one cut that `prune.*` describes; empty where it cuts nothing."""
-        names = ("linear_out", "mlp", "linear_gate", "linear_in", "conv1d", "linear_B_C", "linear_delta", "block")
-        return {name: rate for name in names if (rate := getattr(self.prune, name)) > 0}
 
     def grow_epochs(self) -> int:
         """Epochs in which rsst's lambda grows."""

@@ -21,4 +21,4 @@ def recipe_of(path: Path) -> RunConfig:
     tree = read_description(folder).get("config")
     if tree is None:
         raise ConfigError(f"{folder} does not say how it was trained: give --preset, or the data.* keys with one")
-    return RunConfig(**tree).with_values({"out": RunConfig().out, "prune.round": 0})
+    return RunConfig.stored(tree, folder).with_values({"out": RunConfig().out, "prune.round": 0})

@@ -18,8 +18,8 @@ NOISE = 3
 
 def cut_of(row: Mapping[str, Any]) -> dict[str, float]:
     """Component -> rate of a trial."""
-    rates = {k.removeprefix("prune."): v for k, v in row["values"].items() if k.startswith("prune.")}
-    return {k: float(v) for k, v in rates.items() if isinstance(v, float) and k != "fillback_rate" and v > 0}
+    rates = {k.removeprefix("cut."): v for k, v in row["values"].items() if k.startswith("cut.")}
+    return {k: float(v) for k, v in rates.items() if isinstance(v, float) and v > 0}
 
 
 def by_component(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, Mapping[str, Any]]]:
@@ -27,7 +27,7 @@ def by_component(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, Map
     found: dict[str, dict[float, Mapping[str, Any]]] = {}
     for row in rows:
         cuts = cut_of(row)
-        if row["status"] == "finished" and len(cuts) == 1 and row["values"].get("prune.layer") is None:
+        if row["status"] == "finished" and len(cuts) == 1 and row["values"].get("cut.layer") is None:
             ((name, rate),) = cuts.items()
             found.setdefault(name, {})[rate] = row
     return found
@@ -37,7 +37,7 @@ def by_layer(rows: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
     """Of the finished trials that cut one block: block -> trial."""
     found = {}
     for row in rows:
-        layer = row["values"].get("prune.layer")
+        layer = row["values"].get("cut.layer")
         if row["status"] == "finished" and layer is not None:
             found[int(layer)] = row
     return found
@@ -48,7 +48,7 @@ def joint(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [
         row
         for row in rows
-        if row["status"] == "finished" and len(cut_of(row)) > 1 and row["values"].get("prune.layer") is None
+        if row["status"] == "finished" and len(cut_of(row)) > 1 and row["values"].get("cut.layer") is None
     ]
 
 
@@ -91,7 +91,7 @@ def findings(
         cheap[name] = max((r for r in points if r < dear), default=0.0)
     for name, rate in sorted(cheap.items(), key=lambda item: -item[1]):
         if rate:
-            kind = "removed" if components[name][rate]["values"].get("prune.structured") else "zeroed"
+            kind = "removed" if components[name][rate]["values"].get("cut.structured") else "zeroed"
             lines.append(f"prune first: {name} at {rate:g} costs {drops[name][rate]:.2f} points ({kind})")
     for name, points in drops.items():
         rate = min(points)
@@ -113,7 +113,7 @@ def findings(
         if "bench/images_per_s" in m and baseline.get("bench/images_per_s"):
             speed = f", {m['bench/images_per_s'] / baseline['bench/images_per_s']:.2f} times the throughput"
         share = m["model/params"] / baseline["model/params"] if baseline.get("model/params") else float("nan")
-        kind = "units removed" if row["values"].get("prune.structured") else "weights zeroed"
+        kind = "units removed" if row["values"].get("cut.structured") else "weights zeroed"
         lines.append(
             f"together ({kind}): {words_of}: {m['val/drop']:.2f} points, {100 * share:.0f} % of the parameters{speed}"
         )
@@ -173,7 +173,7 @@ def _searched(
             value = row["metrics"][key]
             share = f" ({100 * value / baseline[key]:.0f} % of the dense model's)" if baseline.get(key) else ""
             reached.append(f"{key} {short(value)}{share}")
-        values = {key.removeprefix("prune."): value for key, value in varied(rows, row).items()}
+        values = {key.removeprefix("cut."): value for key, value in varied(rows, row).items()}
         chosen = ", ".join(f"{key} {brief(value)}" for key, value in values.items())
         lines.append(f"{'' if others else 'best: '}{row['trial']}: {', '.join(reached)} with {chosen}")
     return lines

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mamba.config.keys import current
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError
@@ -106,8 +107,8 @@ def load(folder: Path) -> Experiment:
         tree = json.loads((folder / FILE).read_text())
         return Experiment(
             Space.model_validate(tree["space"]),
-            [Trial(name, values) for name, values in tree["trials"]],
-            RunConfig(**tree["config"]),
+            [Trial(name, current(values, folder / FILE)) for name, values in tree["trials"]],
+            RunConfig.stored(tree["config"], folder / FILE),
             Path(tree["checkpoint"]) if tree["checkpoint"] else None,
             tree["gpus_per_trial"],
             tree["storage"],
@@ -218,7 +219,7 @@ def _time(shared: Shared, say: Callable[[str], None]) -> None:
     changed = [
         (row["trial"], row["values"])
         for row in rows(shared.folder)
-        if row["status"] == "finished" and row["values"].get("prune.structured")
+        if row["status"] == "finished" and row["values"].get("cut.structured")
     ]
     timed = [row for row in rows(shared.folder) if "bench/images_per_s" in row["metrics"]]
     if not changed or len(timed) == len(changed):

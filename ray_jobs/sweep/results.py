@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mamba.config.keys import current
 from mamba.runs.tracking import write_json
 
 TRIAL = "trial.json"
@@ -40,7 +41,7 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
             tree = json.loads((folder / name).read_text())
             if name != TRIAL and "values" not in tree:  # a run's own
                 return None
-            values, metrics = dict(tree["values"]), dict(tree["metrics"])
+            values, metrics = current(tree["values"], folder / name), dict(tree["metrics"])
             if tree["status"] not in STATUSES:
                 return None
         except FileNotFoundError:

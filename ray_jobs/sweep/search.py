@@ -29,6 +29,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
+from mamba.config.keys import current
 from ray_jobs.sweep.results import read_trial, write_trial
 from ray_jobs.sweep.space import Space, Trial
 from ray_jobs.sweep.trial import Shared, list_trial, run_trial
@@ -109,7 +110,7 @@ class StudyTrials(GridTrials):
         else:
             return Searcher.FINISHED
         self.active[trial_id] = trial
-        drawn = {key: self.space.search[key].value(value) for key, value in trial.params.items()}
+        drawn = {key: self.space.search[key].value(value) for key, value in current(trial.params, self.folder).items()}
         return {"trial": _name(trial), "values": {**self.space.fixed, **drawn}}
 
     def exhausted(self) -> bool:

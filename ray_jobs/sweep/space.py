@@ -3,7 +3,7 @@
 question: what the sweep answers                    cost: what it takes
 kind: measure (cut a trained model, evaluate it) | train
 set: {dotted key: value}                            the same for every trial
-grids: [{dotted key: [values]}, ...]                each a product; together their union; prune.layer: all
+grids: [{dotted key: [values]}, ...]                each a product; together their union; cut.layer: all
 search: {dotted key: {low, high, log, one_minus} | {choices}}       drawn by Optuna
 objectives: {metric: max | min}                     of a search; two make a Pareto front
 trials: how many a search draws                     seeds: [...] repeats every trial
@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mamba.config.keys import current
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 
@@ -101,6 +102,13 @@ class Space(BaseModel):
     seeds: list[int] = Field(default_factory=list)
     early_stop: EarlyStop | None = None
 
+    @field_validator("fixed", "grids", "search", mode="before")
+    @classmethod
+    def _by_todays_names(cls, given: Any) -> Any:
+        if isinstance(given, list):
+            return [cls._by_todays_names(grid) for grid in given]
+        return current(given, "the search space") if isinstance(given, dict) else given
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -139,7 +147,7 @@ def expand(space: Space, depth: int, prefix: str = "") -> list[Trial]:
 
     Args:
         space: with grids.
-        depth: blocks of the model, for `prune.layer: all`.
+        depth: blocks of the model, for `cut.layer: all`.
         prefix: of the trials' names.
     """
     trials: dict[str, Trial] = {}
@@ -174,8 +182,8 @@ def _check(space: Space) -> None:
             raise ConfigError("grids: an empty grid has no trial")
         for key, values in grid.items():
             if values == "all":
-                if key != "prune.layer":
-                    raise ConfigError(f"grids: '{key}: all' means nothing; only prune.layer takes all")
+                if key != "cut.layer":
+                    raise ConfigError(f"grids: '{key}: all' means nothing; only cut.layer takes all")
                 continue
             if not values:
                 raise ConfigError(f"grids: {key} lists no value")

@@ -143,21 +143,21 @@ def trained_model(path: Path, device: torch.device) -> tuple[MambaModel, dict[st
 
 
 def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk:
-    """The trained model, cut as `prune.*` says; what its checkpoint had masked stays masked."""
+    """The trained model, cut as `cut.*` says; what its checkpoint had masked stays masked."""
     assert shared.checkpoint is not None
     model, _, masks = trained_model(shared.checkpoint, device)
-    prune = config.prune
+    how = config.cut
     batches = None
-    if prune.criterion in ("taylor", "wanda"):
+    if how.criterion in ("taylor", "wanda"):
         batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(shared.data, config.seed)]
     return cut(
         model,
-        config.cuts(),
-        shrink=prune.structured,
-        scope=prune.scope,
-        score=prune.criterion,
+        how.rates,
+        shrink=how.structured,
+        scope=how.scope,
+        score=how.criterion,
         calibration=batches,
-        layers=None if prune.layer is None else [prune.layer],
+        layers=None if how.layer is None else [how.layer],
         seed=config.seed,
         masks=masks,
     )
@@ -198,20 +198,20 @@ def measured_baseline(shared: Shared, device: torch.device) -> dict[str, float]:
 
 
 def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
-    """Cut the trained model as `prune.*` says, fine-tune it if asked to, and measure what is left."""
+    """Cut the trained model as `cut.*` says, fine-tune it if asked to, and measure what is left."""
     assert shared.checkpoint is not None
     device = own_device()
     _, description, _ = trained_model(shared.checkpoint, device)
-    prune, data = config.prune, shared.data
+    data, epochs = shared.data, config.cut.finetune_epochs
     assert data.val is not None
-    if not config.cuts():
-        raise ConfigError("prune.*: nothing is cut; set at least one component's rate above 0")
+    if not config.cut.rates:
+        raise ConfigError("cut.*: nothing is cut; set at least one component's rate above 0")
     baseline = measured_baseline(shared, device)
     pruned = cut_model(shared, config, device)
     smaller = pruned.model
-    if prune.finetune_epochs:
+    if epochs:
         start = save_pruned(folder / "start", smaller, pruned.masks, description)
-        tuning = config.with_values({"model.checkpoint": start, "optim.epochs": prune.finetune_epochs})
+        tuning = config.with_values({"model.checkpoint": start, "optim.epochs": epochs})
         tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
         worker = TrialWorker(device, shared.threads, report)
         result = finished_run(folder) or fit(tuning.resolve(), worker, folder, data, hooks_for(tuning))
@@ -224,7 +224,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     metrics |= meter.size(smaller)
     metrics |= {"val/accuracy": accuracy, "val/drop": baseline["val/accuracy"] - accuracy}
     result = {"status": "finished", "metrics": metrics, "seed": config.seed, **environment(device)}
-    if not prune.finetune_epochs:
+    if not epochs:
         tracker = Tracker(folder, config, 0, 0)
         tracker.scalars(metrics, 0)
         tracker.close()

@@ -241,10 +241,10 @@ def test_hooks_carry_the_config(series, small_config):
     start = s.folder / "round-01" / "start"
     config = small_config(
         model__checkpoint=start, prune__method="rsst", prune__round=1, prune__schedule="x3", prune__exponent=2.0,
-        prune__ceiling=0.7, prune__penalty="l1", prune__penalty_strength=0.5,
+        prune__ceiling=0.7, penalty__kind="l1", penalty__strength=0.5, penalty__exponent=3.0,
     )  # fmt: skip
     penalty, hook = hooks_for(config)
-    assert (penalty.base, penalty.exponent, penalty.norm) == (0.5, 2.0, "l1")
+    assert (penalty.base, penalty.exponent, penalty.norm) == (0.5, 3.0, "l1")
     assert (hook.schedule, hook.exponent, hook.ceiling, hook.grow_epochs) == ("x3", 2.0, 0.7, 2)
     survivors = load_masks(start / SURVIVORS)
     assert all(torch.equal(hook.masks[n] & ~hook.stay[n], m & ~hook.stay[n]) for n, m in survivors.items())

@@ -24,20 +24,20 @@ def test_the_component_grid_is_the_documented_one():
     trials = expand(load_space("component_ablation"), 24)
     components = ("linear_out", "mlp", "linear_gate", "linear_in", "conv1d", "linear_B_C", "linear_delta")
     assert {tuple(t.values.items()) for t in trials} == {
-        ((f"prune.{name}", rate),) for name in components for rate in (0.3, 0.5, 0.7, 0.9)
+        ((f"cut.{name}", rate),) for name in components for rate in (0.3, 0.5, 0.7, 0.9)
     }
     assert len(trials) == 28 and trials[0].name == "linear_out-0.3"
 
 
 def test_the_layer_grid_takes_every_block_alone():
     trials = expand(load_space("layer_sensitivity"), 24)
-    assert [t.values["prune.layer"] for t in trials] == list(range(24))
+    assert [t.values["cut.layer"] for t in trials] == list(range(24))
     assert [t.name for t in trials[:2]] == ["layer-00", "layer-01"]
 
 
 def test_the_joint_grid():
     rates = [
-        {k.removeprefix("prune."): v for k, v in t.values.items() if k != "prune.structured"}
+        {k.removeprefix("cut."): v for k, v in t.values.items() if k != "cut.structured"}
         for t in expand(load_space("joint_pruning"), 24)
     ]
     assert rates == [
@@ -48,10 +48,10 @@ def test_the_joint_grid():
 
 
 def test_grids_multiply_and_repeat_over_seeds(tmp_path):
-    space = write(tmp_path, grids=[{"prune.mlp": [0.1, 0.2], "prune.conv1d": [0.3, 0.4]}], seeds=[0, 1])
+    space = write(tmp_path, grids=[{"cut.mlp": [0.1, 0.2], "cut.conv1d": [0.3, 0.4]}], seeds=[0, 1])
     trials = expand(load_space(space), 4)
     assert len(trials) == 8 and len({t.name for t in trials}) == 8
-    assert trials[1].values == {"prune.mlp": 0.1, "prune.conv1d": 0.3, "seed": 1}
+    assert trials[1].values == {"cut.mlp": 0.1, "cut.conv1d": 0.3, "seed": 1}
     assert trials[1].name == "mlp-0.1_conv1d-0.3-seed1"
 
 
@@ -75,21 +75,21 @@ SEARCH = {"objectives": {"val/accuracy": "max"}, "trials": 3}
 @pytest.mark.parametrize(
     "parts, words",
     [
-        ({"grids": [{"prune.mlpp": [0.1]}]}, "unknown key 'prune.mlpp'; valid in prune"),
-        ({"grids": [{"prune.mlp": [1.5]}]}, "prune.mlp: should be less than 1"),
-        ({"grids": [{"prune.mlp": []}]}, "prune.mlp lists no value"),
+        ({"grids": [{"cut.mlpp": [0.1]}]}, "unknown key 'cut.mlpp'; valid in cut"),
+        ({"grids": [{"cut.mlp": [1.5]}]}, "cut.mlp: should be less than 1"),
+        ({"grids": [{"cut.mlp": []}]}, "cut.mlp lists no value"),
         ({"grids": [{}]}, "an empty grid"),
         ({"grids": []}, "either grids or search"),
-        ({"grids": [{"prune.mlp": "all"}]}, "only prune.layer takes all"),
-        ({"grids": [{"prune.mlp": [0.1]}], "set": {"optim.lrr": 1}}, "unknown key 'optim.lrr'"),
+        ({"grids": [{"cut.mlp": "all"}]}, "only cut.layer takes all"),
+        ({"grids": [{"cut.mlp": [0.1]}], "set": {"optim.lrr": 1}}, "unknown key 'optim.lrr'"),
         ({"search": {"optim.lr": {"low": 1.0, "high": 0.1}}, **SEARCH}, "needs low < high"),
         ({"search": {"optim.lr": {"low": -1.0, "high": 0.1}}, **SEARCH}, "optim.lr: should be greater than 0"),
         ({"search": {"optim.lr": {"low": 0.1}}, **SEARCH}, "needs low and high, or choices"),
         ({"search": {"optim.lr": {"low": 0.1, "high": 0.2, "step": 3}}, **SEARCH}, "search.optim.lr.step"),
         ({"search": {"optim.lr": {"low": 0.1, "high": 0.2}}}, "needs objectives and a number of trials"),
         ({"search": {"optim.lr": {"low": 0.1, "high": 0.2}}, **SEARCH, "early_stop": {}}, "needs kind train"),
-        ({"grid": [{"prune.mlp": [0.1]}]}, "valid keys: question, cost, kind, set, grids"),
-        ({"kind": "guess", "grids": [{"prune.mlp": [0.1]}]}, "kind: Input should be 'measure' or 'train'"),
+        ({"grid": [{"cut.mlp": [0.1]}]}, "valid keys: question, cost, kind, set, grids"),
+        ({"kind": "guess", "grids": [{"cut.mlp": [0.1]}]}, "kind: Input should be 'measure' or 'train'"),
     ],
 )
 def test_bad_spaces_are_refused_by_name(tmp_path, parts, words):
@@ -110,3 +110,10 @@ def test_every_point_of_what_ships_is_a_config(name):
     points += [{**space.fixed, **{k: w.extremes()[i] for k, w in space.search.items()}} for i in (0, 1) if space.search]
     for values in points:
         RunConfig().with_values(values).resolve()
+
+
+def test_spaces_of_an_earlier_version_are_read(tmp_path):
+    """Their keys of one cut were prune.*."""
+    old = {"set": {"prune.structured": True}, "grids": [{"prune.layer": "all", "prune.mlp": [0.5]}]}
+    trials = expand(load_space(write(tmp_path, **old)), 2)
+    assert [t.values for t in trials] == [{"cut.structured": True, "cut.layer": i, "cut.mlp": 0.5} for i in range(2)]

@@ -79,10 +79,10 @@ def test_a_measure_trial_is_the_prune_done_by_hand(trained, tmp_path):
     dense = meter.accuracy(model, shared.data, shared.data.val)
     for trial in expand(load_space("layer_sensitivity"), 2) + expand(load_space("joint_pruning"), 2):
         result = run_trial(shared, trial.name, trial.values, lambda _: None)
-        rates = {k.removeprefix("prune."): v for k, v in trial.values.items() if isinstance(v, float)}
-        layer = trial.values.get("prune.layer")
+        rates = {k.removeprefix("cut."): v for k, v in trial.values.items() if isinstance(v, float)}
+        layer = trial.values.get("cut.layer")
         layers = None if layer is None else [layer]
-        by_hand = prune_multiple(model, rates, shrink="prune.structured" in trial.values, layers=layers)
+        by_hand = prune_multiple(model, rates, shrink="cut.structured" in trial.values, layers=layers)
         drop = dense - meter.accuracy(by_hand, shared.data, shared.data.val)
         assert result["metrics"]["val/drop"] == pytest.approx(drop, abs=1e-6)
         assert result["metrics"]["model/params"] == sum(p.numel() for p in by_hand.parameters())
@@ -95,15 +95,15 @@ def test_a_measure_trial_is_the_prune_done_by_hand(trained, tmp_path):
 
 def test_a_trial_that_is_done_is_read_not_run(trained, tmp_path):
     shared = shared_of(trained, tmp_path / "runs" / "exp")
-    first = run_trial(shared, "a", {"prune.mlp": 0.5}, lambda _: None)
-    assert run_trial(shared, "a", {"prune.mlp": 0.9}, lambda _: None) == json.loads(json.dumps(first))
+    first = run_trial(shared, "a", {"cut.mlp": 0.5}, lambda _: None)
+    assert run_trial(shared, "a", {"cut.mlp": 0.9}, lambda _: None) == json.loads(json.dumps(first))
 
 
 @pytest.mark.parametrize(
     "values, reason",
     [
-        ({"prune.linear_B_C": 0.9, "prune.structured": True}, "a floor of 1"),
-        ({"prune.mlp": 0.5, "prune.layer": 7}, "there is no block 7; valid: 0 to 1"),
+        ({"cut.linear_B_C": 0.9, "cut.structured": True}, "a floor of 1"),
+        ({"cut.mlp": 0.5, "cut.layer": 7}, "there is no block 7; valid: 0 to 1"),
         ({"seed": 1}, "nothing is cut"),
     ],
 )
@@ -130,8 +130,8 @@ def test_a_trial_that_tune_ended_gets_a_result_and_a_status(trained, tmp_path):
 
     told = {}
     watcher = Watcher(shared, GridTrials([]), told.__setitem__)
-    run_trial(shared, "done", {"prune.mlp": 0.5}, lambda _: None)
-    watcher.on_trial_complete(0, [], Ended("done", {"prune.mlp": 0.5}))
+    run_trial(shared, "done", {"cut.mlp": 0.5}, lambda _: None)
+    watcher.on_trial_complete(0, [], Ended("done", {"cut.mlp": 0.5}))
     watcher.on_trial_complete(0, [], Ended("stopped", {"optim.lr": 0.1}))
     watcher.on_trial_error(0, [], Ended("dead", {"optim.lr": 0.1, "optim.min_lr": 0.2}))  # not even resolvable
     states = {"done": "finished", "stopped": "stopped early", "dead": "failed"}
@@ -141,10 +141,10 @@ def test_a_trial_that_tune_ended_gets_a_result_and_a_status(trained, tmp_path):
 
 def test_a_cut_can_be_fine_tuned(trained, tmp_path):
     shared = shared_of(trained, tmp_path / "runs" / "exp")
-    values = {"prune.mlp": 0.9, "prune.linear_in": 0.7}
+    values = {"cut.mlp": 0.9, "cut.linear_in": 0.7}
     at_once = run_trial(shared, "cut", values, lambda _: None)
     epochs = []
-    tuned = run_trial(shared, "tuned", {**values, "prune.finetune_epochs": 2}, epochs.append)
+    tuned = run_trial(shared, "tuned", {**values, "cut.finetune_epochs": 2}, epochs.append)
     assert len(epochs) == 2 and tuned["metrics"]["val/accuracy"] > at_once["metrics"]["val/accuracy"]
     assert tuned["metrics"]["model/nonzero"] == at_once["metrics"]["model/nonzero"], "cut weights came back"
 
@@ -237,13 +237,13 @@ def test_findings_say_what_the_numbers_say():
         }
 
     rows = [
-        row({"prune.mlp": 0.5}, 0.2),
-        row({"prune.mlp": 0.7}, 0.9),
-        row({"prune.mlp": 0.9}, 7.0),
-        row({"prune.conv1d": 0.3}, 6.0),
-        *(row({"prune.layer": i, "prune.mlp": 0.7}, float(i)) for i in range(6)),
-        row({"prune.mlp": 0.7, "prune.linear_out": 0.7}, 3.0, **{"model/params": 50, "bench/images_per_s": 30.0}),
-        {"status": "failed", "values": {"prune.mlp": 0.95}, "metrics": {}},
+        row({"cut.mlp": 0.5}, 0.2),
+        row({"cut.mlp": 0.7}, 0.9),
+        row({"cut.mlp": 0.9}, 7.0),
+        row({"cut.conv1d": 0.3}, 6.0),
+        *(row({"cut.layer": i, "cut.mlp": 0.7}, float(i)) for i in range(6)),
+        row({"cut.mlp": 0.7, "cut.linear_out": 0.7}, 3.0, **{"model/params": 50, "bench/images_per_s": 30.0}),
+        {"status": "failed", "values": {"cut.mlp": 0.95}, "metrics": {}},
     ]
     text = findings(rows, {"val/accuracy": 90.0, "model/params": 100, "bench/images_per_s": 20.0})
     assert "prune first: mlp at 0.7 costs 0.90 points" in text
@@ -288,7 +288,7 @@ def test_findings_are_means_over_seeds_best_first():
         (tune, ["--space", "recipe"], ["# model.drop_path: 0 to 0.3", "# 1 - ema.decay: 1e-05 to 0.01, log scale"]),
         (tune, ["--space", "model_family"], ["# mixer-forward-seed0: model.mixer forward, seed 0"]),
         (ablate, ["--preset", "quickstart", "--grid", "layers"], ["# 4 trials in "]),
-        (ablate, ["--grid", "joint", "--checkpoint", "CHECKPOINT"], ["# 3 trials in ", "prune.mlp 0.7"]),
+        (ablate, ["--grid", "joint", "--checkpoint", "CHECKPOINT"], ["# 3 trials in ", "cut.mlp 0.7"]),
     ],
 )
 def test_a_dry_run_says_what_would_run_and_leaves_nothing(trained, tmp_path, capsys, script, words, lines):
@@ -330,7 +330,7 @@ def test_the_report_of_a_search_with_two_objectives(tmp_path):
     space = load_space("pruning")
     points = [(90.0, 400.0), (95.0, 500.0), (80.0, 450.0), (97.0, 900.0), None]
     rows = searched(tmp_path / "exp", space, [
-        ({"prune.structured": True, **dict.fromkeys(space.search, 0.05 * (i + 1))},
+        ({"cut.structured": True, **dict.fromkeys(space.search, 0.05 * (i + 1))},
          {} if p is None else {"val/accuracy": p[0], "model/macs": p[1], "model/nonzero": 10.0 * i, "val/drop": 1.0})
         for i, p in enumerate(points)
     ])  # fmt: skip
@@ -346,7 +346,7 @@ def test_the_report_of_a_search_with_two_objectives(tmp_path):
     made = {p.stem for p in (tmp_path / "exp" / "report").glob("*.png")}
     assert made == {"pareto", "model-nonzero", "importance", "parallel"}
     assert re.findall(r'class="best"><td>(trial-\d+)', page) == ["trial-0003", "trial-0001", "trial-0000"]
-    assert "failed: trial-0004: it could not be" in page and "prune.structured True" in page
+    assert "failed: trial-0004: it could not be" in page and "cut.structured True" in page
     heads = re.findall(r"<th>(.*?)</th>", page)
     for line in re.findall(r"<tr class=.*?</tr>", page):
         cells = dict(zip(heads, re.findall(r"<td>(.*?)</td>", line), strict=True))
@@ -434,7 +434,7 @@ def test_an_ablation_killed_and_continued(trained, tmp_path, capsys):
     columns, groups = hparams_table(tmp_path)
     assert {m.name.tag for m in columns.metric_infos} == set(HPARAM_METRICS), "Tune's own files took the tab over"
     assert [g.hparams["status"].string_value for g in groups] == ["finished"] * len(table)
-    assert {h.name for h in columns.hparam_infos[:3]} == {"prune.conv1d", "prune.layer", "prune.linear_B_C"}
+    assert {h.name for h in columns.hparam_infos[:3]} == {"cut.conv1d", "cut.layer", "cut.linear_B_C"}
     page = (folder / "report" / "index.html").read_text()
     assert page.count("data:image/png;base64") >= 3 and "ray_jobs/ablate.py" in page
     assert ablate(["--checkpoint", str(trained), "--out", str(tmp_path)]) == 2

@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
         "buckets": (make_small_config(root, **SETTINGS), ["buckets", 1000]),
         "poisoned": (make_small_config(root, **SETTINGS, optim__epochs=1), ["poison", 5]),
         "whole": (make_small_config(root, **SETTINGS | {"model__drop_path": 0.3}, checkpoint__keep=3), None),
-        "pruned": (make_small_config(root, **SETTINGS, model__checkpoint=start, prune__penalty="group"), None),
+        "pruned": (make_small_config(root, **SETTINGS, model__checkpoint=start, penalty__kind="group"), None),
     }
     for name, (config, how) in made.items():
         (root / name).mkdir()
