@@ -1,94 +1,97 @@
-"""Gradients summed over ranks while backward still runs, for a step that is recorded.
+"""The seam between the trainer and whatever launched it: one process, torchrun, or Ray Train.
 
-DistributedDataParallel does that too, but rebuilds buckets in its first steps, keeps a logger and wants eleven steps of
-warm-up before it can be recorded. Here buckets are fixed and nothing has to be warmed up.
+The trainer talks to torch.distributed for collectives; a launcher has to set up its process group and to provide a
+`Worker`. Nothing else of a launcher is known here.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
-from functools import partial
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-
-from mamba.train.worker import Pending, Worker
-
-ALIGN = 64  # elements: each view starts at a 256-byte boundary
-BUCKET = 2**22  # elements, 16 MB: four or five for mamba_small; other sizes were not measured
+import torch.distributed as dist
+from torch import Tensor
 
 
-class FlatGradients:
-    """`expect()` before backward, `sum()` after it: every parameter's `grad` is a view of one tensor summed over ranks.
+class Pending(Protocol):
+    """Something begun on the device that later work may have to wait for."""
 
-    Buckets go out as soon as backward has their last gradient, the last layers' first. All ranks must run the same
-    backward, and start from equal weights; they do, from the same seed or the same checkpoint.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], worker: Worker) -> None:
-        self.parameters, self.worker = [p for p in reversed(parameters) if p.requires_grad], worker
-        sizes = [-(-p.numel() // ALIGN) * ALIGN for p in self.parameters]
-        self.flat = torch.zeros(sum(sizes), device=worker.device)
-        parts = self.flat.split(sizes)
-        self.views = [part[: p.numel()].view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
-        self.buckets = _buckets(sizes)
-        self.missing: list[int] = []  # gradients that each bucket still waits for; none are counted unless expected
-        self.pending: dict[int, Pending] = {}
-        mine = weakref.ref(self)  # or the parameters would keep this, and this the parameters
-        for bucket, (members, _) in enumerate(self.buckets):
-            for i in members:
-                self.parameters[i].register_post_accumulate_grad_hook(partial(_arrived, mine, bucket))
-
-    def expect(self) -> None:
-        """The coming backward is the last one before `sum`. What one that failed has left is forgotten."""
-        self.missing, self.pending = [len(members) for members, _ in self.buckets], {}
-
-    def sum(self) -> None:
-        """The sum, not the average: divide the loss. A parameter without a gradient has none afterwards either; it must
-        be the same ones on all ranks."""
-        for bucket in range(len(self.buckets)):
-            if bucket not in self.pending:
-                self._send(bucket)
-        for pending in self.pending.values():
-            pending.wait()
-        for view, p in zip(self.views, self.parameters, strict=True):
-            if p.grad is not None:
-                p.grad = view
-        self.missing, self.pending = [], {}
-
-    def _ready(self, bucket: int) -> None:
-        if self.missing:
-            self.missing[bucket] -= 1
-            if self.missing[bucket] == 0:
-                self._send(bucket)
-
-    @torch.no_grad()
-    def _send(self, bucket: int) -> None:
-        members, part = self.buckets[bucket]
-        there: list[tuple[Tensor, Tensor]] = []
-        for i in members:
-            grad = self.parameters[i].grad
-            if grad is not None:
-                there.append((self.views[i], grad))
-        if there:
-            torch._foreach_copy_([view for view, _ in there], [grad for _, grad in there])
-        self.pending[bucket] = self.worker.begin_sum(self.flat[part])
+    def wait(self) -> object: ...
 
 
-def _arrived(flat: weakref.ref[FlatGradients], bucket: int, _: Tensor) -> None:
-    waiting = flat()
-    if waiting:
-        waiting._ready(bucket)
+class Done:
+    """Nothing to wait for."""
+
+    def wait(self) -> None:
+        return None
 
 
-def _buckets(sizes: Sequence[int]) -> list[tuple[range, slice]]:
-    """Neighbours of at least `BUCKET` elements together: their numbers, and where they lie."""
-    buckets: list[tuple[range, slice]] = []
-    first = start = end = 0
-    for i, size in enumerate(sizes):
-        end += size
-        if end - start >= BUCKET or i == len(sizes) - 1:
-            buckets.append((range(first, i + 1), slice(start, end)))
-            first, start = i + 1, end
-    return buckets
+@dataclass
+class Worker:
+    """One training process among `world_size`. Alone by default; launchers subclass or construct it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def cpus(self) -> int:
+        """CPUs this process may use for itself and its loader processes."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        """Called on every rank after each epoch, with the same metrics; `checkpoint` is the newest folder, if any."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all ranks."""
+        self.begin_sum(values).wait()
+        return values
+
+    def begin_sum(self, values: Tensor) -> Pending:
+        """`sum`, in place, under way: its tensor must not be read or changed before `wait()` of what is returned.
+
+        All ranks must begin the same sums in the same order.
+        """
+        return dist.all_reduce(values, async_op=True) if self.world_size > 1 else Done()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def own_device() -> torch.device:
+    """This process's first GPU if it has one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def local_worker() -> Worker:
+    """This process alone, on its own device."""
+    return Worker(device=own_device())
+
+
+def torchrun_worker() -> Worker:
+    """A process started by torchrun; joins the process group (NCCL on GPUs, gloo on CPUs)."""
+    gpu = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    return Worker(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]), device)
