@@ -22,8 +22,8 @@ from mamba.data.registry import load_data
 from mamba.errors import ConfigError, ForgeError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import environment
+from mamba.train.distributed import own_device
 from mamba.train.trainer import resolve_amp
-from mamba.train.worker import own_device
 from pruning import COMPONENTS, PLANS, apply_plan, measure
 from pruning.components import ELEMENT
 from pruning.cut import cut

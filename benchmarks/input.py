@@ -25,19 +25,19 @@ from train_step import hardware
 
 from mamba.config.schema import RunConfig
 from mamba.data.registry import ImageData, load_data, make_train_batches
-from mamba.train.worker import local_worker
+from mamba.train.distributed import local_process
 
 
 def measure(config: RunConfig, data: ImageData, epochs: int) -> dict[str, float]:
-    worker = local_worker()
-    batches = make_train_batches(data, config.data, config.seed, 1, worker)
+    process = local_process()
+    batches = make_train_batches(data, config.data, config.seed, 1, process)
     speeds = []
     for epoch in range(1 + epochs):
         began, images = time.perf_counter(), 0
         for part, labels in batches.epoch(epoch):
-            part, labels = part.to(worker.device, non_blocking=True), labels.to(worker.device, non_blocking=True)
+            part, labels = part.to(process.device, non_blocking=True), labels.to(process.device, non_blocking=True)
             images += len(labels)
-        if worker.device.type == "cuda":
+        if process.device.type == "cuda":
             torch.cuda.synchronize()
         if epoch:
             speeds.append(images / (time.perf_counter() - began))

@@ -33,9 +33,9 @@ from mamba.config.schema import ModelConfig, OptimConfig
 from mamba.models.model import MambaModel, count_parameters, named_model
 from mamba.runs.tracking import environment
 from mamba.train.compilation import compile_blocks
+from mamba.train.distributed import own_device
 from mamba.train.optim import make_optimizer
 from mamba.train.record import WARM_UP, Batches, RecordedStep
-from mamba.train.worker import own_device
 from pruning.measure import speed
 
 SIZED = ("vim_tiny", "vim_small", "mamba_small")

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from train_step import FASTEST, MODES, hardware, run_case
 
-from mamba.train.worker import torchrun_worker
+from mamba.train.distributed import torchrun_process
 
 
 def worker_main(case: dict[str, Any]) -> None:
-    worker = torchrun_worker()
-    result = run_case({**case, "batch": case["batch"] * worker.world_size}, worker)
-    if worker.rank == 0:
+    process = torchrun_process()
+    result = run_case({**case, "batch": case["batch"] * process.world_size}, process)
+    if process.rank == 0:
         print(json.dumps(result), flush=True)
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from mamba.data.registry import load_data
 from mamba.errors import ForgeError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import environment
-from mamba.train.worker import own_device
+from mamba.train.distributed import own_device
 from pruning import measure
 from pruning.cut import cut
 from ray_jobs.ablate import GRIDS

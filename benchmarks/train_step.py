@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from mamba.errors import ForgeError
-from mamba.train.worker import Worker, local_worker
+from mamba.train.distributed import Process, local_process
 
 MODES = {
     "recorded": {"optim.compile": True, "optim.cuda_graph": True},
@@ -77,7 +77,7 @@ def use_scan(name: str) -> None:
         mamba.models.ssm.selective_scan = partial(mamba.models.ssm.selective_scan, backend=name)  # type: ignore[assignment]
 
 
-def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
+def run_case(case: dict[str, Any], process: Process) -> dict[str, Any]:
     """One case in this process, which may be one of several that train together."""
     from mamba.config.presets import get_preset
     from mamba.data.registry import load_data
@@ -92,7 +92,7 @@ def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
         **MODES[case["mode"]],
         **case["overrides"],
     }
-    gpu = worker.device.type == "cuda"
+    gpu = process.device.type == "cuda"
     use_scan(case["scan"])
     with tempfile.TemporaryDirectory() as scratch:
         config = get_preset("v2").with_values({**values, "out": Path(scratch)}).resolve()
@@ -101,7 +101,7 @@ def run_case(case: dict[str, Any], worker: Worker) -> dict[str, Any]:
             path = uneven_checkpoint(Path(scratch), case["model"], len(data.classes), 32)
             config = config.with_values({"model.checkpoint": path})
         began = time.perf_counter()
-        trainer = Trainer(config, worker, Path(scratch), data)
+        trainer = Trainer(config, process, Path(scratch), data)
         first: list[float] = []
         take = trainer._train_step
 
@@ -149,7 +149,7 @@ def profile(trainer: Any, rows: int) -> None:
         for _ in range(3):
             trainer._train_step(batches)
         torch.cuda.synchronize()
-    if trainer.worker.rank:
+    if trainer.process.rank:
         return
     events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
     total, count = sum(e.self_device_time_total for e in events) / 3e3, sum(e.count for e in events) / 3
@@ -189,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.case:
         try:
-            print(json.dumps(run_case(json.loads(args.case), local_worker())))
+            print(json.dumps(run_case(json.loads(args.case), local_process())))
         except ForgeError as error:
             raise SystemExit(str(error)) from None
         return

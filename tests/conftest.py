@@ -12,8 +12,8 @@ import torch
 
 from mamba.config.schema import RunConfig
 from mamba.data.registry import ImageData, ImageSet, split_validation
+from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
-from mamba.train.worker import local_worker
 
 SMALL = {
     "data.dataset": "digits",
@@ -66,7 +66,7 @@ def small_fit(small_config, small_data, tmp_path):
     """Train in this process: (folder name, overrides) -> the result; the same name again continues the run."""
 
     def run(name: str = "run", data: ImageData = small_data, **values: Any) -> dict[str, Any]:
-        return fit(small_config(**values), local_worker(), tmp_path / name, data)
+        return fit(small_config(**values), local_process(), tmp_path / name, data)
 
     (tmp_path / "run").mkdir()
     return run

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mamba.config.schema import DataConfig
 from mamba.data.augment import BatchAugment, Draws, to_device
 from mamba.errors import DataError
-from mamba.train.worker import Worker
+from mamba.train.distributed import Process
 
 
 @dataclass(frozen=True)
@@ -488,25 +488,27 @@ GPU_SHARE = 0.125
 
 
 def make_train_batches(
-    data: ImageData, config: DataConfig, seed: int, accumulate: int, worker: Worker
+    data: ImageData, config: DataConfig, seed: int, accumulate: int, process: Process
 ) -> TrainLoader | DeviceBatches:
     """Training batches of one rank by the rule of `data.device`.
 
     Raises:
         DataError: the training set is smaller than one batch.
     """
-    gpu = worker.device.type == "cuda"
+    gpu = process.device.type == "cuda"
     side = data.train.images.shape[1]
     on_device = config.device == "gpu"
     if config.device == "auto" and gpu:
-        total = torch.cuda.get_device_properties(worker.device).total_memory
+        total = torch.cuda.get_device_properties(process.device).total_memory
         on_device = len(data.train) * side * side * 3 <= GPU_SHARE * total
     if not on_device:
-        return make_train_loader(data, config, seed, accumulate, worker.rank, worker.world_size, worker.cpus, pin=gpu)
+        return make_train_loader(
+            data, config, seed, accumulate, process.rank, process.world_size, process.cpus, pin=gpu
+        )
     check_batch_size(len(data.train), config)
-    rank, world_size = worker.rank, worker.world_size
+    rank, world_size = process.rank, process.world_size
     sampler = ShardSampler(len(data.train), config.batch_size, accumulate, rank, world_size, seed, config.repeats)
-    return DeviceBatches(data, config, seed, sampler, worker.device)
+    return DeviceBatches(data, config, seed, sampler, process.device)
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

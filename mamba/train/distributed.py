@@ -1,7 +1,7 @@
 """The seam between the trainer and whatever launched it: one process, torchrun, or Ray Train.
 
 The trainer talks to torch.distributed for collectives; a launcher has to set up its process group and to provide a
-`Worker`. Nothing else of a launcher is known here.
+`Process`. Nothing else of a launcher is known here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Done:
 
 
 @dataclass
-class Worker:
+class Process:
     """One training process among `world_size`. Alone by default; launchers subclass or construct it."""
 
     rank: int = 0
@@ -81,12 +81,12 @@ def own_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def local_worker() -> Worker:
+def local_process() -> Process:
     """This process alone, on its own device."""
-    return Worker(device=own_device())
+    return Process(device=own_device())
 
 
-def torchrun_worker() -> Worker:
+def torchrun_process() -> Process:
     """A process started by torchrun; joins the process group (NCCL on GPUs, gloo on CPUs)."""
     gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -94,4 +94,4 @@ def torchrun_worker() -> Worker:
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-    return Worker(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]), device)
+    return Process(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]), device)

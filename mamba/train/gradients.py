@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mamba.train.worker import Pending, Worker
+from mamba.train.distributed import Pending, Process
 
 ALIGN = 64  # elements: each view starts at a 256-byte boundary
 BUCKET = 2**22  # elements, 16 MB: four or five for mamba_small; other sizes were not measured
@@ -26,10 +26,10 @@ class FlatGradients:
     backward, and start from equal weights; they do, from the same seed or the same checkpoint.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], worker: Worker) -> None:
-        self.parameters, self.worker = [p for p in reversed(parameters) if p.requires_grad], worker
+    def __init__(self, parameters: Sequence[nn.Parameter], process: Process) -> None:
+        self.parameters, self.process = [p for p in reversed(parameters) if p.requires_grad], process
         sizes = [-(-p.numel() // ALIGN) * ALIGN for p in self.parameters]
-        self.flat = torch.zeros(sum(sizes), device=worker.device)
+        self.flat = torch.zeros(sum(sizes), device=process.device)
         parts = self.flat.split(sizes)
         self.views = [part[: p.numel()].view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
         self.buckets = _buckets(sizes)
@@ -73,7 +73,7 @@ class FlatGradients:
                 there.append((self.views[i], grad))
         if there:
             torch._foreach_copy_([view for view, _ in there], [grad for _, grad in there])
-        self.pending[bucket] = self.worker.begin_sum(self.flat[part])
+        self.pending[bucket] = self.process.begin_sum(self.flat[part])
 
 
 def _arrived(flat: weakref.ref[FlatGradients], bucket: int, _: Tensor) -> None:

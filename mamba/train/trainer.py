@@ -29,15 +29,15 @@ from mamba.ops.conv import HAS_TRITON
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import Tracker, environment
 from mamba.train.compilation import compile_blocks, should_compile
-from mamba.train.distributed import FlatGradients
+from mamba.train.distributed import Pending, Process
 from mamba.train.ema import ModelEma
+from mamba.train.gradients import FlatGradients
 from mamba.train.hooks import TrainHook
 from mamba.train.loss import TrainingLoss
 from mamba.train.optim import make_optimizer
 from mamba.train.record import Batches, RecordedStep
 from mamba.train.schedule import learning_rate, set_learning_rate
 from mamba.train.stopwatch import Stopwatch
-from mamba.train.worker import Pending, Worker
 
 if TYPE_CHECKING:
     from mamba.ops.update.triton import FusedUpdate
@@ -58,7 +58,7 @@ class Look(NamedTuple):
 
 
 def fit(
-    config: RunConfig, worker: Worker, folder: Path, data: ImageData | None = None, hooks: Sequence[TrainHook] = ()
+    config: RunConfig, process: Process, folder: Path, data: ImageData | None = None, hooks: Sequence[TrainHook] = ()
 ) -> dict[str, Any]:
     """Train a resolved config in `folder`, from its newest checkpoint if there is one; every rank calls it.
 
@@ -69,7 +69,7 @@ def fit(
         ForgeError: data, checkpoint or training errors, each a sentence for the user.
     """
     data = data if data is not None else load_data(config.data, config.seed)
-    trainer = Trainer(config, worker, folder, data, hooks)
+    trainer = Trainer(config, process, folder, data, hooks)
     try:
         return trainer.run()
     except torch.OutOfMemoryError as error:
@@ -91,46 +91,46 @@ class Trainer:
     """A rank's model, optimizer and position, and the loop over them."""
 
     def __init__(
-        self, config: RunConfig, worker: Worker, folder: Path, data: ImageData, hooks: Sequence[TrainHook] = ()
+        self, config: RunConfig, process: Process, folder: Path, data: ImageData, hooks: Sequence[TrainHook] = ()
     ) -> None:
-        gpu = worker.device.type == "cuda"
-        config.check_workers(worker.world_size, gpu)
-        self.config, self.worker, self.folder, self.data, self.hooks = config, worker, folder, data, hooks
+        gpu = process.device.type == "cuda"
+        config.check_workers(process.world_size, gpu)
+        self.config, self.process, self.folder, self.data, self.hooks = config, process, folder, data, hooks
         optim = config.optim
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.model = self._initial_model().to(worker.device)
+        self.model = self._initial_model().to(process.device)
         self.statistics = batch_norm_statistics(self.model)  # a forward pass changes them, a skipped step must not
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
         self.optimizer = make_optimizer(self.model, optim)
         self.mix = BatchMix.from_config(config, len(data.classes))
-        self.batches = make_train_batches(data, config.data, config.seed, optim.accumulate, worker)
+        self.batches = make_train_batches(data, config.data, config.seed, optim.accumulate, process)
         self.steps_per_epoch = self.batches.sampler.steps
-        self.amp = resolve_amp(optim.amp, worker.device)
-        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=self.amp is torch.float16)
+        self.amp = resolve_amp(optim.amp, process.device)
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.amp is torch.float16)
 
         side = data.train.images.shape[1]
-        self.loss = TrainingLoss(config, len(data.classes), side, worker.device, self.amp)
+        self.loss = TrainingLoss(config, len(data.classes), side, process.device, self.amp)
 
         self.epoch = 0  # epochs completed
         self.step = 0  # optimizer steps taken in the current epoch
-        self.totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # this epoch's loss sum and count
+        self.totals = torch.zeros(2, dtype=torch.float64, device=process.device)  # this epoch's loss sum and count
         self.seconds = {"epoch": 0.0, "run": 0.0, "waiting": 0.0}  # training, validation left out; for data
-        self.skipped = torch.zeros(2, device=worker.device)  # non-finite steps: in all, and in a row
-        self.stop_asked = torch.zeros((), device=worker.device)  # 1 once this rank saw the request to stop
-        self.stop = torch.zeros((), device=worker.device)  # above 0 once any rank did
+        self.skipped = torch.zeros(2, device=process.device)  # non-finite steps: in all, and in a row
+        self.stop_asked = torch.zeros((), device=process.device)  # 1 once this rank saw the request to stop
+        self.stop = torch.zeros((), device=process.device)  # above 0 once any rank did
         self.looked_for_stop = 0.0
-        self.rate = torch.zeros((), device=worker.device)  # the learning rate, where a recorded step reads it
-        self.waiting = Stopwatch(worker.device)
+        self.rate = torch.zeros((), device=process.device)  # the learning rate, where a recorded step reads it
+        self.waiting = Stopwatch(process.device)
         self.looks: list[Look] = []  # begun and not yet read
         self.logged, self.logged_step = 0.0, 0  # when, and after which step of the epoch
         self.best: dict[str, Any] = {"accuracy": -math.inf, "epoch": 0, "weights": "ema" if self.ema else "raw"}
         self.metrics: dict[str, float] = {}
-        torch.manual_seed(config.seed + 1000 * (worker.rank + 1))  # drop path differs between ranks
+        torch.manual_seed(config.seed + 1000 * (process.rank + 1))  # drop path differs between ranks
         self._restore()
         for hook in hooks:
             hook.attach(self.model, self.ema, self.optimizer, config.seed)
 
-        self.compiled = should_compile(optim.compile, optim.epochs * len(data.train), worker.device)
+        self.compiled = should_compile(optim.compile, optim.epochs * len(data.train), process.device)
         if self.compiled:
             compile_blocks(self.model)
         self.forward: nn.Module = self.model
@@ -142,12 +142,12 @@ class Trainer:
 
             parameters = dict(self.model.named_parameters())
             self.fused = FusedUpdate(self.optimizer, self.ema, parameters, optim.grad_clip)
-            self.flat = FlatGradients(list(parameters.values()), worker) if worker.world_size > 1 else None
+            self.flat = FlatGradients(list(parameters.values()), process) if process.world_size > 1 else None
             self.recorded = RecordedStep(self._optimizer_step, self.fused.fill_in)
-        elif worker.world_size > 1:
-            device_ids = [worker.device.index] if gpu else None
+        elif process.world_size > 1:
+            device_ids = [process.device.index] if gpu else None
             self.forward = DistributedDataParallel(self.model, device_ids=device_ids)
-        self.tracker = Tracker(folder, config, self.epoch, self.global_step) if worker.rank == 0 else None
+        self.tracker = Tracker(folder, config, self.epoch, self.global_step) if process.rank == 0 else None
 
     def _initial_model(self) -> MambaModel:
         """New weights, or those of the checkpoint that the run starts from, with its widths."""
@@ -157,7 +157,7 @@ class Trainer:
         else:
             ckpt.check_start(config.checkpoint, classes, side)
             model = ckpt.load_model(config.checkpoint, drop_path=config.drop_path)[0]
-        if config.sync_batchnorm and self.worker.world_size > 1 and self.worker.device.type == "cuda":
+        if config.sync_batchnorm and self.process.world_size > 1 and self.process.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model
 
@@ -189,7 +189,7 @@ class Trainer:
             # weights that no longer give a finite loss must not replace the last good ones
             due = self.epoch % config.checkpoint.every == 0 and self.skipped[1].item() == 0
             saved = self._save_state() if last or due else None
-            self.worker.report(self.metrics, saved)
+            self.process.report(self.metrics, saved)
         return self._finish()
 
     def _train_epoch(self) -> str:
@@ -200,7 +200,7 @@ class Trainer:
             loss, norm = self._train_step(micro_batches)
             self.step += 1
             last = self.step == self.steps_per_epoch
-            if self.worker.device.type == "cpu" or last or self.step % LOOK_EVERY_STEPS == 0:
+            if self.process.device.type == "cpu" or last or self.step % LOOK_EVERY_STEPS == 0:
                 stop = self._look(loss, norm, last)
                 self.seconds["epoch"] = seconds_before + time.perf_counter() - began
                 if stop and not last:
@@ -211,7 +211,7 @@ class Trainer:
 
     def _steps(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """The rest of the epoch's optimizer steps, each a list of micro-batches on the device, mixed."""
-        config, device = self.config, self.worker.device
+        config, device = self.config, self.process.device
         batches = self.batches.epoch(self.epoch, self.step)
         for step in range(self.step, self.steps_per_epoch):
             micro = []
@@ -243,23 +243,23 @@ class Trainer:
         A step whose loss or gradient is not finite on any rank changes nothing on any of them and is counted.
         """
         statistics = [buffer.clone() for buffer in self.statistics]
-        loss = torch.zeros((), device=self.worker.device)
+        loss = torch.zeros((), device=self.process.device)
         flags: Tensor
         agreed: Pending
         for i, (images, targets) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             hold = isinstance(self.forward, DistributedDataParallel) and not last
             with self.forward.no_sync() if hold else nullcontext():  # type: ignore[operator]
-                with torch.autocast(self.worker.device.type, dtype=self.amp, enabled=self.amp is not None):
+                with torch.autocast(self.process.device.type, dtype=self.amp, enabled=self.amp is not None):
                     logits = self.forward(images)
                 part = self.loss(images, logits, targets) / len(micro_batches)
                 loss += part.detach()
                 if last:  # what only this rank knows travels during backward
                     flags = torch.stack(((~loss.isfinite()).float(), self.stop_asked))
-                    agreed = self.worker.begin_sum(flags)
+                    agreed = self.process.begin_sum(flags)
                     if self.flat:
                         self.flat.expect()
-                share = part / self.worker.world_size if self.flat else part  # their sum is the average
+                share = part / self.process.world_size if self.flat else part  # their sum is the average
                 self.scaler.scale(share).backward()
         if self.flat:
             self.flat.sum()
@@ -271,7 +271,7 @@ class Trainer:
         if self.flat:  # DistributedDataParallel would hand out rank 0's; with SyncBatchNorm they are equal anyway
             for buffer in self.statistics:
                 if buffer.is_floating_point():
-                    self.worker.sum(buffer).div_(self.worker.world_size)
+                    self.process.sum(buffer).div_(self.process.world_size)
         agreed.wait()
         finite = (flags[0] == 0) & norm.isfinite()
         self.stop += flags[1]
@@ -305,7 +305,7 @@ class Trainer:
     def _should_record(self) -> bool:
         """What `optim.cuda_graph` means here; a warning where it is asked for and not possible."""
         asked = self.config.optim.cuda_graph
-        if not asked or self.worker.device.type != "cuda":
+        if not asked or self.process.device.type != "cuda":
             return False
         obstacle = None
         if self.scaler.is_enabled():
@@ -343,14 +343,14 @@ class Trainer:
         return self._evaluate(model, split, views)
 
     def _evaluate(self, model: nn.Module, split: ImageSet, views: int) -> tuple[float, float]:
-        worker = self.worker
+        process = self.process
         model.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=process.device)
         batches = eval_batches(
-            self.data, split, self.config.eval.batch_size, worker.rank, worker.world_size, worker.device
+            self.data, split, self.config.eval.batch_size, process.rank, process.world_size, process.device
         )
         for images, labels in batches:
-            with torch.autocast(worker.device.type, dtype=self.amp, enabled=self.amp is not None):
+            with torch.autocast(process.device.type, dtype=self.amp, enabled=self.amp is not None):
                 seen = [model(view).float().softmax(-1) for view in tta_views(images, views)]
             log_probabilities = torch.stack(seen).mean(0).clamp_min(1e-12).log()
             loss = F.nll_loss(log_probabilities, labels, reduction="sum")
@@ -358,7 +358,7 @@ class Trainer:
             totals += torch.stack(
                 (loss.double(), correct.double(), torch.tensor(float(len(labels)), device=loss.device))
             )
-        loss_sum, correct_sum, count = worker.sum(totals).tolist()
+        loss_sum, correct_sum, count = process.sum(totals).tolist()
         return loss_sum / count, 100 * correct_sum / count
 
     def _finish(self) -> dict[str, Any]:
@@ -367,7 +367,7 @@ class Trainer:
         model: MambaModel = self.ema.model if self.ema else self.model
         best = ckpt.best_checkpoint(self.folder)
         if best is not None:
-            model, _ = ckpt.load_model(best, device=self.worker.device)
+            model, _ = ckpt.load_model(best, device=self.process.device)
         views = self.config.eval.tta_views
         test_loss, test_accuracy = self.evaluate(model, self.data.test, views)
         metrics = {
@@ -384,13 +384,13 @@ class Trainer:
             "epochs": self.epoch,
             "seconds": round(self.seconds["run"], 3),
             "seed": self.config.seed,
-            "world_size": self.worker.world_size,
+            "world_size": self.process.world_size,
             "amp": str(self.amp).removeprefix("torch.") if self.amp else "off",
             "compiled": self.compiled,
             "recorded": self.recorded is not None,
             "images": {"train": len(self.data.train), "val": len(self.data.val or ()), "test": len(self.data.test)},
             "folder": str(self.folder),
-            **environment(self.worker.device),
+            **environment(self.process.device),
         }
         if self.tracker:
             self.tracker.finish(result, self.global_step)
@@ -406,11 +406,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All that changes while training, weights excepted: plain containers and tensors only."""
-        cuda = torch.cuda.get_rng_state(self.worker.device) if self.worker.device.type == "cuda" else None
+        cuda = torch.cuda.get_rng_state(self.process.device) if self.process.device.type == "cuda" else None
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "totals": self.worker.sum(self.totals.clone()) / self.worker.world_size,
+            "totals": self.process.sum(self.totals.clone()) / self.process.world_size,
             "seconds": self.seconds,
             "skipped": self.skipped,
             "best": self.best,
@@ -419,8 +419,8 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "ema_updates": int(self.ema.updates.item()) if self.ema else 0,
             "train_images": len(self.data.train),
-            "rng": self.worker.gather({"cpu": torch.get_rng_state(), "cuda": cuda}),
-            "world_size": self.worker.world_size,
+            "rng": self.process.gather({"cpu": torch.get_rng_state(), "cuda": cuda}),
+            "world_size": self.process.world_size,
         }
 
     def _restore(self) -> None:
@@ -444,18 +444,18 @@ class Trainer:
         self.totals.copy_(state["totals"])
         self.skipped.copy_(state["skipped"])
         self.seconds, self.best, self.metrics = state["seconds"], state["best"], state["metrics"]
-        if self.worker.rank == 0:
+        if self.process.rank == 0:
             ckpt.remove_best_after(self.folder, self.epoch)
-        if state["world_size"] == self.worker.world_size:  # else drop path goes on from a fresh seed
-            rng = state["rng"][self.worker.rank]
+        if state["world_size"] == self.process.world_size:  # else drop path goes on from a fresh seed
+            rng = state["rng"][self.process.rank]
             torch.set_rng_state(rng["cpu"])
-            if rng["cuda"] is not None and self.worker.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], self.worker.device)
+            if rng["cuda"] is not None and self.process.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.process.device)
 
     def _save_state(self) -> Path:
         folder = self.folder / "checkpoints" / f"step-{self.global_step:08d}"
         self._save(folder, self.state())  # every rank: its random state is gathered
-        if self.worker.rank == 0:  # a best is dropped only once no training state can lead back to before the next
+        if self.process.rank == 0:  # a best is dropped only once no training state can lead back to before the next
             ckpt.remove_old(self.folder, "step-*", self.config.checkpoint.keep)
             ckpt.remove_old(self.folder, "best-*", 1)
         return folder
@@ -463,7 +463,7 @@ class Trainer:
     def _save(self, folder: Path, state: dict[str, Any] | None) -> None:
         """Rank 0 writes; all ranks learn whether it worked, so that they end together."""
         failure: str | None = None
-        if self.worker.rank == 0:
+        if self.process.rank == 0:
             description = {
                 "epoch": self.epoch,
                 "metrics": self.metrics,
@@ -479,14 +479,14 @@ class Trainer:
                 ckpt.save_checkpoint(folder, self.model, ema, description, state, extra)
             except ForgeError as error:
                 failure = str(error)
-        failure = self.worker.broadcast(failure)
+        failure = self.process.broadcast(failure)
         if failure:
             raise ckpt.CheckpointError(failure, every_rank=True)
 
     # --- looking at the device ---------------------------------------------------------------------------------------
 
     def _train_metrics(self) -> dict[str, float]:
-        loss_sum, count = (self.worker.sum(self.totals.clone()) / self.worker.world_size).tolist()
+        loss_sum, count = (self.process.sum(self.totals.clone()) / self.process.world_size).tolist()
         self.totals.zero_()
         seconds, waiting = self.seconds["epoch"], self.seconds["waiting"]
         self.seconds = {"epoch": 0.0, "run": self.seconds["run"] + seconds, "waiting": 0.0}
@@ -496,7 +496,7 @@ class Trainer:
             "train/images_per_s": self.steps_per_epoch * self.config.data.batch_size / max(seconds, 1e-9),
             "train/data_wait_percent": 100 * waiting / max(seconds, 1e-9),
             "train/skipped_steps": float(self.skipped[0].item()),
-            **peak_memory(self.worker.device),
+            **peak_memory(self.process.device),
         }
 
     def _rates(self) -> dict[str, float]:
@@ -507,7 +507,7 @@ class Trainer:
 
         Which look is acted on depends on the step alone, so all ranks stop at the same one.
         """
-        gpu = self.worker.device.type == "cuda"
+        gpu = self.process.device.type == "cuda"
         values = torch.stack((self.skipped[1], self.stop, loss, norm))
         ready = None
         if gpu:
@@ -555,7 +555,7 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """Rank 0 looks for the file; the answer travels with the step's other flags, so all ranks stop together."""
         now = time.perf_counter()
-        if self.worker.rank != 0 or now - self.looked_for_stop < LOG_EVERY_S:
+        if self.process.rank != 0 or now - self.looked_for_stop < LOG_EVERY_S:
             return False
         self.looked_for_stop = now
         return (self.folder / "STOP").exists()

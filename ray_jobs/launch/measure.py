@@ -8,8 +8,8 @@ from typing import Any
 
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
+from mamba.train.distributed import own_device
 from mamba.train.trainer import resolve_amp
-from mamba.train.worker import own_device
 from pruning import measure as meter
 from pruning.store import load_smaller
 

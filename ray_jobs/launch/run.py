@@ -18,8 +18,8 @@ from mamba.data.registry import check_batch_size, load_data
 from mamba.errors import ForgeError, TrainingError
 from mamba.runs.checkpoint import check_start
 from mamba.runs.tracking import write_hparams, write_json
+from mamba.train.distributed import Process, local_process
 from mamba.train.trainer import fit
-from mamba.train.worker import Worker, local_worker
 from pruning.rounds import hooks_for
 
 ORPHANS_S = 30.0
@@ -70,9 +70,9 @@ def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dic
 def _run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dict[str, Any]:
     workers = config.scaling.num_workers
     if workers == 0:
-        worker = local_worker()
-        announce(f"training in this process on {worker.device}")
-        return fit(config, worker, folder, hooks=hooks_for(config))
+        process = local_process()
+        announce(f"training in this process on {process.device}")
+        return fit(config, process, folder, hooks=hooks_for(config))
 
     from ray_jobs.launch.cluster import connected
 
@@ -134,7 +134,7 @@ def train_with_workers(config: RunConfig, folder: Path, workers: int, gpu: bool,
     return result
 
 
-class RayWorker(Worker):
+class RayProcess(Process):
     """A Ray Train worker; the process group is Ray's."""
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
@@ -155,14 +155,14 @@ def train_loop(spec: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current device
     folder = Path(spec["folder"])
-    worker = RayWorker(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
+    process = RayProcess(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
     about = {"pid": os.getpid(), "host": platform.node(), "device": str(device)}
-    write_json(folder / ".ray" / f"worker-{worker.rank}.json", about)
+    write_json(folder / ".ray" / f"worker-{process.rank}.json", about)
     try:
         config = RunConfig(**spec["config"])
-        return fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
+        return fit(config, process, folder, hooks=hooks_for(config, process.rank))
     except ForgeError as error:
-        if worker.world_size == 1 or error.every_rank:
+        if process.world_size == 1 or error.every_rank:
             return {"error": str(error)}
         raise
 

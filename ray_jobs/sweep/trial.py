@@ -27,8 +27,8 @@ from mamba.errors import CheckpointError, ConfigError, ForgeError
 from mamba.models.model import MambaModel
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import FIRST_HPARAMS, Tracker, environment, epochs_of, finished_result, write_hparams
+from mamba.train.distributed import Process, own_device
 from mamba.train.trainer import fit, request_stop, resolve_amp
-from mamba.train.worker import Worker, own_device
 from pruning import measure as meter
 from pruning.cut import cut
 from pruning.masks import Masks
@@ -63,7 +63,7 @@ class Shared:
     """The keys in which trials differ: TensorBoard's first columns."""
 
 
-class TrialWorker(Worker):
+class TrialProcess(Process):
     """Trains in the trial's own process and reports each epoch to Tune."""
 
     def __init__(self, device: torch.device, threads: int, report: Report) -> None:
@@ -213,8 +213,8 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
         start = save_pruned(folder / "start", smaller, pruned.masks, description)
         tuning = config.with_values({"model.checkpoint": start, "optim.epochs": epochs})
         tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
-        worker = TrialWorker(device, shared.threads, report)
-        result = finished_run(folder) or fit(tuning.resolve(), worker, folder, data, hooks_for(tuning))
+        process = TrialProcess(device, shared.threads, report)
+        result = finished_run(folder) or fit(tuning.resolve(), process, folder, data, hooks_for(tuning))
         smaller, _ = ckpt.load_model(folder, device=device)
         metrics = dict(result["metrics"])
     else:
@@ -252,8 +252,8 @@ def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report)
     if result is None and shared.workers > 1:
         result = _train_nested(shared, config, folder, report_epoch)
     elif result is None:
-        worker = TrialWorker(own_device(), shared.threads, report_epoch)
-        result = fit(config, worker, folder, shared.data, hooks_for(config))
+        process = TrialProcess(own_device(), shared.threads, report_epoch)
+        result = fit(config, process, folder, shared.data, hooks_for(config))
     return {**result, "metrics": {**result["metrics"], "val/best_accuracy": max(map(best_accuracy, epochs_of(folder)))}}
 
 

@@ -11,7 +11,7 @@ from mamba.config.schema import RunConfig
 from mamba.data.augment import BatchAugment, Draws, tta_views
 from mamba.data.registry import make_train_batches
 from mamba.errors import ConfigError
-from mamba.train.worker import Worker
+from mamba.train.distributed import Process
 
 MEAN = (0.49, 0.48, 0.45)
 
@@ -110,8 +110,8 @@ def batches(data, monkeypatch, epoch=1, start=0, rank=0, world_size=1, accumulat
     values = {"dataset": "digits", "batch_size": 16, "augment": "autoaugment", "random_erasing": 0.5, "device": "gpu"}
     values |= {"loader_workers": 0, **more}
     config = RunConfig().with_values({f"data.{k}": v for k, v in values.items()}).resolve().data
-    worker = Worker(rank, world_size, 1, torch.device("cpu"))  # the device path runs on any device
-    return list(make_train_batches(data, config, seed, accumulate, worker).epoch(epoch, start))
+    process = Process(rank, world_size, 1, torch.device("cpu"))  # the device path runs on any device
+    return list(make_train_batches(data, config, seed, accumulate, process).epoch(epoch, start))
 
 
 @pytest.mark.parametrize("repeats", [1, 2])

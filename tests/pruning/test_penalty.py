@@ -9,8 +9,8 @@ import torch
 
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
+from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
-from mamba.train.worker import local_worker
 from pruning import compute_rsst_loss, refill_masks, rsst_schedule_exp
 from pruning.components import blocks_of
 from pruning.masks import unit_masks
@@ -85,7 +85,7 @@ def test_units_that_leave_shrink_and_are_cut(small_fit, small_config, small_data
         hook = GrowingDecay({}, stay, ceiling, "linear", 4.0, config.grow_epochs())
         values = []
         hook.end_epoch = lambda epoch, hook=hook, values=values: values.append(type(hook).end_epoch(hook, epoch)) or {}
-        result = fit(config, local_worker(), folder, small_data, [hook])
+        result = fit(config, local_process(), folder, small_data, [hook])
         curves[ceiling] = values
         assert result["tested"]["epoch"] > config.grow_epochs(), "tested on weights from before the cut"
         final, _ = ckpt.load_model(folder)
@@ -104,7 +104,7 @@ def test_the_penalty_shrinks_what_it_is_for(small_config, small_data, tmp_path):
     for base in (0.0, 1e-2):
         hook = PenaltyHook(base, 1.0, "mlp", "group")
         config = small_config(optim__epochs=3, model__drop_path=0.0)
-        fit(config, local_worker(), tmp_path / str(base), small_data, [hook])
+        fit(config, local_process(), tmp_path / str(base), small_data, [hook])
         model, _ = ckpt.load_model(ckpt.newest_checkpoint(tmp_path / str(base)), "raw")
         norms[base] = [compute_rsst_loss(model, 1.0, target).item() for target in ("mlp", "ssm")]
         assert hook.end_epoch(2)["prune/penalty_strength"] == pytest.approx(base)

@@ -13,9 +13,9 @@ from mamba.errors import CheckpointError, ConfigError
 from mamba.models.model import count_parameters
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import finished_result
+from mamba.train.distributed import local_process
 from mamba.train.hooks import TrainHook
 from mamba.train.trainer import fit, request_stop
-from mamba.train.worker import local_worker
 from pruning import load_masks, measure, prune_mamba_unstructured, refill_masks
 from pruning.masks import FILE
 from pruning.refill import prune_survivors
@@ -46,7 +46,7 @@ class Series:
         if done is None:
             (folder / "STOP").unlink(missing_ok=True)
             self.trained.append(folder.name)
-            done = fit(config, local_worker(), folder, self.data, hooks_for(config))
+            done = fit(config, local_process(), folder, self.data, hooks_for(config))
         return done
 
     def measure(self, config, path):
@@ -129,7 +129,7 @@ def test_round_zero_is_the_plain_run(series, small_data, tmp_path):
     s = series(prune__method="refill", prune__rounds=1)
     s.run()
     plain = s.config.with_values({"prune.method": "none"})
-    fit(plain, local_worker(), tmp_path / "plain", small_data)
+    fit(plain, local_process(), tmp_path / "plain", small_data)
     a, b = (ckpt.load_model(ckpt.newest_checkpoint(p), "raw")[0] for p in (s.folder / "round-00", tmp_path / "plain"))
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
@@ -145,7 +145,7 @@ def test_a_stopped_series_goes_on_at_its_round_and_epoch(series, monkeypatch):
         if folder.name == "round-02" and not folder.joinpath("checkpoints").exists():
             stop = TrainHook()
             stop.end_epoch = lambda epoch: request_stop(folder) or {}
-            return fit(config, local_worker(), folder, s.data, [*hooks_for(config), stop])
+            return fit(config, local_process(), folder, s.data, [*hooks_for(config), stop])
         return train(config, folder)
 
     s.train = interrupted

@@ -11,10 +11,10 @@ from small_models import build
 
 from mamba.config.schema import OptimConfig
 from mamba.runs import checkpoint as ckpt
+from mamba.train.distributed import local_process
 from mamba.train.ema import ModelEma
 from mamba.train.optim import make_optimizer
 from mamba.train.trainer import Trainer, fit
-from mamba.train.worker import local_worker
 from pruning import MaskHook, load_masks, prune_mamba_unstructured
 from pruning.cut import cut
 from pruning.masks import FILE
@@ -150,7 +150,7 @@ def test_a_shrunk_model_trains_saves_and_is_rebuilt_from_its_folder(small_fit, s
     config = small_config(model__checkpoint=start, optim__epochs=2)
     hooks = hooks_for(config)
     assert len(hooks) == 1
-    outcome = fit(config, local_worker(), tmp_path / "tuned", small_data, hooks)
+    outcome = fit(config, local_process(), tmp_path / "tuned", small_data, hooks)
     back, _ = ckpt.load_model(tmp_path / "tuned")
     assert back.architecture == result.model.architecture
     assert outcome["metrics"]["model/params"] == sum(p.numel() for p in result.model.parameters())
@@ -165,12 +165,12 @@ def test_a_masked_run_resumes_bit_for_bit(small_fit, small_config, small_data, t
     model, description = dense_checkpoint(small_fit, tmp_path)
     start = save(tmp_path / "masked", cut(model, {"mlp": 0.6, "linear_out": 0.5}), description)
     config = small_config(model__checkpoint=start, optim__epochs=3, checkpoint__keep=3)
-    fit(config, local_worker(), tmp_path / "whole", small_data, hooks_for(config))
-    fit(config, local_worker(), tmp_path / "parts", small_data, hooks_for(config))
+    fit(config, local_process(), tmp_path / "whole", small_data, hooks_for(config))
+    fit(config, local_process(), tmp_path / "parts", small_data, hooks_for(config))
     newest = ckpt.newest_checkpoint(tmp_path / "parts")
     newest.rename(tmp_path / "gone")
     (tmp_path / "parts" / "result.json").unlink()
-    fit(config, local_worker(), tmp_path / "parts", small_data, hooks_for(config))
+    fit(config, local_process(), tmp_path / "parts", small_data, hooks_for(config))
     a, b = (ckpt.load_model(ckpt.newest_checkpoint(tmp_path / n), "raw")[0] for n in ("whole", "parts"))
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
@@ -179,10 +179,10 @@ def test_a_start_for_other_data_is_refused(small_config, small_data, tmp_path):
     start = ckpt.save_checkpoint(tmp_path / "other", build().float(), None, {}, None)
     assert ckpt.load_model(start)[0].architecture.num_classes == 3
     config = small_config(model__checkpoint=start)
-    Trainer(config, local_worker(), tmp_path / "fine", small_data).close()
+    Trainer(config, local_process(), tmp_path / "fine", small_data).close()
     wrong = type(small_data)(small_data.train, None, small_data.test, ("a", "b"), small_data.mean, small_data.std)
     with pytest.raises(ckpt.CheckpointError, match="is for 3 classes at 8 pixels, and the data has 2 classes"):
-        Trainer(config, local_worker(), tmp_path / "run", wrong)
+        Trainer(config, local_process(), tmp_path / "run", wrong)
 
 
 def test_a_pruned_model_compiles(model, images):

@@ -27,8 +27,8 @@ from mamba.data.registry import load_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import HPARAM_METRICS
+from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
-from mamba.train.worker import local_worker
 from pruning import measure as meter
 from pruning import prune_multiple
 from ray_jobs.ablate import main as ablate
@@ -166,7 +166,7 @@ def test_a_trial_of_several_workers_is_followed_and_stopped(trained, tmp_path, m
     ended = []
 
     def workers(config, folder, *_):
-        ended.append(fit(config, local_worker(), folder, shared.data))
+        ended.append(fit(config, local_process(), folder, shared.data))
         return ended[-1]
 
     monkeypatch.setattr("ray_jobs.launch.run.train_with_workers", workers)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt
+from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
-from mamba.train.worker import local_worker
 from pruning.cut import cut
 from pruning.masks import FILE
 from pruning.rounds import hooks_for
@@ -77,7 +77,7 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def alone(runs):
-    return fit(runs.config["two"], local_worker(), runs.root / "one")
+    return fit(runs.config["two"], local_process(), runs.root / "one")
 
 
 @pytest.mark.parametrize("name", ["two", "buckets"])
@@ -119,7 +119,7 @@ def test_one_rank_that_is_not_finite_skips_the_step_on_all(runs):
 def test_a_shrunk_and_masked_model_trains_alike_on_two_workers(runs):
     """Uneven widths, an index, low rank, shared B and C, and masks on what is left: DDP sees a model like any other."""
     config = runs.config["pruned"]
-    fit(config, local_worker(), runs.root / "pruned-one", hooks=hooks_for(config))
+    fit(config, local_process(), runs.root / "pruned-one", hooks=hooks_for(config))
     for a, b in zip(curve(runs.root / "pruned-one"), curve(runs.root / "pruned"), strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
         assert a["prune/penalty_norm"] == pytest.approx(b["prune/penalty_norm"], rel=1e-4)

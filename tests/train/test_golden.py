@@ -15,8 +15,8 @@ import pytest
 
 from mamba.config.presets import PRESETS, get_preset
 from mamba.data.registry import ImageData
+from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
-from mamba.train.worker import local_worker
 from tests.conftest import make_small_data
 
 FILE = Path(__file__).parent / "golden.json"
@@ -38,7 +38,7 @@ def losses(preset: str, data: ImageData, out: Path) -> dict[str, list[float]]:
     config = get_preset(preset)
     warmup = config.optim.warmup_epochs / config.optim.epochs * EPOCHS
     small = {**SMALL, "optim.warmup_epochs": warmup, "optim.lr": 10 * config.optim.lr}  # so short a run has to move
-    result = fit(config.with_values({**small, "out": out}).resolve(), local_worker(), out, data)
+    result = fit(config.with_values({**small, "out": out}).resolve(), local_process(), out, data)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {**{key: [line[key] for line in lines] for key in KEPT}, "test/loss": [result["metrics"]["test/loss"]]}
 

@@ -13,8 +13,8 @@ from mamba.models.model import mamba_tiny, named_model
 from mamba.ops.scan import selective_scan
 from mamba.runs import checkpoint as ckpt
 from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks
+from mamba.train.distributed import local_process
 from mamba.train.trainer import Trainer
-from mamba.train.worker import local_worker
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +37,7 @@ def test_learns_in_every_precision(small_fit, amp):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_path, amp):
-    trainer = Trainer(small_config(optim__amp=amp), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(optim__amp=amp), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8, device="cuda"), torch.full((16, 3), 1 / 3, device="cuda")
     trainer.model.train()
     for _ in range(8):  # fp16's loss scale settles
@@ -93,7 +93,7 @@ def test_a_recorded_run_resumes(small_fit, tmp_path):
 
 
 def test_a_recorded_step_skips_what_is_not_finite(small_config, small_data, tmp_path):
-    trainer = Trainer(small_config(optim__cuda_graph=True), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(optim__cuda_graph=True), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8, device="cuda"), torch.full((16, 3), 1 / 3, device="cuda")
     trainer.model.train()
     for _ in range(6):
@@ -172,10 +172,10 @@ def test_every_kind_of_model_is_recorded(small_fit, tmp_path, options):
 
 
 def test_a_run_is_recorded_unless_told_otherwise_and_compiled_if_long(small_config, small_data, tmp_path):
-    trainer = Trainer(small_config(), local_worker(), tmp_path / "short", small_data)
+    trainer = Trainer(small_config(), local_process(), tmp_path / "short", small_data)
     assert trainer.recorded is not None and not trainer.compiled
     epochs = -(-COMPILE_FROM_IMAGES // len(small_data.train))
-    trainer = Trainer(small_config(optim__epochs=epochs), local_worker(), tmp_path / "long", small_data)
+    trainer = Trainer(small_config(optim__epochs=epochs), local_process(), tmp_path / "long", small_data)
     assert trainer.compiled
-    trainer = Trainer(small_config(optim__amp="fp16"), local_worker(), tmp_path / "fp16", small_data)
+    trainer = Trainer(small_config(optim__amp="fp16"), local_process(), tmp_path / "fp16", small_data)
     assert trainer.recorded is None

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from mamba.train import distributed as parallel
-from mamba.train.distributed import FlatGradients
-from mamba.train.worker import Worker
+from mamba.train import gradients as parallel
+from mamba.train.distributed import Process
+from mamba.train.gradients import FlatGradients
 
 
-class Twin(Worker):
+class Twin(Process):
     """Two ranks of which the other one has three times this one's gradients. Sums end when they are waited for."""
 
     def begin_sum(self, values):
@@ -61,9 +61,9 @@ def test_buckets_go_out_during_backward(monkeypatch):
     model = nn.Sequential(nn.Linear(5, 3))
     flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
     backward(model, flat)
-    assert flat.worker.log == [("begin", 64), ("begin", 64)]  # before `sum`
+    assert flat.process.log == [("begin", 64), ("begin", 64)]  # before `sum`
     flat.sum()
-    assert [what for what, _ in flat.worker.log] == ["begin", "begin", "wait", "wait"]
+    assert [what for what, _ in flat.process.log] == ["begin", "begin", "wait", "wait"]
 
 
 def test_only_the_expected_backward_counts():
@@ -71,14 +71,14 @@ def test_only_the_expected_backward_counts():
     model = nn.Sequential(nn.Linear(5, 3))
     flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
     model[0](torch.ones(1, 5)).sum().backward()
-    assert not hasattr(flat.worker, "log")
+    assert not hasattr(flat.process, "log")
     flat.expect()
     model[0](torch.ones(1, 5)).sum().backward()
     flat.sum()
     torch.testing.assert_close(model[0].bias.grad, torch.full((3,), 8.0))
     model.zero_grad(set_to_none=True)
     model[0](torch.ones(1, 5)).sum().backward()
-    assert len(flat.worker.log) == 2
+    assert len(flat.process.log) == 2
 
 
 def test_a_bucket_that_stayed_incomplete_does_not_count_on():
@@ -86,10 +86,10 @@ def test_a_bucket_that_stayed_incomplete_does_not_count_on():
     flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
     backward(model, flat)
     flat.sum()
-    log = list(flat.worker.log)
+    log = list(flat.process.log)
     for _ in range(2):
         backward(model)
-    assert flat.worker.log == log
+    assert flat.process.log == log
 
 
 def test_a_backward_that_failed_leaves_nothing(monkeypatch):
@@ -104,7 +104,7 @@ def test_a_backward_that_failed_leaves_nothing(monkeypatch):
 
 def test_the_last_parameters_go_first_and_keep_nothing_alive():
     parameters = [nn.Parameter(torch.zeros(n)) for n in (1, 2)]
-    flat = FlatGradients(parameters, Worker())
+    flat = FlatGradients(parameters, Process())
     assert flat.parameters == parameters[::-1]
     alive = weakref.ref(flat)
     del flat
@@ -114,7 +114,7 @@ def test_the_last_parameters_go_first_and_keep_nothing_alive():
 @pytest.mark.parametrize("sizes", [(1,), (64, 65)])
 def test_views_do_not_overlap(sizes):
     parameters = [nn.Parameter(torch.zeros(n)) for n in sizes]
-    flat = FlatGradients(parameters, Worker())
+    flat = FlatGradients(parameters, Process())
     for i, view in enumerate(flat.views):
         view.fill_(i + 1)
     expected = [p.numel() * (i + 1) for i, p in enumerate(flat.parameters)]

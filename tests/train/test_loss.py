@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from mamba.errors import CheckpointError
 from mamba.runs.checkpoint import load_model, save_checkpoint
 from mamba.train import trainer as training
+from mamba.train.distributed import local_process
 from mamba.train.loss import TrainingLoss, distillation_loss
 from mamba.train.trainer import fit
-from mamba.train.worker import local_worker
 from pruning import prune_mamba_structured
 
 
@@ -72,7 +72,7 @@ def test_the_teacher_is_frozen_in_eval_mode_and_sees_each_mixed_batch_once(teach
         distill__teacher=teacher, optim__epochs=1, data__mixup=0.8, data__mix_prob=1.0, optim__amp="bf16",
         optim__accumulate=2, data__batch_size=24, optim__grad_clip=None,
     )  # fmt: skip
-    run = training.Trainer(config, local_worker(), tmp_path / "student", small_data)
+    run = training.Trainer(config, local_process(), tmp_path / "student", small_data)
     teacher_model = run.loss.teacher
     before = {name: t.clone() for name, t in teacher_model.state_dict().items()}
     seen, steps = [], []
@@ -114,7 +114,7 @@ def test_a_pruned_student_learns_from_its_dense_teacher(teacher, small_config, s
     pruned = prune_mamba_structured(dense, {"mlp": 0.5, "linear_in": 0.25})
     save_checkpoint(tmp_path / "pruned", pruned, None, {**description, "weights": "raw"}, None)
     config = small_config(model__checkpoint=tmp_path / "pruned", distill__teacher=teacher, optim__epochs=1)
-    result = fit(config, local_worker(), tmp_path / "tuned", small_data)
+    result = fit(config, local_process(), tmp_path / "tuned", small_data)
     assert result["status"] == "finished"
     assert load_model(tmp_path / "tuned")[0].architecture.blocks == pruned.architecture.blocks
 

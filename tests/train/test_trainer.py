@@ -19,9 +19,9 @@ from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import BlockShape
 from mamba.runs import checkpoint as ckpt
 from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
-from mamba.train.distributed import FlatGradients
+from mamba.train.distributed import Process, local_process
+from mamba.train.gradients import FlatGradients
 from mamba.train.trainer import Trainer, fit, request_stop
-from mamba.train.worker import Worker, local_worker
 
 
 def weights(folder):
@@ -126,7 +126,7 @@ def test_every_kind_of_model_trains_and_resumes_bit_for_bit(small_fit, tmp_path,
 def test_batch_norm_is_synchronised_over_gpus_if_asked(small_config, small_data, on, world_size, device):
     run = Trainer.__new__(Trainer)
     run.config, run.data = small_config(model__stem="conv", model__sync_batchnorm=on), small_data
-    run.worker = Worker(0, world_size, world_size, torch.device(device))
+    run.process = Process(0, world_size, world_size, torch.device(device))
     norm = run._initial_model().patch_embed.norm2
     assert isinstance(norm, torch.nn.SyncBatchNorm) == (on and world_size == 2 and device == "cuda")
 
@@ -165,7 +165,7 @@ def test_accumulation_gives_the_same_result_as_the_whole_batch(small_fit, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_path):
-    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
     trainer.model.train()
     trainer._train_step([(images, targets)])
@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_
 
 
 def test_a_skipped_step_leaves_batch_statistics_alone(small_config, small_data, tmp_path):
-    trainer = Trainer(small_config(model__stem="conv"), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(model__stem="conv"), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
     trainer.model.train()
     trainer._train_step([(images, targets)])
@@ -231,7 +231,7 @@ def test_weights_gone_bad_do_not_replace_the_last_good_checkpoint(small_fit, tmp
 
 
 def test_a_skipped_step_leaves_the_average_alone(small_config, small_data, tmp_path):
-    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
     trainer._train_step([(images, targets)])
     before = {k: v.clone() for k, v in trainer.ema.model.state_dict().items()}
@@ -248,7 +248,7 @@ def test_a_changed_training_set_is_refused(small_fit, small_data, tmp_path):
 
 
 def test_evaluation_counts_exactly(small_config, small_data, tmp_path):
-    trainer = Trainer(small_config(eval__batch_size=7), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(eval__batch_size=7), local_process(), tmp_path, small_data)
     loss, accuracy = trainer.evaluate(trainer.model, small_data.test)
     images = small_data.normalise(torch.from_numpy(small_data.test.images))
     labels = torch.from_numpy(small_data.test.labels)
@@ -278,7 +278,7 @@ def test_the_test_set_is_read_once_and_never_selects(small_config, small_data, t
         return original(self, model, split, views)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
-    fit(small_config(), local_worker(), tmp_path, small_data)
+    fit(small_config(), local_process(), tmp_path, small_data)
     assert seen.count("test") == 1 and seen[-1] == "test" and seen.count("val") == 6
 
 
@@ -320,7 +320,7 @@ def test_resuming_forgets_the_best_of_epochs_that_are_repeated(small_fit, small_
     for folder in steps[1:]:
         shutil.rmtree(folder)
     ckpt.best_checkpoint(run).rename(run / "checkpoints" / "best-00003")
-    Trainer(small_config(), local_worker(), run, small_data)
+    Trainer(small_config(), local_process(), run, small_data)
     assert ckpt.best_checkpoint(run) is None
 
 
@@ -330,19 +330,19 @@ def test_the_last_epoch_is_always_saved(small_fit, tmp_path):
 
 
 def test_state_comes_back_whole(small_config, small_data, tmp_path):
-    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     trainer.skipped += torch.tensor([5.0, 2.0])
     trainer.totals += 3
     trainer.best, trainer.epoch, trainer.step = {"accuracy": 12.0, "epoch": 1, "weights": "ema"}, 1, 2
     trainer._save_state()
-    again = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    again = Trainer(small_config(), local_process(), tmp_path, small_data)
     assert again.skipped.tolist() == [5, 2] and again.totals.tolist() == [3, 3]
     assert (again.best, again.epoch, again.step) == (trainer.best, 1, 2)
 
 
 @pytest.mark.parametrize("clip", [1e-3, None])
 def test_gradients_are_clipped_to_the_norm(small_config, small_data, tmp_path, monkeypatch, clip):
-    trainer = Trainer(small_config(optim__grad_clip=clip), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(optim__grad_clip=clip), local_process(), tmp_path, small_data)
     seen = []
     monkeypatch.setattr(
         trainer,
@@ -356,7 +356,7 @@ def test_gradients_are_clipped_to_the_norm(small_config, small_data, tmp_path, m
 
 def test_label_smoothing_is_in_the_training_loss_and_not_in_validation(small_config, small_data, tmp_path):
     trainer = Trainer(
-        small_config(optim__label_smoothing=0.3, model__drop_path=0), local_worker(), tmp_path, small_data
+        small_config(optim__label_smoothing=0.3, model__drop_path=0), local_process(), tmp_path, small_data
     )
     images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
     logits = trainer.model(images)
@@ -480,14 +480,14 @@ def test_a_compiled_run_evaluates_without_its_graphs(small_fit, monkeypatch):
 )
 def test_which_runs_are_recorded(small_config, monkeypatch, recwarn, asked, device, fp16, triton, recorded, warned):
     run = Trainer.__new__(Trainer)
-    run.config, run.worker = small_config(optim__cuda_graph=asked), Worker(device=torch.device(device))
+    run.config, run.process = small_config(optim__cuda_graph=asked), Process(device=torch.device(device))
     run.scaler = SimpleNamespace(is_enabled=lambda: fp16)
     monkeypatch.setattr("mamba.train.trainer.HAS_TRITON", triton)
     assert run._should_record() is recorded
     assert any("optim.cuda_graph" in str(w.message) for w in recwarn) == warned
 
 
-class Doubled(Worker):
+class Doubled(Process):
     """One of two ranks of which the other has the same values, but for running averages, which are 3 larger there, and
     flags, which are `flags` larger. Sums end when they are waited for."""
 
@@ -506,12 +506,12 @@ class Doubled(Worker):
 
 
 def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small_data, tmp_path):
-    def stepped(name, worker):
-        trainer = Trainer(small_config(model__stem="conv"), local_worker(), tmp_path / name, small_data)
+    def stepped(name, process):
+        trainer = Trainer(small_config(model__stem="conv"), local_process(), tmp_path / name, small_data)
         trainer.model.train()
-        if worker:
-            worker.other = trainer.statistics
-            trainer.worker, trainer.flat = worker, SimpleNamespace(expect=lambda: None, sum=lambda: None)
+        if process:
+            process.other = trainer.statistics
+            trainer.process, trainer.flat = process, SimpleNamespace(expect=lambda: None, sum=lambda: None)
         trainer._optimizer_step([(images, torch.full((16, 3), 1 / 3))])
         trainer.close()
         return [buffer.clone() for buffer in trainer.statistics]
@@ -524,30 +524,30 @@ def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small
 @pytest.mark.parametrize("flag", [0, 1])
 def test_a_recorded_run_sums_gradients_during_the_last_backward(small_config, small_data, tmp_path, monkeypatch, flag):
     """As one rank of two with the same images: the update of a lone run, unless the other rank's loss is not finite."""
-    monkeypatch.setattr("mamba.train.distributed.BUCKET", 1)
+    monkeypatch.setattr("mamba.train.gradients.BUCKET", 1)
     images = torch.randn(2, 16, 3, 8, 8)
     micro = [(half, torch.full((16, 3), 1 / 3)) for half in images]
 
-    def stepped(name, worker):
-        trainer = Trainer(small_config(model__drop_path=0.0), local_worker(), tmp_path / name, small_data)
+    def stepped(name, process):
+        trainer = Trainer(small_config(model__drop_path=0.0), local_process(), tmp_path / name, small_data)
         trainer.model.train()
         seen = []
-        if worker:
-            trainer.worker, trainer.flat = worker, FlatGradients(list(trainer.model.parameters()), worker)
+        if process:
+            trainer.process, trainer.flat = process, FlatGradients(list(trainer.model.parameters()), process)
             trainer.forward = trainer.model
             loss = trainer.loss
-            trainer.loss = lambda *a: seen.append(worker.begun) or loss(*a)
+            trainer.loss = lambda *a: seen.append(process.begun) or loss(*a)
             whole = trainer.flat.sum
-            trainer.flat.sum = lambda: seen.append(worker.begun) or whole()
+            trainer.flat.sum = lambda: seen.append(process.begun) or whole()
         before = [p.detach().clone() for p in trainer.model.parameters()]
         trainer._optimizer_step(micro)
         trainer.close()
         return before, list(trainer.model.parameters()), seen
 
-    worker = Doubled(world_size=2)
-    worker.flags = flag
+    process = Doubled(world_size=2)
+    process.flags = flag
     before, alone, _ = stepped("one", None)
-    _, together, seen = stepped("two", worker)
+    _, together, seen = stepped("two", process)
     for start, a, b in zip(before, alone, together, strict=True):
         torch.testing.assert_close(b, start if flag else a)
     assert seen[:2] == [0, 0] and seen[2] == 1 + len(alone)  # at both losses, and before `sum`: flags and gradients
@@ -587,7 +587,7 @@ def test_no_space_left_ends_with_one_sentence(small_fit, tmp_path, monkeypatch):
 
 
 def test_a_broken_checkpoint_write_leaves_no_name(small_config, small_data, tmp_path, monkeypatch):
-    trainer = Trainer(small_config(), local_worker(), tmp_path, small_data)
+    trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     monkeypatch.setattr("mamba.runs.checkpoint.json.dumps", lambda *_a, **_k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # killed just before the rename
         trainer._save_state()
@@ -616,7 +616,7 @@ def test_a_model_is_rebuilt_from_its_folder_alone(small_fit, tmp_path):
 def test_a_set_with_one_image_left_over_in_a_batch(small_config, small_data, tmp_path):
     """An odd batch: cutmix leaves its last image unmixed."""
     result = fit(
-        small_config(data__batch_size=9, data__cutmix=1.0, data__mix_prob=1.0), local_worker(), tmp_path, small_data
+        small_config(data__batch_size=9, data__cutmix=1.0, data__mix_prob=1.0), local_process(), tmp_path, small_data
     )
     assert result["status"] == "finished"
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from mamba.config.schema import RunConfig
-from mamba.train import distributed as parallel
+from mamba.train import gradients as parallel
+from mamba.train.distributed import torchrun_process
 from mamba.train.trainer import Trainer, fit
-from mamba.train.worker import torchrun_worker
 from pruning.rounds import hooks_for
 
 
@@ -25,7 +25,7 @@ def poison(step_at: int):
     original = Trainer._train_step
 
     def step(self, micro_batches):
-        if self.worker.rank == 1 and self.global_step == step_at:
+        if self.process.rank == 1 and self.global_step == step_at:
             micro_batches = [(images * float("nan"), targets) for images, targets in micro_batches]
         return original(self, micro_batches)
 
@@ -38,9 +38,9 @@ def buckets(size: int):
     """Sum gradients as recorded steps do, which are for GPUs only, instead of by DistributedDataParallel."""
     original = Trainer.__init__
 
-    def init(self, config, worker, *args, **kwargs):
-        original(self, config, worker, *args, **kwargs)
-        self.forward, self.flat = self.model, parallel.FlatGradients(list(self.model.parameters()), worker)
+    def init(self, config, process, *args, **kwargs):
+        original(self, config, process, *args, **kwargs)
+        self.forward, self.flat = self.model, parallel.FlatGradients(list(self.model.parameters()), process)
         assert len(self.flat.buckets) > 3
 
     with patch.object(parallel, "BUCKET", size), patch.object(Trainer, "__init__", init):
@@ -50,12 +50,12 @@ def buckets(size: int):
 HOW = {"poison": poison, "buckets": buckets}
 
 torch.set_num_threads(1)
-worker = torchrun_worker()
+process = torchrun_process()
 for folder in map(Path, sys.argv[1:]):
     config = RunConfig.from_yaml(folder / "config.yaml")
     with ExitStack() as stack:
         if (folder / "how.json").exists():
             name, argument = json.loads((folder / "how.json").read_text())
             stack.enter_context(HOW[name](argument))
-        fit(config, worker, folder, hooks=hooks_for(config, worker.rank))
+        fit(config, process, folder, hooks=hooks_for(config, process.rank))
 dist.destroy_process_group()
