@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mamba.config.cli import parse_train_args
@@ -85,8 +87,30 @@ def test_yaml_round_trip_and_flat_keys(tmp_path):
 def test_presets_resolve_and_say_what_they_are(name):
     config = get_preset(name).resolve()
     assert config.name == name
-    text = (PRESETS[name].__doc__ or "").lower()
-    assert "cost" in text and ("measured" in text or "docs/log.md" in text)
+    assert_claims_are_measured(PRESETS[name].__doc__ or "")
+
+
+def assert_claims_are_measured(text):
+    """Cost and score are each said to be not yet measured, or measured, with a figure or a preset and the hardware."""
+    parts = re.search(r"Cost: (.*?)\. Score: (.*)", " ".join(text.split()))
+    assert parts, "the docstring says no `Cost: ... Score: ...`"
+    for part in parts.groups():
+        claimed = re.sub(r"not yet measured", "", part)
+        assert claimed != part or "measured" in claimed, f"neither measured nor said not to be: {part}"
+        if "measured" in claimed:
+            assert re.search(r"H100|H200|CPU core", claimed), f"measured on what? {part}"
+
+
+def test_not_yet_measured_is_no_measurement():
+    assert_claims_are_measured("Cost: measured, 4 s on one H100. Score: not yet measured (hoped for 97 %).")
+    for text in (
+        "Cost: measured, 4 s on one H100.",
+        "Cost: not yet measured. Score: 97 %.",
+        "Cost: not yet measured. Score: measured, 97 %.",
+        "Cost: 4 s. Score: not yet measured.",
+    ):
+        with pytest.raises(AssertionError):
+            assert_claims_are_measured(text)
 
 
 def test_values_that_follow_from_the_named_model():

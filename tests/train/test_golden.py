@@ -36,8 +36,10 @@ SMALL = {
 def losses(preset: str, data: ImageData, out: Path) -> dict[str, list[float]]:
     """What each epoch of a shrunk preset reports, with the loss of the test at the end."""
     config = get_preset(preset)
-    warmup = config.optim.warmup_epochs / config.optim.epochs * EPOCHS
-    small = {**SMALL, "optim.warmup_epochs": warmup, "optim.lr": 10 * config.optim.lr}  # so short a run has to move
+    part = EPOCHS / config.optim.epochs
+    lengths = {"optim.warmup_epochs": config.optim.warmup_epochs * part}
+    lengths["data.mix_off_epochs"] = round(config.data.mix_off_epochs * part)
+    small = {**SMALL, **lengths, "optim.lr": 10 * config.optim.lr}  # so short a run has to move
     result = fit(config.with_values({**small, "out": out}).resolve(), local_process(), out, data)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {**{key: [line[key] for line in lines] for key in KEPT}, "test/loss": [result["metrics"]["test/loss"]]}
