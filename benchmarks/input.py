@@ -24,7 +24,7 @@ import torch
 from train_step import hardware
 
 from mamba.config.schema import RunConfig
-from mamba.data.registry import ImageData, load_data, make_train_batches
+from mamba.data.loader import ImageData, load_data, make_train_batches
 from mamba.train.distributed import local_process
 
 

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mamba.data.registry import ImageData, ImageSet, eval_batches
+from mamba.data.loader import ImageData, ImageSet, eval_batches
 from mamba.models.model import MambaModel, count_parameters
 from pruning.masks import check_sparsity_mamba
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba.config.schema import RunConfig
-from mamba.data.registry import ImageData, eval_batches
+from mamba.data.loader import ImageData, eval_batches
 from mamba.errors import CheckpointError, ConfigError
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt

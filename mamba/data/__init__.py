@@ -1,5 +1,5 @@
 """Data sets, their splits, and the loaders that feed one rank."""
 
-from mamba.data.registry import load_data
+from mamba.data.loader import load_data
 
 __all__ = ["load_data"]

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mamba.config.schema import RunConfig
 from mamba.data.augment import tta_views
 from mamba.data.mix import BatchMix
-from mamba.data.registry import ImageData, ImageSet, eval_batches, load_data, make_train_batches
+from mamba.data.loader import ImageData, ImageSet, eval_batches, load_data, make_train_batches
 from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel, count_parameters
 from mamba.ops.conv import HAS_TRITON

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mamba.config.schema import RunConfig
-from mamba.data.registry import check_batch_size, load_data
+from mamba.data.loader import check_batch_size, load_data
 from mamba.errors import ForgeError, TrainingError
 from mamba.runs.checkpoint import check_start
 from mamba.runs.tracking import write_hparams, write_json

@@ -13,7 +13,7 @@ from typing import Any
 
 from mamba.config.keys import current
 from mamba.config.schema import RunConfig
-from mamba.data.registry import load_data
+from mamba.data.loader import load_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import exclusive

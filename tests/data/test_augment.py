@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from mamba.config.schema import RunConfig
 from mamba.data.augment import BatchAugment, Draws, tta_views
-from mamba.data.registry import make_train_batches
+from mamba.data.loader import make_train_batches
 from mamba.errors import ConfigError
 from mamba.train.distributed import Process
 
@@ -106,7 +106,7 @@ def test_images_do_not_depend_on_which_are_worked_on_together(name, crop):
 
 def batches(data, monkeypatch, epoch=1, start=0, rank=0, world_size=1, accumulate=1, chunk=None, seed=0, **more):
     if chunk:
-        monkeypatch.setattr("mamba.data.registry.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("mamba.data.loader.CHUNK_BYTES", chunk)
     values = {"dataset": "digits", "batch_size": 16, "augment": "autoaugment", "random_erasing": 0.5, "device": "gpu"}
     values |= {"loader_workers": 0, **more}
     config = RunConfig().with_values({f"data.{k}": v for k, v in values.items()}).resolve().data

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mamba.config.schema import DataConfig, RunConfig
-from mamba.data.registry import (
+from mamba.data.loader import (
     ImageSet,
     describe,
     eval_batches,
