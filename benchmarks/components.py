@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import load_data
+from mamba.data.registry import load_data
 from mamba.errors import ConfigError, ForgeError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import environment

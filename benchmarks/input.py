@@ -24,13 +24,15 @@ import torch
 from train_step import hardware
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import ImageData, load_data, make_train_batches
+from mamba.data.device_loader import make_train_batches
+from mamba.data.images import ImageData
+from mamba.data.registry import load_data
 from mamba.train.distributed import local_process
 
 
 def measure(config: RunConfig, data: ImageData, epochs: int) -> dict[str, float]:
     process = local_process()
-    batches = make_train_batches(data, config.data, config.seed, 1, process)
+    batches = make_train_batches(data, config.data, config.seed, 1, 0, 1, process.cpus, process.device)
     speeds = []
     for epoch in range(1 + epochs):
         began, images = time.perf_counter(), 0

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import load_data
+from mamba.data.registry import load_data
 from mamba.errors import ForgeError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import environment

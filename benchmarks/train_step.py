@@ -80,7 +80,7 @@ def use_scan(name: str) -> None:
 def run_case(case: dict[str, Any], process: Process) -> dict[str, Any]:
     """One case in this process, which may be one of several that train together."""
     from mamba.config.presets import get_preset
-    from mamba.data.loader import load_data
+    from mamba.data.registry import load_data
     from mamba.train.trainer import Trainer
 
     values = {

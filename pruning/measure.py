@@ -12,7 +12,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mamba.data.loader import ImageData, ImageSet, eval_batches
+from mamba.data.images import ImageData, ImageSet
+from mamba.data.loader import eval_batches
 from mamba.models.model import MambaModel, count_parameters
 from pruning.masks import check_sparsity_mamba
 

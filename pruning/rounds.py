@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import ImageData, eval_batches
+from mamba.data.images import ImageData
+from mamba.data.loader import eval_batches
 from mamba.errors import CheckpointError, ConfigError
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt
@@ -166,7 +167,7 @@ def _make_start(config: RunConfig, folder: Path, data: ImageData) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        side = data.train.images.shape[1]
+        side = data.side
         model = MambaModel(Architecture.from_config(config.model, len(data.classes), side))
     ckpt.save_checkpoint(folder / "start", model, None, {"classes": list(data.classes)}, None)
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rounds(args: PruneArgs) -> int:
     from rich.console import Console
 
-    from mamba.data.loader import load_data
+    from mamba.data.registry import load_data
     from mamba.runs.tracking import create_run, discard_if_unused, exclusive
     from pruning.report import rounds_figure, rounds_table
     from pruning.rounds import Engine, check_rounds, check_series, run_rounds

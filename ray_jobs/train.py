@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dry_run(args: TrainArgs) -> int:
     """Also prune.py's: what a run, or each of its rounds, would train."""
-    from mamba.data.loader import check_batch_size, describe
+    from mamba.data.loader import check_batch_size
+    from mamba.data.registry import describe
     from mamba.models.model import parameters_of
     from mamba.runs.checkpoint import check_start, parameters_in
     from ray_jobs.launch.run import check_early

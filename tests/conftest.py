@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import ImageData, ImageSet, split_validation
+from mamba.data.images import ImageData, ImageSet
+from mamba.data.split import split_validation
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
 

@@ -21,8 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mamba.config.schema import RunConfig
 from mamba.data.augment import tta_views
+from mamba.data.device_loader import make_train_batches
+from mamba.data.images import ImageData, ImageSet
+from mamba.data.loader import eval_batches
 from mamba.data.mix import BatchMix
-from mamba.data.loader import ImageData, ImageSet, eval_batches, load_data, make_train_batches
+from mamba.data.registry import load_data
 from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel, count_parameters
 from mamba.ops.conv import HAS_TRITON
@@ -103,12 +106,15 @@ class Trainer:
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
         self.optimizer = make_optimizer(self.model, optim)
         self.mix = BatchMix.from_config(config, len(data.classes))
-        self.batches = make_train_batches(data, config.data, config.seed, optim.accumulate, process)
+        cpus = config.scaling.cpus_per_worker or process.cpus
+        self.batches = make_train_batches(
+            data, config.data, config.seed, optim.accumulate, process.rank, process.world_size, cpus, process.device
+        )
         self.steps_per_epoch = self.batches.sampler.steps
         self.amp = resolve_amp(optim.amp, process.device)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.amp is torch.float16)
 
-        side = data.train.images.shape[1]
+        side = data.side
         self.loss = TrainingLoss(config, len(data.classes), side, process.device, self.amp)
 
         self.epoch = 0  # epochs completed
@@ -151,7 +157,7 @@ class Trainer:
 
     def _initial_model(self) -> MambaModel:
         """New weights, or those of the checkpoint that the run starts from, with its widths."""
-        config, classes, side = self.config.model, len(self.data.classes), self.data.train.images.shape[1]
+        config, classes, side = self.config.model, len(self.data.classes), self.data.side
         if config.checkpoint is None:
             model = MambaModel(Architecture.from_config(config, classes, side))
         else:

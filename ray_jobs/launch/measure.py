@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import load_data
+from mamba.data.registry import load_data
 from mamba.train.distributed import own_device
 from mamba.train.trainer import resolve_amp
 from pruning import measure as meter

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import check_batch_size, load_data
+from mamba.data.loader import check_batch_size
+from mamba.data.registry import load_data
 from mamba.errors import ForgeError, TrainingError
 from mamba.runs.checkpoint import check_start
 from mamba.runs.tracking import write_hparams, write_json
@@ -37,7 +38,7 @@ def preflight(config: RunConfig) -> None:
     check_batch_size(len(data.train), config.data)
     for key, checkpoint in (("model.checkpoint", config.model.checkpoint), ("distill.teacher", config.distill.teacher)):
         if checkpoint is not None:
-            check_start(checkpoint, len(data.classes), data.train.images.shape[1], key)
+            check_start(checkpoint, len(data.classes), data.side, key)
 
 
 def check_early(config: RunConfig) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import ImageData
+from mamba.data.images import ImageData
 from mamba.errors import CheckpointError, ConfigError, ForgeError
 from mamba.models.model import MambaModel
 from mamba.runs import checkpoint as ckpt

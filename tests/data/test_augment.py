@@ -9,9 +9,8 @@ from torchvision.transforms import v2
 
 from mamba.config.schema import RunConfig
 from mamba.data.augment import BatchAugment, Draws, tta_views
-from mamba.data.loader import make_train_batches
+from mamba.data.device_loader import make_train_batches
 from mamba.errors import ConfigError
-from mamba.train.distributed import Process
 
 MEAN = (0.49, 0.48, 0.45)
 
@@ -106,12 +105,13 @@ def test_images_do_not_depend_on_which_are_worked_on_together(name, crop):
 
 def batches(data, monkeypatch, epoch=1, start=0, rank=0, world_size=1, accumulate=1, chunk=None, seed=0, **more):
     if chunk:
-        monkeypatch.setattr("mamba.data.loader.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("mamba.data.device_loader.CHUNK_BYTES", chunk)
     values = {"dataset": "digits", "batch_size": 16, "augment": "autoaugment", "random_erasing": 0.5, "device": "gpu"}
     values |= {"loader_workers": 0, **more}
     config = RunConfig().with_values({f"data.{k}": v for k, v in values.items()}).resolve().data
-    process = Process(rank, world_size, 1, torch.device("cpu"))  # the device path runs on any device
-    return list(make_train_batches(data, config, seed, accumulate, process).epoch(epoch, start))
+    device = torch.device("cpu")  # the device path runs on any device
+    made = make_train_batches(data, config, seed, accumulate, rank, world_size, 1, device)
+    return list(made.epoch(epoch, start))
 
 
 @pytest.mark.parametrize("repeats", [1, 2])

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from mamba.config.schema import RunConfig
-from mamba.data.loader import load_data
+from mamba.data.registry import load_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import HPARAM_METRICS

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mamba.config.presets import PRESETS, get_preset
-from mamba.data.loader import ImageData
+from mamba.data.images import ImageData
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
 from tests.conftest import make_small_data

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mamba.data.loader import ImageSet
+from mamba.data.images import ImageSet
 from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import BlockShape

@@ -1,0 +1,22 @@
+"""Data sets by name: one dictionary, in step with the config."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from mamba.config.resolve import DATASET_SIDES
+from mamba.config.schema import DataConfig
+from mamba.data.digits import load_digits_images
+from mamba.data.registry import DATASETS, Source, load_data
+from tests.data.helpers import config
+
+
+def test_the_registry_is_in_step_with_the_config():
+    assert set(DATASETS) == set(get_args(DataConfig.model_fields["dataset"].annotation))
+    assert {name: source.side for name, source in DATASETS.items()} == DATASET_SIDES
+
+
+def test_a_data_set_is_one_entry(monkeypatch):
+    monkeypatch.setitem(DATASETS, "toy", Source(8, load_digits_images))
+    data = load_data(config(dataset="digits").model_copy(update={"dataset": "toy"}), 0)
+    assert len(data.train) == 1295
