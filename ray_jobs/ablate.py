@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from mamba.config.cli import AblateArgs, parse_ablate_args
 from mamba.config.schema import RunConfig
-from mamba.errors import ConfigError, ForgeError
+from mamba.errors import ConfigError
+from ray_jobs.launch.ending import exit_code
 from ray_jobs.launch.recipe import recipe_of
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ GRIDS = {"components": "component_ablation", "layers": "layer_sensitivity", "joi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 all trials ended well, 1 some failed, 2 an error of the user's, 130 interrupted."""
-    from ray_jobs.report.outcome import perform
 
-    try:
+    def work() -> int:
         args = parse_ablate_args(argv, description=(__doc__ or "").split("\n")[0], recipe_of=recipe_of)
+        from ray_jobs.report.outcome import perform  # after the words: imports ray
+
         return perform(args, lambda: _experiment(args), "ray_jobs/ablate.py")
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return exit_code(work, "stopped; continue with --resume and the experiment's folder")
 
 
 def _experiment(args: AblateArgs) -> Experiment:

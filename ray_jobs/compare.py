@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mamba.errors import ConfigError, ForgeError
-from ray_jobs.report.table import show, write_results
-from ray_jobs.sweep.results import TRIAL, read_trial
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", default="val/accuracy", help="metric to sort by, largest first")
     parser.add_argument("--csv", type=Path, default=None, help="write all values and metrics to this file")
     args = parser.parse_args(argv)
+    from ray_jobs.report.table import show, write_results  # after the words: imports torch
+
     try:
         found = [row for folder in args.folders for row in trials_under(folder)]
         if not found:
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def trials_under(folder: Path) -> list[dict[str, Any]]:
     """Every run or trial with a result, however deep, with the values by which it differs from the default config."""
     from mamba.config.schema import RunConfig
+    from ray_jobs.sweep.results import TRIAL, read_trial
 
     defaults = RunConfig().flat()
     rows = []

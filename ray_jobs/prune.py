@@ -17,23 +17,21 @@ from typing import Any
 from mamba.config.cli import PruneArgs, parse_prune_args
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
+from ray_jobs.launch.ending import exit_code
 from ray_jobs.launch.recipe import recipe_of
 from ray_jobs.train import dry_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 an error of the user's, 130 interrupted (resumable)."""
-    try:
+
+    def work() -> int:
         args = parse_prune_args(argv, description=(__doc__ or "").split("\n")[0], recipe_of=recipe_of)
         if args.dry_run:
             return dry_run(args)
         return _plan(args) if args.plan else _rounds(args)
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; continue with --resume and the folder named above", file=sys.stderr)
-        return 130
+
+    return exit_code(work, "stopped; continue with --resume and the folder named above")
 
 
 def _rounds(args: PruneArgs) -> int:

@@ -13,23 +13,22 @@ from collections.abc import Sequence
 
 from mamba.config.cli import TrainArgs, parse_train_args
 from mamba.errors import ConfigError, ForgeError
+from ray_jobs.launch.ending import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 an error of the user's, 130 interrupted (resumable)."""
-    try:
+
+    def work() -> int:
         args = parse_train_args(argv, description=(__doc__ or "").split("\n")[0])
         return dry_run(args) if args.dry_run else _train(args)
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once; continue from the last checkpoint with --resume", file=sys.stderr)
-        return 130
+
+    return exit_code(work, "stopped at once; continue from the last checkpoint with --resume")
 
 
 def dry_run(args: TrainArgs) -> int:
     """Also prune.py's: what a run, or each of its rounds, would train."""
+    from mamba.config.help import quiet_pipe
     from mamba.data.loader import check_batch_size
     from mamba.data.registry import describe
     from mamba.models.model import parameters_of
@@ -42,7 +41,6 @@ def dry_run(args: TrainArgs) -> int:
     check_batch_size(train_images, config.data)
     assert config.data.img_size is not None  # resolved
     steps = train_images // config.data.batch_size
-    print(config.to_yaml(), end="")
     if config.model.checkpoint is None:
         parameters = parameters_of(config.model, classes, config.data.img_size)
     else:
@@ -50,9 +48,11 @@ def dry_run(args: TrainArgs) -> int:
         parameters = parameters_in(config.model.checkpoint)
     if config.distill.teacher is not None:
         check_start(config.distill.teacher, classes, config.data.img_size, "distill.teacher")
-    print(f"# parameters: {parameters:,}")
-    print(f"# training images: {train_images:,} in {classes} classes")
-    print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
+    with quiet_pipe():
+        print(config.to_yaml(), end="")
+        print(f"# parameters: {parameters:,}")
+        print(f"# training images: {train_images:,} in {classes} classes")
+        print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
     return 0
 
 

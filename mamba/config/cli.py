@@ -1,19 +1,26 @@
-"""Command lines made of the config's own types: its keys, its bounds, its conversions; tyro writes the help page."""
+"""Command lines made of the config's own types: its keys, its bounds, its conversions.
+
+Values come, each over the one before, from the preset, from `--config FILE`, and from the command line itself.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Generic, TypeVar
 
-import tyro
+from tyro.conf import FlagConversionOff, FlagCreatePairsOff, arg
 
-from mamba.config.keys import RETIRED, current, dotted_keys, may_be_none, unknown_key
+from mamba.config.files import read_yaml
+from mamba.config.help import show_completion, show_help
+from mamba.config.keys import stored_values
 from mamba.config.presets import PRESETS, get_preset
 from mamba.config.schema import RunConfig
+from mamba.config.words import split_words
 from mamba.errors import ConfigError
 
 
@@ -21,13 +28,14 @@ from mamba.errors import ConfigError
 class TrainArgs:
     """What `ray_jobs/train.py` was asked to do."""
 
-    config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
-    preset: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}")] = "quickstart"
+    config: Annotated[RunConfig, arg(name=""), FlagConversionOff]
+    preset: Annotated[str, arg(metavar="{" + ",".join(PRESETS) + "}")] = "quickstart"
     """Start from this named run; every key below overrides it, and shows its value as the default."""
-    resume: Path | None = None
-    """Continue the run in this folder exactly where it stopped. Of the keys below only scaling.* may be given with
-    it; the rest is read from the folder."""
-    dry_run: bool = False
+    file: Annotated[Path | None, arg(name="config", metavar="FILE.yaml")] = None
+    """Keys and values over the preset's, under the command line's own: any of them, or a run's own config.yaml."""
+    resume: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """Continue the run in this folder exactly where it stopped; of the keys below only scaling.* goes with it."""
+    dry_run: Annotated[bool, FlagCreatePairsOff] = False
     """Print what would run and exit: the resolved config, and parameters and steps, or the trials of a sweep."""
 
 
@@ -35,7 +43,7 @@ class TrainArgs:
 class PruneArgs(TrainArgs):
     """What `ray_jobs/prune.py` was asked to do."""
 
-    plan: Annotated[str | None, tyro.conf.arg(metavar="{stage1,stage2,stage3}")] = None
+    plan: Annotated[str | None, arg(metavar="{stage1,stage2,stage3}")] = None
     """Instead of rounds: apply this plan once to --checkpoint, and print what it cost and bought."""
 
 
@@ -57,105 +65,195 @@ class SweepArgs(TrainArgs):
 class AblateArgs(TrainArgs):
     """What `ray_jobs/ablate.py` was asked to do."""
 
-    grid: Annotated[str, tyro.conf.arg(metavar="{components,layers,joint,all}")] = "all"
+    grid: Annotated[str, arg(metavar="{components,layers,joint,all}")] = "all"
     """Which grids: each component at each rate; each block alone; combinations; or all of them."""
     gpus_per_trial: float | None = None
     """GPUs that a trial holds, fractions allowed; None: 0.25."""
 
 
-PRUNE_SHORT = {name: f"prune.{name}" for name in ("method", "target", "rate", "rounds")} | {
-    "checkpoint": "model.checkpoint"
-}
-"""Short names of keys that `ray_jobs/prune.py` also takes."""
+Args = TypeVar("Args", bound=TrainArgs)
 
 
-PRUNE_DEFAULTS = {"prune.method": "refill", "name": "prune", "trial": None}
+@dataclass(frozen=True)
+class Command(Generic[Args]):
+    """A command line of ours."""
+
+    kind: type[Args]
+    prog: str
+    first: Mapping[str, Sequence[str]]
+    """The keys that people use first: what `--help` shows, under headings."""
+    defaults: Mapping[str, str | None] = field(default_factory=dict)
+    """Values of keys where they are not the preset's."""
+    short: Mapping[str, str] = field(default_factory=dict)
+    """Names of keys that it also takes: short -> dotted key."""
 
 
-def parse_train_args(argv: Sequence[str] | None = None, description: str = "") -> TrainArgs:
-    """Parse a command line; `--help` prints and exits.
-
-    Raises:
-        ConfigError: an unknown key or preset, a value out of bounds, keys that do not go with `--resume`.
-    """
-    return _parse(TrainArgs, argv, "train.py", description, {}, {})
-
+WHERE = ("name", "out", "scaling.num_workers")
+TRAIN = Command(
+    TrainArgs,
+    "train.py",
+    {
+        "data": ("data.dataset", "data.root"),
+        "model": ("model.name", "model.checkpoint"),
+        "training": ("optim.epochs", "optim.lr", "data.batch_size"),
+        "run": WHERE,
+    },
+)
+PRUNE = Command(
+    PruneArgs,
+    "prune.py",
+    {
+        "pruning": ("model.checkpoint", "prune.method", "prune.target", "prune.rate", "prune.rounds"),
+        "training": ("data.dataset", "optim.epochs"),
+        "run": WHERE,
+    },
+    {"prune.method": "refill", "name": "prune", "trial": None},
+    {name: f"prune.{name}" for name in ("method", "target", "rate", "rounds")} | {"checkpoint": "model.checkpoint"},
+)
+TUNE = Command(
+    SweepArgs,
+    "tune.py",
+    {
+        "search": ("model.checkpoint", "seed"),
+        "data": ("data.dataset", "data.root"),
+        "training": ("model.name", "optim.epochs", "data.batch_size"),
+        "run": WHERE,
+    },
+    {"name": "search", "trial": None},
+    {"checkpoint": "model.checkpoint"},
+)
+ABLATE = Command(
+    AblateArgs,
+    "ablate.py",
+    {
+        "ablation": ("model.checkpoint", "cut.structured", "cut.criterion", "cut.finetune_epochs", "seed"),
+        "data": ("data.dataset", "data.root"),
+        "run": WHERE,
+    },
+    {"name": "ablation", "trial": None},
+    {"checkpoint": "model.checkpoint"},
+)
 
 Recipe = Callable[[Path], RunConfig]
 """Reads from a checkpoint how it was trained."""
 
 
+def parse_train_args(argv: Sequence[str] | None = None, description: str = "") -> TrainArgs:
+    """Parse a command line; `--help`, `--help-all` and tyro's completion print and exit.
+
+    Raises:
+        ConfigError: an unknown key or preset, a value out of bounds, keys that do not go with `--resume`.
+    """
+    return parse(TRAIN, argv, description)
+
+
 def parse_prune_args(argv: Sequence[str] | None = None, description: str = "", *, recipe_of: Recipe) -> PruneArgs:
-    """As `parse_train_args`, with `--plan` and the short names of PRUNE_SHORT; the method defaults to refill. Without
-    --preset, what starts from a checkpoint takes over the config that trained it, by `recipe_of`."""
-    args = _parse(PruneArgs, argv, "prune.py", description, PRUNE_SHORT, PRUNE_DEFAULTS, recipe_of)
-    assert isinstance(args, PruneArgs)
-    return args
+    """As `parse_train_args`, with `--plan` and short names; the method defaults to refill. Without --preset, what
+    starts from a checkpoint takes over the config that trained it, by `recipe_of`."""
+    return parse(PRUNE, argv, description, recipe_of)
 
 
 def parse_sweep_args(argv: Sequence[str] | None = None, description: str = "", *, recipe_of: Recipe) -> SweepArgs:
     """As `parse_prune_args`, for a search; `--checkpoint` is the trained model that measure trials cut."""
-    args = _parse(SweepArgs, argv, "tune.py", description, CHECKPOINT, {"name": "search", "trial": None}, recipe_of)
-    assert isinstance(args, SweepArgs)
-    return args
+    return parse(TUNE, argv, description, recipe_of)
 
 
 def parse_ablate_args(argv: Sequence[str] | None = None, description: str = "", *, recipe_of: Recipe) -> AblateArgs:
     """As `parse_prune_args`, for the ablation grids of a trained model, `--checkpoint`."""
-    args = _parse(
-        AblateArgs, argv, "ablate.py", description, CHECKPOINT, {"name": "ablation", "trial": None}, recipe_of
+    return parse(ABLATE, argv, description, recipe_of)
+
+
+def parse(
+    command: Command[Args],
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    recipe_of: Recipe | None = None,
+) -> Args:
+    """What a command line asks for; see `parse_train_args` and `parse_prune_args`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    kind, prog = command.kind, _prog(command.prog)
+    options = {f.name for f in fields(kind)} - {"dry_run", "file"}
+    given, values = split_words(words, options | {"completion"}, command.short)
+    if "completion" in given:
+        show_completion(
+            kind, kind(get_preset("quickstart").with_values(dict(command.defaults))), prog, given["completion"]
+        )
+    config, preset = _config(command, given, values, recipe_of)
+    own = {name: _typed(kind, name, given[name]) for name in options - {"preset", "resume", "config"} if name in given}
+    args = kind(
+        config=config,
+        preset=preset,
+        file=Path(given["config"]) if "config" in given else None,
+        resume=Path(given["resume"]) if "resume" in given else None,
+        dry_run="dry_run" in given,
+        **own,
     )
-    assert isinstance(args, AblateArgs)
+    if "help" in given or "help_all" in given:
+        if command.short:
+            named = ", ".join(f"--{name} for --{key}" for name, key in command.short.items())
+            description += f" Short names: {named}."
+        show_help(kind, args, prog, description, None if "help_all" in given else command.first)
     return args
 
 
-CHECKPOINT = {"checkpoint": "model.checkpoint"}
-
-
-def _parse(
-    kind: type[TrainArgs],
-    argv: Sequence[str] | None,
-    prog: str,
-    description: str,
-    short: dict[str, str],
-    defaults: dict[str, str | None],
-    recipe_of: Recipe | None = None,
-) -> TrainArgs:
-    options = {field.name for field in fields(kind)} - {"config", "dry_run"}
-    launch, values = _split(list(sys.argv[1:] if argv is None else argv), options, short)
-    preset = launch.get("preset", "quickstart")
-    base = get_preset(preset)
-    checkpoint = values.get("model.checkpoint")
-    if recipe_of and checkpoint and "preset" not in launch:
-        base = recipe_of(Path(checkpoint))
-    base = base.with_values(defaults)
-    if "resume" in launch:
+def _config(
+    command: Command[Any], given: Mapping[str, str], values: dict[str, str | None], recipe_of: Recipe | None
+) -> tuple[RunConfig, str]:
+    """The config that a command line asks for, and the preset below it."""
+    preset = given.get("preset", "quickstart")
+    if "resume" in given:
         extra = [f"--{key}" for key in values if not key.startswith("scaling.")]
-        extra += [f"--{key}" for key in launch if key not in ("resume", "dry_run", "help")]
+        extra += [f"--{key}" for key in given if key not in ("resume", "dry_run", "help", "help_all")]
         if extra:
             raise ConfigError(f"--resume continues a run as it was: leave out {', '.join(extra)}")
-        base = _config_in(Path(launch["resume"]))
+        return stored_config(Path(given["resume"])).with_values(values), preset
+    from_file = _from_file(Path(given["config"])) if "config" in given else {}
+    checkpoint = {**from_file, **values}.get("model.checkpoint")
+    own = recipe_of(Path(checkpoint)) if recipe_of and checkpoint and "preset" not in given else None
+    base = own or get_preset(preset)
+    config = base.with_values({**command.defaults, **from_file, **values})
     counts = ("model.checkpoint", "model.drop_path", "model.sync_batchnorm")
     ignored = [f"--{k}" for k in values if k.startswith("model.") and k not in counts]
-    if values.get("model.checkpoint") and ignored:
+    if config.model.checkpoint and ignored:
         raise ConfigError(
             f"model.checkpoint brings its own widths: leave out {', '.join(ignored)}; of model.* only model.drop_path "
             "and model.sync_batchnorm go with it"
         )
-    given = {key: _typed(kind, key, launch[key]) for key in options - {"preset", "resume"} if key in launch}
-    args = kind(
-        config=base.with_values(values),
-        preset=preset,
-        resume=Path(launch["resume"]) if "resume" in launch else None,
-        dry_run="dry_run" in launch,
-        **given,
-    )
-    if "help" in launch:
-        if short:
-            words = ", ".join(f"--{name} for --{key}" for name, key in short.items())
-            description += f" Short names: {words}."
-        tyro.cli(kind, args=["--help"], default=args, prog=prog, description=description)
-    return args
+    return config, preset
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """Keys and values of a file; of a run's own config.yaml, without what names that run."""
+    if path.is_dir() and (path / "config.yaml").exists():
+        path = path / "config.yaml"
+    values = stored_values(read_yaml(path, "a config"), path)
+    if values.get("trial") == path.absolute().parent.name:
+        del values["trial"]
+    return values
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The config of a run's folder, or of an experiment's.
+
+    Raises:
+        ConfigError: there is no such folder, or none of both in it that can be read.
+    """
+    experiment = folder / "experiment.json"
+    if not folder.is_dir():
+        raise ConfigError(f"--resume {folder}: there is no such folder")
+    if not experiment.exists():
+        return RunConfig.from_yaml(folder / "config.yaml")
+    try:
+        tree = json.loads(experiment.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{experiment} is damaged: {error}") from None
+    return RunConfig.stored(tree, experiment)
+
+
+def _prog(script: str) -> str:
+    """What the user called: the script, or the command that was installed for it."""
+    called = os.path.basename(sys.argv[0])
+    return called if called.startswith("mamba-") else script
 
 
 def _typed(kind: type[TrainArgs], key: str, text: str) -> int | float | str:
@@ -165,47 +263,4 @@ def _typed(kind: type[TrainArgs], key: str, text: str) -> int | float | str:
         return int(text) if declared.startswith("int") else float(text) if declared.startswith("float") else text
     except ValueError:
         what = "a whole number" if declared.startswith("int") else "a number"
-        raise ConfigError(f"--{key.replace('_', '-')} {text}: {what} is needed") from None
-
-
-def _config_in(folder: Path) -> RunConfig:
-    """The config of a run's folder, or of an experiment's."""
-    experiment = folder / "experiment.json"
-    if not folder.is_dir():
-        raise ConfigError(f"--resume {folder}: there is no such folder")
-    if not experiment.exists():
-        return RunConfig.from_yaml(folder / "config.yaml")
-    return RunConfig.stored(json.loads(experiment.read_text())["config"], experiment)
-
-
-def _split(words: list[str], options: set[str], short: dict[str, str]) -> tuple[dict[str, str], dict[str, str | None]]:
-    """A command line's launch options and its config keys with their values as text, which the config converts.
-
-    `--key value` and `--key=value`, with `-` or `_` inside of names.
-    """
-    known = dotted_keys()
-    launch: dict[str, str] = {}
-    values: dict[str, str | None] = {}
-    rest = iter(words)
-    for word in rest:
-        if word in ("-h", "--help", "--dry-run"):
-            launch["dry_run" if word == "--dry-run" else "help"] = ""
-            continue
-        if not word.startswith("--"):
-            raise ConfigError(f"unexpected word '{word}'; options are given as --key value (see --help)")
-        flag, equals, value = word[2:].partition("=")
-        key = flag.replace("-", "_")
-        key = short.get(key, key)
-        if key not in known and key not in options and key not in RETIRED:
-            raise unknown_key(key)
-        if not equals:
-            value = next(rest, "--")
-            if value.startswith("--"):
-                raise ConfigError(f"--{flag} needs a value (see --help)")
-        if key in launch or key in values:
-            raise ConfigError(f"--{flag} is given twice")
-        if key in options:
-            launch[key] = value
-        else:
-            values[key] = None if value.lower() == "none" and may_be_none(RETIRED.get(key) or key) else value
-    return launch, current(values, "the command line")
+        raise ConfigError(f"--{key.replace('_', '-')} {text[:80]}: {what} is needed") from None

@@ -5,12 +5,23 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from reprlib import Repr
+from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
+from mamba.config.choices import added, words_of
+from mamba.config.files import read_yaml
 from mamba.errors import ConfigError
 
 
@@ -24,6 +35,21 @@ class Group(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_one_line(error, type(self))) from None
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _or_added(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """A word that was added from outside is as good as one that is listed."""
+        try:
+            return check(value)
+        except ValidationError:
+            if isinstance(value, str) and value in added(_key(cls, info.field_name or "")):
+                return value
+            raise
+
+    def model_dump(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As pydantic's, which would warn of words that were added from outside."""
+        return super().model_dump(*args, **{"warnings": False, **kwargs})
 
 
 RETIRED: dict[str, str | None] = {
@@ -77,19 +103,7 @@ class Keyed(Group):
         Raises:
             ConfigError: no mapping of keys, an unknown key, or a bad value.
         """
-        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-            raise ConfigError(f"{where} does not hold a run config (a mapping of keys)")
-        flat: dict[str, Any] = {}
-        for key, value in tree.items():
-            flat |= {f"{key}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {key: value}
-        now: dict[str, Any] = {}
-        for key, value in current(flat, where).items():
-            group, _, leaf = key.partition(".")
-            if leaf:
-                now.setdefault(group, {})[leaf] = value
-            else:
-                now[key] = value
-        return cls(**now)
+        return cls().with_values(stored_values(tree, where))
 
     def with_values(self, values: dict[str, Any]) -> Self:
         """A copy with the given dotted keys replaced, checked like everything else.
@@ -127,11 +141,28 @@ class Keyed(Group):
         Raises:
             ConfigError: the file is missing or unreadable, or holds an unknown key or a bad value.
         """
-        try:
-            tree = yaml.safe_load(path.read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read as a run config: {' '.join(str(error).split())}") from None
-        return cls.stored(tree, path)
+        return cls.stored(read_yaml(path, "a run config"), path)
+
+
+def stored_values(tree: object, where: object) -> dict[str, Any]:
+    """Dotted keys and values of a tree that was stored, whole or in part, perhaps by an earlier version.
+
+    Raises:
+        ConfigError: no mapping of keys, or one of them twice; `where` says where.
+    """
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{where} does not hold a run config (a mapping of keys)")
+    flat: dict[str, Any] = {}
+    groups = {key.partition(".")[0] for key in dotted_keys() if "." in key}
+    for key, value in tree.items():
+        if key in groups and not isinstance(value, dict):
+            raise ConfigError(f"{where}: {key} holds {_brief(value)}; valid: keys of {key}.* and their values")
+        found = {f"{key}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {key: value}
+        for dotted, inner in found.items():
+            if dotted in flat:
+                raise ConfigError(f"{where}: {dotted} is given twice")
+            flat[dotted] = inner
+    return current(flat, where)
 
 
 def dotted_keys() -> dict[str, type[Group]]:
@@ -150,8 +181,24 @@ def dotted_keys() -> dict[str, type[Group]]:
 
 def may_be_none(key: str) -> bool:
     """Whether a dotted key takes None."""
-    field = dotted_keys()[key].model_fields[key.rpartition(".")[2]]
-    return type(None) in getattr(field.annotation, "__args__", ())
+    return type(None) in get_args(_annotation(key))
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The words that a dotted key takes, those that were added from outside included; () where it takes others."""
+    return words_of(_annotation(key)) + added(key)
+
+
+def _annotation(key: str) -> Any:
+    return dotted_keys()[key].model_fields[key.rpartition(".")[2]].annotation
+
+
+def _key(group: type[BaseModel], leaf: str) -> str:
+    """The dotted key of a group's field."""
+    from mamba.config.schema import RunConfig
+
+    names = [name for name, field in RunConfig.model_fields.items() if field.annotation is group]
+    return ".".join([*names, leaf])
 
 
 def unknown_key(key: str) -> ConfigError:
@@ -161,18 +208,17 @@ def unknown_key(key: str) -> ConfigError:
     known = dotted_keys()
     group = key.split(".")[0]
     siblings = [k for k in known if k.startswith(group + ".")]
+    near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]] or get_close_matches(key, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
     if siblings:
-        return ConfigError(f"unknown key '{key}'; valid in {group}: {', '.join(siblings)}")
+        return ConfigError(f"unknown key '{key}'; valid in {group}: {', '.join(siblings)}{hint}")
     groups = sorted({k.split(".")[0] + ".*" for k in known if "." in k})
     plain = [k for k in known if "." not in k]
-    return ConfigError(f"unknown key '{key}'; valid: {', '.join(plain + groups)}")
+    return ConfigError(f"unknown key '{key}'; valid: {', '.join(plain + groups)}{hint}")
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     """All findings of one validation as a sentence, with dotted keys and without pydantic's own vocabulary."""
-    from mamba.config.schema import RunConfig
-
-    group = next((k for k, f in RunConfig.model_fields.items() if f.annotation is model), None)
     findings: dict[str, str] = {}
     for item in error.errors(include_url=False):
         inner = item.get("ctx", {}).get("error")
@@ -181,14 +227,29 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
             continue
         # a union's location ends in the name of the member that was tried
         path = [str(p) for p in item["loc"] if not re.fullmatch(r"int|float|none|str|bool|literal\[.*\]", str(p))]
-        key = ".".join(([group] if group else []) + path)
+        key = _key(model, ".".join(path))
+        says, got = _lower_first(item["msg"]), _brief(item["input"])
         if item["type"] == "extra_forbidden":
             findings[key] = str(unknown_key(key))
         elif item["type"] == "literal_error" and item["loc"][-1] != path[-1]:  # the other member is a boolean
-            findings[key] = f"{key}: {_lower_first(item['msg'])}, True or False, got {item['input']!r}"
+            findings[key] = f"{key}: {says}, True or False, got {got}"
+        elif item["type"] == "literal_error":
+            more = "".join(f", or '{word}'" for word in added(key))
+            findings.setdefault(key, f"{key}: {says}{more}, got {got}")
+        elif item["type"] == "string_pattern_mismatch":  # of names, which become folders
+            says = "should be of letters, digits, '.', '_' and '-', the first a letter or a digit"
+            findings[key] = f"{key}: {says}, got {got}"
         else:
-            findings.setdefault(key, f"{key}: {_lower_first(item['msg'])}, got {item['input']!r}")
-    return "; ".join(findings.values())
+            findings.setdefault(key, f"{key}: {says}, got {got}")
+    told = list(findings.values())
+    return "; ".join(told if len(told) < 5 else [*told[:3], f"and {len(told) - 3} more"])
+
+
+def _brief(value: object) -> str:
+    """A value as it is written, cut where it is long."""
+    short = Repr()
+    short.maxstring = short.maxother = 60
+    return short.repr(value)
 
 
 def _lower_first(text: str) -> str:

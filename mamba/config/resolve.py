@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba.errors import ConfigError
@@ -21,6 +22,8 @@ MODEL_SIZES: dict[SizeName, tuple[int, int]] = {
     "vim_base": (768, 24),
 }
 """Named models: (d_model, depth)."""
+
+MOST_WEIGHTS = 1e11
 
 
 def default_patch_size(img_size: int) -> int:
@@ -73,17 +76,23 @@ def resolved(config: RunConfig) -> RunConfig:
             f"prune.grow_fraction {config.prune.grow_fraction:g} of optim.epochs {config.optim.epochs} leaves no epoch "
             "after the cut; lower it or train for more epochs"
         )
-    checkpoint, teacher = config.model.checkpoint, config.distill.teacher
     return config.with_values(
         {
-            "model.checkpoint": checkpoint.expanduser().absolute() if checkpoint else None,
-            "distill.teacher": teacher.expanduser().absolute() if teacher else None,
+            "model.checkpoint": _absolute("model.checkpoint", config.model.checkpoint),
+            "distill.teacher": _absolute("distill.teacher", config.distill.teacher),
             "data.img_size": side,
-            "data.root": config.data.root.expanduser().absolute(),
-            "out": config.out.expanduser().absolute(),
+            "data.root": _absolute("data.root", config.data.root),
+            "out": _absolute("out", config.out),
             **{f"model.{key}": value for key, value in model if key != "checkpoint"},
         }
     )
+
+
+def _absolute(key: str, path: Path | None) -> Path | None:
+    try:
+        return path.expanduser().absolute() if path else None
+    except RuntimeError:  # the home of a user who is none
+        raise ConfigError(f"{key} {path}: there is no such home folder") from None
 
 
 def filled(model: ModelConfig, img_size: int) -> ModelConfig:
@@ -106,6 +115,7 @@ def check_model(model: ModelConfig, side: int) -> None:
     """Raises ConfigError where a filled model config does not fit images of this side, or itself."""
     patch, stride, d_model = model.patch_size, model.stride, model.d_model
     assert patch is not None and stride is not None and d_model is not None and model.mlp_ratio is not None
+    _check_size(model, side)
     if model.stem == "conv":
         for key, value in (("patch_size", patch), ("stride", stride)):
             if value != 4:
@@ -135,6 +145,18 @@ def check_model(model: ModelConfig, side: int) -> None:
     for key, ratio in (("expand", model.expand), ("mlp_ratio", model.mlp_ratio)):
         if ratio and int(ratio * d_model) < 1:
             raise ConfigError(f"model.{key} {ratio:g} of model.d_model {d_model} gives no channel; choose more")
+
+
+def _check_size(model: ModelConfig, side: int) -> None:
+    """Raises ConfigError for a filled model that no machine holds; its weights, roughly."""
+    assert model.d_model and model.depth and model.stride and model.mlp_ratio is not None
+    matrices = 3 * model.expand + 2 * model.mlp_ratio
+    weights = model.d_model * (model.depth * model.d_model * matrices + (side / model.stride) ** 2)
+    if weights > MOST_WEIGHTS:
+        raise ConfigError(
+            f"model.d_model {model.d_model}, model.depth {model.depth} and data.img_size {side} make about "
+            f"{weights:.0e} weights; at most {MOST_WEIGHTS:.0e}"
+        )
 
 
 def check_workers(config: RunConfig, num_workers: int, gpu: bool) -> None:

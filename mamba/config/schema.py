@@ -18,6 +18,11 @@ from mamba.config.keys import Group, Keyed
 SizeName = Literal["mamba_tiny", "mamba_small", "mamba_base", "vim_tiny", "vim_small", "vim_base"]
 Target = Literal["ssm", "mlp", "both"]
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a folder can be called: names stay inside of the folder that they are for."""
+MAX_SIDE, MAX_WIDTH, MAX_DEPTH, MANY = 4096, 65_536, 1_000, 1_000_000
+"""Far above what runs, so that a slip of the finger is refused at once."""
+
 
 class DataConfig(Group):
     """Images, splits and augmentation."""
@@ -27,9 +32,9 @@ class DataConfig(Group):
     `data.root`/{train,test or val}/<class>/<image>."""
     root: Path = Path("data")
     """Where the data set lies or is downloaded to."""
-    img_size: int | None = Field(None, ge=4)
+    img_size: int | None = Field(None, ge=4, le=MAX_SIDE)
     """Side in pixels that images are resized to; None: 8 for digits, 32 for CIFAR, 224 for folder."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=MANY)
     """Images per optimizer step, over all workers and accumulation steps together."""
     val_fraction: float = Field(0.1, ge=0, lt=1)
     """Part of the training set, class by class, kept for validation; 0 trains on all of it and selects nothing."""
@@ -48,9 +53,9 @@ class DataConfig(Group):
     """Crop resized: smallest part of the image's area; its sides' ratio is between 3/4 and 4/3."""
     random_erasing: float = Field(0.0, ge=0, le=1)
     """Probability of erasing a random rectangle of the normalised image."""
-    cutout: int = Field(0, ge=0)
+    cutout: int = Field(0, ge=0, le=MAX_SIDE)
     """Side in pixels of the square that is erased from every normalised image, anywhere; 0: off."""
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=1024)
     """Repeated augmentation: each image is this many times in a batch, augmented in as many ways, and an epoch of as
     many steps as ever sees this part of the images; 1: off."""
     mixup: float = Field(0.0, ge=0)
@@ -59,12 +64,12 @@ class DataConfig(Group):
     """Alpha of cutmix's Beta distribution; 0: off. With both on, each mixed batch takes one of them at random."""
     mix_prob: float = Field(0.5, ge=0, le=1)
     """Part of the batches that mixup or cutmix is applied to; 1: all."""
-    mix_off_epochs: int = Field(0, ge=0)
+    mix_off_epochs: int = Field(0, ge=0, le=MANY)
     """Epochs at the end in which nothing is mixed."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are augmented: cpu, by loader processes; gpu, where the training set then lies in GPU memory; auto:
     gpu where there is one and the decoded images take at most an eighth of its memory (CIFAR: 150 MB)."""
-    loader_workers: int | None = Field(None, ge=0)
+    loader_workers: int | None = Field(None, ge=0, le=1024)
     """Loader processes per training worker; None: its CPUs less one (16 at most), 0 where nothing is augmented."""
 
 
@@ -72,18 +77,18 @@ class ModelConfig(Group):
     """Architecture. What is None comes from the named model or from the image size."""
 
     name: SizeName = "mamba_small"
-    """Named size: mamba_tiny (d 128, 16 blocks), mamba_small (192, 24), mamba_base (384, 32); and Vision Mamba as
+    """Named size: mamba_tiny (d 128, 16 blocks), mamba_small (192, 24), mamba_base (384, 32); Vision Mamba's as
     published: vim_tiny (192, 24), vim_small (384, 24), vim_base (768, 24)."""
     checkpoint: Path | None = None
     """Checkpoint or run folder to start from (fine-tuning): its weights, its widths, pruned or not, and its masks. Of
     the other keys only `model.drop_path` and `model.sync_batchnorm` count then."""
-    d_model: int | None = Field(None, ge=1)
+    d_model: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Width of the residual stream."""
-    depth: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1, le=MAX_DEPTH)
     """Number of blocks."""
-    patch_size: int | None = Field(None, ge=1)
+    patch_size: int | None = Field(None, ge=1, le=MAX_SIDE)
     """Side of a patch in pixels; None: 2 up to 16 pixels, 4 up to 64, 16 above; with stem conv 4."""
-    stride: int | None = Field(None, ge=1)
+    stride: int | None = Field(None, ge=1, le=MAX_SIDE)
     """Pixels from one patch to the next; None: patch_size; less makes patches overlap (Vim's + variants: 8)."""
     stem: Literal["patch", "conv"] = "patch"
     """From the image to tokens: one linear map of each patch; conv: three 3x3 convolutions with batch norm, to a
@@ -101,13 +106,13 @@ class ModelConfig(Group):
     """Scans of a block. forward: one; bidirectional: also one from the end, merged by a learned projection;
     bidirectional_shared: both on one projection, averaged (Vim); multiscale: at 1, 2 and 4 tokens a step, merged.
     None: forward; Vim: bidirectional_shared."""
-    expand: float = Field(2.0, gt=0)
+    expand: float = Field(2.0, gt=0, le=64)
     """Inner width of the SSM over d_model."""
     d_state: int = Field(16, ge=1, le=256)
     """States per channel of the scan."""
-    d_conv: int = Field(4, ge=1)
+    d_conv: int = Field(4, ge=1, le=64)
     """Taps of the causal convolution."""
-    mlp_ratio: float | None = Field(None, ge=0)
+    mlp_ratio: float | None = Field(None, ge=0, le=64)
     """Hidden width of the MLP over d_model; 0: no MLP. None: 4; Vim: 0."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: drop probability of the last block, rising linearly from 0 at the first."""
@@ -124,7 +129,7 @@ class ModelConfig(Group):
 class OptimConfig(Group):
     """AdamW, its schedule, precision."""
 
-    epochs: int = Field(300, ge=1)
+    epochs: int = Field(300, ge=1, le=MANY)
     """Passes over the training set."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate of the head; not scaled by batch size."""
@@ -144,7 +149,7 @@ class OptimConfig(Group):
     """Layer-wise learning-rate decay: block i of L gets layer_decay^(L-1-i), embeddings layer_decay^L; 1: off."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; None: no clipping."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=MANY)
     """Micro-batches per optimizer step: the same result as the whole batch at once, in less memory; but for stem conv,
     whose batch norm takes its statistics over each micro-batch."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
@@ -157,7 +162,7 @@ class OptimConfig(Group):
     cuda_graph: Literal["auto"] | bool = "auto"
     """Record the whole optimizer step as a CUDA graph and replay it, so that launches cost no time; auto: on a GPU,
     except in fp16, which cannot be recorded (its loss scale is decided on the host)."""
-    max_skipped: int = Field(20, ge=1)
+    max_skipped: int = Field(20, ge=1, le=MANY)
     """Stop after this many optimizer steps in a row with a non-finite loss or gradient (each is skipped)."""
 
 
@@ -184,9 +189,9 @@ class DistillConfig(Group):
 class EvalConfig(Group):
     """Validation and the final test."""
 
-    every: int = Field(1, ge=1)
+    every: int = Field(1, ge=1, le=MANY)
     """Validate each N epochs (and always after the last)."""
-    batch_size: int = Field(512, ge=1)
+    batch_size: int = Field(512, ge=1, le=MANY)
     """Images per forward pass and worker."""
     tta_views: int = Field(1, ge=1, le=10)
     """Views averaged per test image: the image, its mirror image, then shifts of both; 1: off."""
@@ -203,11 +208,11 @@ class PruneConfig(Group):
     rate: float = Field(0.2, gt=0, lt=1)
     """Share of the surviving weights of the target that each round prunes: (1 - rate)^k of them are left after
     round k."""
-    rounds: int = Field(3, ge=1)
+    rounds: int = Field(3, ge=1, le=1000)
     """Rounds of pruning, after the dense training that is round 0."""
-    round: int = Field(0, ge=0)
+    round: int = Field(0, ge=0, le=1000)
     """Which round a run is; set by the rounds themselves."""
-    rewind_epoch: int = Field(0, ge=0)
+    rewind_epoch: int = Field(0, ge=0, le=MANY)
     """Epoch of the dense training whose weights each round starts from; 0: the initial ones."""
     score: Literal["remain", "magnitude", "l1", "l2", "saliency", "random"] = "remain"
     """Refill and rsst: by what the units that stay are chosen; remain: by how many of their weights survive."""
@@ -242,7 +247,7 @@ class CutConfig(Group):
     """The rate of the time step's projection."""
     block: float = Field(0.0, ge=0, lt=1)
     """The share of whole blocks."""
-    layer: int | None = Field(None, ge=0)
+    layer: int | None = Field(None, ge=0, le=MAX_DEPTH)
     """The only block that the cut is made in; None: all."""
     structured: bool = False
     """Remove whole units (each component's structured granularity) instead of zeroing single weights."""
@@ -250,7 +255,7 @@ class CutConfig(Group):
     """What ranks weights and units."""
     scope: Literal["global", "layerwise"] = "global"
     """Rank over all blocks together, or within each."""
-    finetune_epochs: int = Field(0, ge=0)
+    finetune_epochs: int = Field(0, ge=0, le=MANY)
     """Epochs of training after the cut; 0: measure at once."""
 
     @property
@@ -276,30 +281,30 @@ class PenaltyConfig(Group):
 class CheckpointConfig(Group):
     """What is kept of a run."""
 
-    every: int = Field(1, ge=1)
+    every: int = Field(1, ge=1, le=MANY)
     """Save the full training state each N epochs (and always after the last)."""
-    keep: int = Field(1, ge=1)
+    keep: int = Field(1, ge=1, le=MANY)
     """Full training states kept; the best by validation is kept besides."""
 
 
 class ScalingConfig(Group):
     """Processes and devices."""
 
-    num_workers: int | None = Field(None, ge=0)
+    num_workers: int | None = Field(None, ge=0, le=4096)
     """Training processes under Ray Train; None: one per GPU of the cluster, else one on CPU; 0: this process,
     without a cluster (tests, debuggers)."""
-    cpus_per_worker: int | None = Field(None, ge=1)
+    cpus_per_worker: int | None = Field(None, ge=1, le=4096)
     """CPUs reserved for each worker; None: an equal share of the cluster's."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = Field(3, ge=0, le=MANY)
     """Times that Ray restarts the run from its last checkpoint when a worker dies."""
 
 
 class RunConfig(Keyed):
     """One training run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("run", pattern=NAME, max_length=100)
     """Experiment: the folder under `out` that its trials share."""
-    trial: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    trial: str | None = Field(None, pattern=NAME, max_length=100)
     """Folder of this run under the experiment; None: date, time and seed."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of weights, order, augmentation and the validation split."""

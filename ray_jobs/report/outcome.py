@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mamba.config.cli import TrainArgs
+from mamba.config.help import quiet_pipe
 from ray_jobs.report.findings import findings, ranked
 from ray_jobs.report.page import write_report
 from ray_jobs.report.table import show, write_results
@@ -29,7 +30,9 @@ def perform(args: TrainArgs, asked: Callable[[], experiment.Experiment], script:
     Returns, raises: as `conclude`; 0 after an outline.
     """
     if args.dry_run:
-        print(experiment.outline(experiment.load(args.resume) if args.resume else asked()))
+        text = experiment.outline(experiment.load(args.resume) if args.resume else asked())
+        with quiet_pipe():
+            print(text)
         return 0
     return conclude(args.resume.absolute() if args.resume else experiment.create(asked(), sys.argv), script)
 

@@ -24,7 +24,7 @@ from mamba.errors import ConfigError
         ({"optim.lr": float("nan")}, "optim.lr: should be a finite number"),
         ({"data.dataset": "mnist"}, "data.dataset: should be 'digits', 'cifar10', 'cifar100' or 'folder'"),
         ({"ema.enabled": "maybe"}, "ema.enabled: should be a valid boolean"),
-        ({"name": "../up"}, "name: string should match"),
+        ({"name": "../up"}, "name: should be of letters, digits"),
         ({"data.img_size": 30, "model.patch_size": 4}, "data.img_size 30 is not divisible by model.patch_size 4"),
         ({"data.batch_size": 10, "optim.accumulate": 4}, "data.batch_size 10 is not divisible by optim.accumulate 4"),
         ({"model.mlp_ratio": 0.001}, "model.mlp_ratio 0.001 of model.d_model 192 gives no channel"),
@@ -204,23 +204,6 @@ def test_resume_takes_scaling_keys_only(tmp_path):
     assert args.config.scaling.num_workers == 2 and args.config.name == "v1"
     with pytest.raises(ConfigError, match="leave out --optim.lr"):
         parse_train_args(["--resume", str(tmp_path), "--optim.lr", "1"])
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse_train_args(["--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert "--data.batch-size" in text and "optim options" in text and "default: quickstart" in text
-
-
-def test_every_choice_can_be_typed():
-    """`none` is a choice of some keys and no value of others."""
-    for key, group in dotted_keys().items():
-        annotation = group.model_fields[key.rpartition(".")[2]].annotation
-        for choice in [a for a in getattr(annotation, "__args__", ()) if isinstance(a, str)]:
-            assert parse_train_args([f"--{key}", choice]).config.flat()[key] == choice
-    assert parse_train_args(["--optim.grad-clip", "none"]).config.optim.grad_clip is None
 
 
 @pytest.mark.parametrize(
