@@ -91,7 +91,7 @@ def _shortened(kind: type, args: Any, first: First) -> tuple[type, Any]:
         groups.append((heading, group, field(default_factory=group)))
     config = make_dataclass("Keys", groups)
     config.__doc__ = ""
-    keys = Annotated[config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
-    short = make_dataclass(kind.__name__, [("config", keys)], bases=(kind,), frozen=True)
+    shown: Any = Annotated[config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    short = make_dataclass(kind.__name__, [("config", shown)], bases=(kind,), frozen=True)
     own = {name: getattr(args, name) for name in kind.__dataclass_fields__ if name != "config"}  # type: ignore[attr-defined]
     return short, short(config=config(), **own)
