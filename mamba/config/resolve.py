@@ -98,12 +98,18 @@ def _absolute(key: str, path: Path | None) -> Path | None:
 def filled(model: ModelConfig, img_size: int) -> ModelConfig:
     """With every value that is None taken from the named model or the image size, `checkpoint` excepted."""
     width, depth = MODEL_SIZES[model.name]
-    patch_size = model.patch_size or (4 if model.stem == "conv" else default_patch_size(img_size))
+    if model.stem == "patch":
+        layers, patch_size = None, model.patch_size or default_patch_size(img_size)
+        stride = patch_size
+    else:
+        stride = model.stride or _conv_stride(model.stem, model.stem_layers)
+        layers, patch_size = 3 if model.stem == "conv" else stride.bit_length() - 1, stride
     follows = {
         "d_model": width,
         "depth": depth,
         "patch_size": patch_size,
-        "stride": patch_size,
+        "stride": stride,
+        "stem_layers": layers,
         "class_token": "middle" if model.is_vim else "none",
         "mixer": "bidirectional_shared" if model.is_vim else "forward",
         "mlp_ratio": 0.0 if model.is_vim else 4.0,
@@ -111,17 +117,21 @@ def filled(model: ModelConfig, img_size: int) -> ModelConfig:
     return model.model_copy(update={key: v for key, v in follows.items() if getattr(model, key) is None})
 
 
+def _conv_stride(stem: str, layers: int | None) -> int:
+    """What a stem of convolutions has when none is asked for."""
+    most = 2 ** (layers or 3)
+    return min(4, most) if stem == "conv" else 2 if layers is None else most
+
+
 def check_model(model: ModelConfig, side: int) -> None:
     """Raises ConfigError where a filled model config does not fit images of this side, or itself."""
     patch, stride, d_model = model.patch_size, model.stride, model.d_model
     assert patch is not None and stride is not None and d_model is not None and model.mlp_ratio is not None
     _check_size(model, side)
-    if model.stem == "conv":
-        for key, value in (("patch_size", patch), ("stride", stride)):
-            if value != 4:
-                raise ConfigError(f"model.{key} {value} does not go with model.stem 'conv'; valid: 4 (its strides)")
-        if side % 4:
-            raise ConfigError(f"data.img_size {side} does not go with model.stem 'conv'; valid: a multiple of 4")
+    if model.stem != "patch":
+        _check_conv_stem(model.stem, model.stem_layers, patch, stride, side)
+    elif model.stem_layers is not None:
+        raise ConfigError(f"model.stem_layers {model.stem_layers} does not go with model.stem 'patch'; valid: none")
     if stride == patch and side % patch:
         raise ConfigError(
             f"data.img_size {side} is not divisible by model.patch_size {patch}; "
@@ -159,6 +169,26 @@ def _check_size(model: ModelConfig, side: int) -> None:
         )
 
 
+def _check_conv_stem(stem: str, layers: int | None, patch: int, stride: int, side: int) -> None:
+    """Raises ConfigError where convolutions do not take the image to this grid."""
+    assert layers is not None
+    where = f"with model.stem '{stem}'"
+    if stride not in (2, 4, 8):
+        raise ConfigError(f"model.stride {stride} does not go {where}; valid: 2, 4, 8")
+    if patch != stride:
+        raise ConfigError(f"model.patch_size {patch} does not go {where}; valid: {stride} (model.stride), or none")
+    halvings = stride.bit_length() - 1
+    valid = range(halvings, 4) if stem == "conv" else (halvings,)
+    if layers not in valid:
+        raise ConfigError(
+            f"model.stem_layers {layers} does not go {where} and model.stride {stride}: each layer "
+            f"{'halves the side at most' if stem == 'conv' else 'halves the side'}; "
+            f"valid: {', '.join(map(str, valid))}"
+        )
+    if side % stride:
+        raise ConfigError(f"data.img_size {side} does not go {where}; valid: a multiple of {stride} (model.stride)")
+
+
 def check_workers(config: RunConfig, num_workers: int, gpu: bool) -> None:
     """Refuse what cannot run on this many processes of this kind.
 
@@ -177,10 +207,11 @@ def check_workers(config: RunConfig, num_workers: int, gpu: bool) -> None:
             f"data.mixup and data.cutmix pair neighbours, and data.batch_size {config.data.batch_size} over "
             f"{shards} shares (workers x optim.accumulate) leaves {share} each; valid: a multiple of {2 * shards}"
         )
-    if share == 1 and config.model.stem == "conv" and config.data.img_size == 4:
+    if share == 1 and config.model.stem == "conv" and config.data.img_size == config.model.stride:
         raise ConfigError(
-            "model.stem 'conv' makes one token of data.img_size 4, and one image a pass (data.batch_size over "
-            "workers x optim.accumulate) leaves its batch norm one value a channel; valid: two images or more"
+            f"model.stem 'conv' makes one token of data.img_size {config.data.img_size}, and one image a pass "
+            "(data.batch_size over workers x optim.accumulate) leaves its batch norm one value a channel; valid: two "
+            "images or more"
         )
     if config.data.device == "gpu" and not gpu:
         raise ConfigError("data.device 'gpu' needs a GPU and there is none; valid on CPU: auto, cpu")

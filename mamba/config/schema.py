@@ -87,17 +87,24 @@ class ModelConfig(Group):
     depth: int | None = Field(None, ge=1, le=MAX_DEPTH)
     """Number of blocks."""
     patch_size: int | None = Field(None, ge=1, le=MAX_SIDE)
-    """Side of a patch in pixels; None: 2 up to 16 pixels, 4 up to 64, 16 above; with stem conv 4."""
+    """Side of a patch in pixels; None: 2 up to 16 pixels, 4 up to 64, 16 above; with a stem of convolutions
+    `model.stride`."""
     stride: int | None = Field(None, ge=1, le=MAX_SIDE)
-    """Pixels from one patch to the next; None: patch_size; less makes patches overlap (Vim's + variants: 8)."""
-    stem: Literal["patch", "conv"] = "patch"
-    """From the image to tokens: one linear map of each patch; conv: three 3x3 convolutions with batch norm, to a
-    quarter of the side."""
+    """Pixels from one token to the next. None: patch_size; less makes patches overlap (Vim's + variants: 8). A stem of
+    convolutions takes the image to a half, a quarter or an eighth of its side: 2, 4 or 8; None: 4, of cct 2."""
+    stem: Literal["patch", "conv", "cct"] = "patch"
+    """From the image to tokens: one linear map of each patch; conv: 3x3 convolutions with batch norm; cct: 3x3
+    convolutions, ReLU and max pooling, as in Compact Convolutional Transformers (256 tokens of 32 pixels)."""
+    stem_layers: int | None = Field(None, ge=1, le=3)
+    """Convolutions of stem conv (None: 3) and cct (None: as many as `model.stride` has halvings)."""
     sync_batchnorm: bool = True
     """On several GPUs the stem's batch norm takes its statistics over all of them, not over each one's share."""
     class_token: Literal["none", "start", "middle", "double"] | None = None
     """Where class tokens go, whose features the head reads (of double, head and tail, the mean); none: the mean over
     all tokens. None: none; Vim: middle."""
+    head: Literal["auto", "mean", "attention"] = "auto"
+    """What the classifier reads: auto: the class tokens, where there are none the mean over all tokens; mean: that
+    always; attention: a weighted mean over all tokens, whose weights are learned (as in Compact Transformers)."""
     pos_embed: Literal["learned", "rope", "both", "none"] = "learned"
     """Positions: learned, added once; rope: 2D rotary, turning what the mixer of each block reads."""
     scan_order: Literal["raster", "snake", "column"] = "raster"

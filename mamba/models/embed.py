@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,46 +18,125 @@ class PatchEmbed(nn.Conv2d):
     patch_size makes patches overlap.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, d_model: int, stride: int) -> None:
+    def __init__(
+        self, patch_size: int, in_chans: int, d_model: int, stride: int, channels: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(in_chans, d_model, kernel_size=patch_size, stride=stride)
+        if channels:
+            raise ValueError(f"patches have no inner channels, got {channels}")
 
     def forward(self, images: Tensor) -> Tensor:
         # contiguous: every later tensor of the residual stream takes its memory order from this one
         return super().forward(images).flatten(2).transpose(1, 2).contiguous()
 
-
-STEM_CHANNELS = (64, 128)
+    @staticmethod
+    def macs(side: int, patch_size: int, in_chans: int, d_model: int, stride: int, channels: tuple[int, ...]) -> int:
+        return ((side - patch_size) // stride + 1) ** 2 * d_model * in_chans * patch_size**2
 
 
 class ConvStem(nn.Module):
-    """Three 3x3 convolutions, each with batch norm, GELU between them, of strides 1, 2 and 2 (a stem as in
-    https://arxiv.org/abs/2106.14881).
+    """3x3 convolutions, each with batch norm, GELU between them (a stem as in https://arxiv.org/abs/2106.14881). The
+    last ones halve the side until `stride` is reached: of three, for a stride of 4, the second and the third.
 
-    (batch, in_chans, side, side) -> (batch, (side / 4)^2, d_model), in raster order.
+    (batch, in_chans, side, side) -> (batch, (side / stride)^2, d_model), in raster order.
+
+    Args:
+        patch_size: equal to stride.
+        channels: outputs of each convolution but the last.
+
+    Raises:
+        ValueError: a stride that so many convolutions do not reach.
     """
 
-    def __init__(self, in_chans: int, d_model: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int, d_model: int, stride: int, channels: tuple[int, ...]) -> None:
         super().__init__()
-        first, second = STEM_CHANNELS
-        self.conv1 = nn.Conv2d(in_chans, first, 3, stride=1, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(first)
-        self.conv2 = nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(second)
-        self.conv3 = nn.Conv2d(second, d_model, 3, stride=2, padding=1, bias=False)
-        self.norm3 = nn.BatchNorm2d(d_model)
+        strides = self.strides(stride, len(channels) + 1)
+        if math.prod(strides) != stride or patch_size != stride:
+            raise ValueError(
+                f"a conv stem of {len(strides)} convolutions cannot have patch_size {patch_size} and stride {stride}: "
+                f"both must be 2, 4 or 8, and at most {2 ** len(strides)}"
+            )
+        widths = (in_chans, *channels, d_model)
+        for i, ((before, after), step) in enumerate(zip(pairwise(widths), strides, strict=True), 1):
+            self.add_module(f"conv{i}", nn.Conv2d(before, after, 3, stride=step, padding=1, bias=False))
+            self.add_module(f"norm{i}", nn.BatchNorm2d(after))
+        self.layers = len(strides)
+
+    @staticmethod
+    def strides(stride: int, layers: int) -> tuple[int, ...]:
+        """Of each convolution; their product is less than `stride` where that cannot be."""
+        halvings = min(layers, stride.bit_length() - 1)
+        return (1,) * (layers - halvings) + (2,) * halvings
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(self.conv1(images)))
-        x = F.gelu(self.norm2(self.conv2(x)))
-        return self.norm3(self.conv3(x)).flatten(2).transpose(1, 2).contiguous()
+        x = images
+        for i in range(1, self.layers + 1):
+            x = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(F.gelu(x) if i > 1 else x))
+        return x.flatten(2).transpose(1, 2).contiguous()
+
+    @classmethod
+    def macs(
+        cls, side: int, patch_size: int, in_chans: int, d_model: int, stride: int, channels: tuple[int, ...]
+    ) -> int:
+        widths, total = (in_chans, *channels, d_model), 0
+        for (before, after), step in zip(pairwise(widths), cls.strides(stride, len(channels) + 1), strict=True):
+            side //= step
+            total += 9 * before * after * side**2
+        return total
 
 
-Stem = PatchEmbed | ConvStem
-STEMS: dict[str, Callable[[int, int, int, int], Stem]] = {
-    "patch": PatchEmbed,
-    "conv": lambda patch_size, in_chans, d_model, stride: ConvStem(in_chans, d_model),
-}
-"""`model.stem`, called with patch_size, in_chans, d_model and stride."""
+class PoolStem(nn.Module):
+    """The tokenizer of Compact Convolutional Transformers (https://arxiv.org/abs/2104.05704): 3x3 convolutions without
+    bias, each followed by ReLU and a 3x3 max pooling that halves the side. No batch norm.
+
+    (batch, in_chans, side, side) -> (batch, (side / stride)^2, d_model), in raster order; stride 2 for each layer.
+    Weights start as there (Kaiming's normal).
+
+    Args:
+        patch_size: equal to stride.
+        channels: outputs of each convolution but the last.
+
+    Raises:
+        ValueError: a stride that is not 2 for each layer.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, d_model: int, stride: int, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = len(channels) + 1
+        if not patch_size == stride == 2**self.layers:
+            raise ValueError(
+                f"a cct stem of {self.layers} layers has patch_size and stride {2**self.layers}, got {patch_size} and "
+                f"{stride}"
+            )
+        for i, (before, after) in enumerate(pairwise((in_chans, *channels, d_model)), 1):
+            convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(convolution.weight)
+            self.add_module(f"conv{i}", convolution)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for i in range(1, self.layers + 1):
+            x = F.max_pool2d(F.relu(getattr(self, f"conv{i}")(x)), 3, stride=2, padding=1)
+        return x.flatten(2).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def macs(side: int, patch_size: int, in_chans: int, d_model: int, stride: int, channels: tuple[int, ...]) -> int:
+        widths = (in_chans, *channels, d_model)
+        return sum(9 * a * b * (side >> i) ** 2 for i, (a, b) in enumerate(pairwise(widths)))
+
+
+Stem = PatchEmbed | ConvStem | PoolStem
+STEMS: dict[str, type[Stem]] = {"patch": PatchEmbed, "conv": ConvStem, "cct": PoolStem}
+"""`model.stem`. Each is made from patch_size, in_chans, d_model, stride and its inner channels, and counts the
+multiply-accumulates of an image of some side from the same (`macs`)."""
+INNER_CHANNELS: dict[str, tuple[int, ...]] = {"conv": (64, 128), "cct": (64, 64)}
+"""Outputs of the first convolutions of a stem; the last one makes d_model."""
+
+
+def inner_channels(stem: str, layers: int | None) -> tuple[int, ...]:
+    """Of a stem of so many convolutions; None: as many as there are widths for, and one."""
+    channels = INNER_CHANNELS.get(stem, ())
+    return channels if layers is None else channels[: layers - 1]
 
 
 def class_token_places(kind: str, patches: int) -> dict[str, int]:

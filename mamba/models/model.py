@@ -6,7 +6,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from mamba.config.schema import ModelConfig, SizeName
 from mamba.models.block import NORMS, MambaBlock
-from mamba.models.embed import STEM_CHANNELS, STEMS, class_token_places, rotary_tables, sequence_order
+from mamba.models.embed import STEMS, class_token_places, inner_channels, rotary_tables, sequence_order
 from mamba.models.heads import HEADS
 from mamba.models.ssm import MIXERS, BlockShape
 
@@ -44,8 +43,22 @@ class Architecture:
     scan_order: str = "raster"
     norm: str = "layer"
     """A key of mamba.models.block.NORMS: layer or rms."""
+    stem_channels: tuple[int, ...] | None = None
+    """Inner widths of a stem of convolutions; None: the usual ones."""
+    head: str = "auto"
+    """A key of mamba.models.heads.HEADS."""
     names: str = "mamba"
     """A key of MODEL_NAMES: what parameters are called; it changes nothing that is computed."""
+
+    def __post_init__(self) -> None:
+        if self.stem_channels is None:  # before there was a choice a conv stem had three convolutions
+            object.__setattr__(self, "stem_channels", inner_channels(self.stem, None))
+
+    @property
+    def stem_arguments(self) -> tuple[int, int, int, int, tuple[int, ...]]:
+        """What an entry of STEMS is made from."""
+        assert self.stem_channels is not None
+        return (self.patch_size, self.in_chans, self.d_model, self.stride or self.patch_size, self.stem_channels)
 
     @property
     def grid(self) -> int:
@@ -68,7 +81,14 @@ class Architecture:
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Architecture:
         """The inverse of `to_dict`; raises TypeError or KeyError where keys are missing or unknown."""
-        return cls(**{**tree, "blocks": tuple(BlockShape(**b) for b in tree["blocks"])})
+        channels = tree.get("stem_channels")
+        return cls(
+            **{
+                **tree,
+                "blocks": tuple(BlockShape(**b) for b in tree["blocks"]),
+                "stem_channels": None if channels is None else tuple(channels),
+            }
+        )
 
     @classmethod
     def from_config(cls, config: ModelConfig, num_classes: int, img_size: int) -> Architecture:
@@ -96,6 +116,8 @@ class Architecture:
             blocks=(shape,) * config.depth,
             stride=config.stride,
             stem=config.stem,
+            stem_channels=inner_channels(config.stem, config.stem_layers),
+            head=config.head,
             class_token=config.class_token,
             pos_embed=config.pos_embed,
             scan_order=config.scan_order,
@@ -110,7 +132,8 @@ class Architecture:
         channel the drive and the skip (2); exponentials and other element-wise work are not counted.
         """
         tokens, d = self.num_tokens, self.d_model
-        total = self._stem_macs() + d * self.num_classes
+        total = STEMS[self.stem].macs(self.img_size, *self.stem_arguments) + d * self.num_classes
+        total += HEADS[self.head].macs(tokens, d)
         for b in self.blocks:
             out = d if b.out_channels is None else b.out_channels
             delta = b.d_inner**2 if b.dt_rank is None else 2 * b.d_inner * b.dt_rank
@@ -121,16 +144,9 @@ class Architecture:
             total += steps * step + tokens * ((2 * d + out) * b.ways * b.d_inner + 2 * d * b.mlp_hidden)
         return total
 
-    def _stem_macs(self) -> int:
-        if self.stem == "patch":
-            return self.grid**2 * self.d_model * self.in_chans * self.patch_size**2
-        widths = (self.in_chans, *STEM_CHANNELS, self.d_model)
-        sides = (self.img_size, self.img_size // 2, self.grid)
-        return sum(9 * a * b * side**2 for (a, b), side in zip(pairwise(widths), sides, strict=True))
-
 
 class MambaModel(nn.Module):
-    """Tokens, their positions, Mamba blocks, norm, mean over all tokens or over the class tokens, linear head.
+    """Tokens, their positions, Mamba blocks, norm, pooling over tokens, linear head.
 
     (batch, in_chans, img_size, img_size) -> (batch, num_classes).
 
@@ -156,8 +172,6 @@ class MambaModel(nn.Module):
             raise ValueError(f"img_size {a.img_size} is not divisible by patch_size {a.patch_size}")
         if a.patch_size > a.img_size or (a.img_size - a.patch_size) % stride:
             raise ValueError(f"patches of {a.patch_size} every {stride} pixels do not fill img_size {a.img_size}")
-        if a.stem == "conv" and (a.patch_size, stride) != (4, 4):
-            raise ValueError(f"the conv stem has a stride of 4: patch_size and stride must be 4, got {a.patch_size}")
         if not 0 <= a.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {a.drop_path}")
         self.base = replace(a, blocks=())
@@ -173,7 +187,7 @@ class MambaModel(nn.Module):
         blocks = (MambaBlock(a.d_model, b, rate, a.norm, a.names) for b, rate in zip(a.blocks, rates, strict=True))
         self.add_module(self.stack_name, nn.ModuleList(blocks))
         self.add_module(self.norm_name, NORMS[a.norm](a.d_model))
-        self.pool = HEADS["auto"](a.d_model, self.class_places.values())
+        self.pool = HEADS[a.head](a.d_model, self.class_places.values())
         self.head = nn.Linear(a.d_model, a.num_classes)
 
         order = sequence_order(a.scan_order, a.grid, self.class_places.values())
@@ -232,7 +246,7 @@ class MambaModel(nn.Module):
 
 
 def _stem(a: Architecture) -> nn.Module:
-    stem = STEMS[a.stem](a.patch_size, a.in_chans, a.d_model, a.stride or a.patch_size)
+    stem = STEMS[a.stem](*a.stem_arguments)
     return nn.Sequential(OrderedDict(proj=stem)) if a.names == "vim" and a.stem == "patch" else stem
 
 

@@ -32,7 +32,14 @@ from mamba.errors import ConfigError
         ({"model.class_token": "end"}, "model.class_token: should be 'none', 'start', 'middle' or 'double'"),
         ({"model.class_token": "start"}, "'start' with model.mixer 'forward' sees no image.*valid mixers: bidirect"),
         ({"model.stem": "conv", "model.patch_size": 2}, "model.patch_size 2 does not go with model.stem 'conv'; valid"),
-        ({"model.stem": "conv", "model.stride": 2}, "model.stride 2 does not go with model.stem 'conv'; valid: 4"),
+        (
+            {"model.stem": "conv", "model.stride": 3},
+            "model.stride 3 does not go with model.stem 'conv'; valid: 2, 4, 8",
+        ),
+        ({"model.stem": "conv", "model.stride": 8, "model.stem_layers": 2}, "model.stem_layers 2 does .* valid: 3"),
+        ({"model.stem": "cct", "model.stride": 2, "model.stem_layers": 2}, "model.stem_layers 2 does .* valid: 1"),
+        ({"model.stem": "cct", "data.img_size": 33}, "data.img_size 33 .* 'cct'; valid: a multiple of 2"),
+        ({"model.stem_layers": 2}, "model.stem_layers 2 does not go with model.stem 'patch'"),
         ({"model.stride": 3}, "model.stride 3 does not lead from .*data.img_size 32 .*valid strides: 1, 2, 4"),
         ({"model.patch_size": 4, "model.stride": 8}, "model.stride 8 does not lead .*valid strides: 1, 2, 4"),
         ({"model.patch_size": 64, "model.stride": 2}, "model.patch_size 64 is larger than data.img_size 32"),
@@ -118,7 +125,17 @@ def test_values_that_follow_from_the_named_model():
     assert (mamba.mixer, mamba.class_token, mamba.mlp_ratio, mamba.stride) == ("forward", "none", 4.0, 4)
     assert (vim.mixer, vim.class_token, vim.mlp_ratio, vim.d_model) == ("bidirectional_shared", "middle", 0.0, 384)
     conv = RunConfig().with_values({"model.stem": "conv", "data.img_size": 224}).resolve().model
-    assert (conv.patch_size, conv.stride) == (4, 4)
+    assert (conv.patch_size, conv.stride, conv.stem_layers) == (4, 4, 3)
+    for given, stride, layers in (
+        ({"model.stem": "conv", "model.stem_layers": 1}, 2, 1),
+        ({"model.stem": "conv", "model.stride": 2}, 2, 3),
+        ({"model.stem": "cct"}, 2, 1),
+        ({"model.stem": "cct", "model.stride": 8}, 8, 3),
+        ({"model.stem": "cct", "model.stem_layers": 2}, 4, 2),
+    ):
+        stem = RunConfig().with_values(given).resolve()
+        assert (stem.model.patch_size, stem.model.stride, stem.model.stem_layers) == (stride, stride, layers)
+        assert stem.resolve() == stem
     large = RunConfig().with_values({"data.img_size": 224, "model.stride": 8}).resolve().model
     assert (large.patch_size, large.stride) == (16, 8)
 

@@ -126,14 +126,63 @@ def walk(order, grid):
     return places
 
 
-def reference(w, image, *, kind, vim=False, class_token="none", positions="learned", order="raster", patch=2, stride=2):
+def convolved(w, image, stem, stride):
+    """A stem of 3x3 convolutions -> place -> vector, and the grid's side. The last convolutions of `conv` halve it."""
+    layers = len([name for name in w if name.startswith("patch_embed.conv")])
+    halvings = round(math.log2(stride))
+    side = image.shape[-1]
+    pixels = {(r, c): image[:, r, c] for r, c in itertools.product(range(side), repeat=2)}
+    around = list(itertools.product((-1, 0, 1), repeat=2))
+    for i in range(1, layers + 1):
+        weight = w[f"patch_embed.conv{i}.weight"]
+        step = 2 if stem == "conv" and i > layers - halvings else 1
+        out = {}
+        for r, c in itertools.product(range(side // step), repeat=2):
+            here = [(a, b, (step * r + a, step * c + b)) for a, b in around]
+            out[r, c] = sum(weight[:, :, a + 1, b + 1] @ pixels[p] for a, b, p in here if p in pixels)
+        side //= step
+        if stem == "conv":
+            mean, var, gain, bias = (
+                w[f"patch_embed.norm{i}.{p}"] for p in ("running_mean", "running_var", "weight", "bias")
+            )
+            out = {p: (v - mean) / torch.sqrt(var + 1e-5) * gain + bias for p, v in out.items()}
+            if i < layers:
+                out = {p: v * (1 + torch.erf(v / math.sqrt(2))) / 2 for p, v in out.items()}
+        else:
+            rectified = {p: v.clamp(min=0) for p, v in out.items()}
+            side //= 2
+            out = {}
+            for r, c in itertools.product(range(side), repeat=2):
+                near = [rectified[p] for p in ((2 * r + a, 2 * c + b) for a, b in around) if p in rectified]
+                out[r, c] = torch.stack(near).amax(0)
+        pixels = out
+    return pixels, side
+
+
+def reference(
+    w,
+    image,
+    *,
+    kind,
+    vim=False,
+    class_token="none",
+    positions="learned",
+    order="raster",
+    patch=2,
+    stride=2,
+    stem="patch",
+    head="auto",
+):
     """Logits of one image from a state dict."""
-    weight, bias = (w[f"patch_embed.{'proj.' * vim}{p}"] for p in ("weight", "bias"))
-    grid = (image.shape[-1] - patch) // stride + 1
-    patches = {}
-    for r, c in itertools.product(range(grid), repeat=2):
-        window = image[:, r * stride : r * stride + patch, c * stride : c * stride + patch]
-        patches[r, c] = (weight * window).flatten(1).sum(1) + bias
+    if stem == "patch":
+        weight, bias = (w[f"patch_embed.{'proj.' * vim}{p}"] for p in ("weight", "bias"))
+        grid = (image.shape[-1] - patch) // stride + 1
+        patches = {}
+        for r, c in itertools.product(range(grid), repeat=2):
+            window = image[:, r * stride : r * stride + patch, c * stride : c * stride + patch]
+            patches[r, c] = (weight * window).flatten(1).sum(1) + bias
+    else:
+        patches, grid = convolved(w, image, stem, stride)
     n = grid * grid
     slots = {"none": [], "start": [0], "middle": [n // 2], "double": [0, n + 1]}[class_token]
     names = ["cls_token_head", "cls_token_tail"] if class_token == "double" else ["cls_token"]
@@ -168,8 +217,12 @@ def reference(w, image, *, kind, vim=False, class_token="none", positions="learn
                 hidden = w[f"{block}.mlp.fc1.weight"] @ norm(w, f"{block}.norm2", v) + w[f"{block}.mlp.fc1.bias"]
                 hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
                 tokens[t] = v + w[f"{block}.mlp.fc2.weight"] @ hidden + w[f"{block}.mlp.fc2.bias"]
-    read = [tokens[s] for s in slots] or tokens
-    features = torch.stack([norm(w, "norm_f" if vim else "norm", v) for v in read]).mean(0)
+    read = ([tokens[s] for s in slots] or tokens) if head == "auto" else tokens
+    read = [norm(w, "norm_f" if vim else "norm", v) for v in read]
+    shares = [1.0] * len(read)
+    if head == "attention":
+        shares = [math.exp(float(w["pool.score.weight"][0] @ v)) for v in read]
+    features = sum(share / sum(shares) * v for share, v in zip(shares, read, strict=True))
     return w["head.weight"] @ features + w["head.bias"]
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from plain_loops import ROPE, agree, images, small
 from torch import nn
 
-from mamba.models.embed import ConvStem, sequence_order
-from mamba.models.model import Architecture, MambaModel, named_model
+from mamba.config.schema import ModelConfig
+from mamba.models.embed import STEMS, sequence_order
+from mamba.models.heads import HEADS
+from mamba.models.model import Architecture, MambaModel, count_parameters, named_model
+from mamba.models.ssm import MIXERS as REGISTRY
 from mamba.runs.checkpoint import load_model, save_checkpoint
 from mamba.train.optim import parameter_groups
 
@@ -68,36 +72,64 @@ def test_vim_with_overlapping_patches_equals_the_reference():
     agree(model, vim=True, kind="bidirectional_shared", class_token="middle", patch=4, stride=2)
 
 
-def test_conv_stem_is_what_it_says():
-    model = small(stem="conv", patch_size=None, img_size=12).train()
-    stem = model.patch_embed
-    assert isinstance(stem, ConvStem) and model.pos_embed.shape == (1, 9, 8)
-    convolutions = [m for m in stem.modules() if isinstance(m, nn.Conv2d)]
-    assert [(c.in_channels, c.out_channels, c.kernel_size, c.stride) for c in convolutions] == [
-        (3, 64, (3, 3), (1, 1)),
-        (64, 128, (3, 3), (2, 2)),
-        (128, 8, (3, 3), (2, 2)),
+STEM_SHAPES = [("conv", stride, n) for stride in (2, 4, 8) for n in (1, 2, 3) if 2**n >= stride]
+STEM_SHAPES += [("cct", 2, 1), ("cct", 4, 2), ("cct", 8, 3)]
+
+
+@pytest.mark.parametrize("stem, stride, layers", STEM_SHAPES)
+def test_stems_of_convolutions_equal_the_reference(stem, stride, layers):
+    model = small(stem=stem, stride=stride, stem_layers=layers, patch_size=None, img_size=16, depth=1)
+    assert model.pos_embed.shape == (1, (16 // stride) ** 2, 8)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    agree(model, side=16, kind="forward", stem=stem, stride=stride)
+    tokens = model.patch_embed(images(16))
+    assert tokens.is_contiguous()  # every later tensor takes its memory order from the tokens
+
+
+def test_the_conv_stem_of_earlier_versions():
+    """Names, shapes and strides of the three convolutions that there were before there was a choice."""
+    stem = small(stem="conv", patch_size=None, img_size=12).train().patch_embed
+    assert [(n, tuple(p.shape)) for n, p in stem.named_parameters() if n.startswith("conv")] == [
+        ("conv1.weight", (64, 3, 3, 3)),
+        ("conv2.weight", (128, 64, 3, 3)),
+        ("conv3.weight", (8, 128, 3, 3)),
     ]
-    tokens = stem(images(12, 16))
+    assert [m.stride[0] for m in stem.modules() if isinstance(m, nn.Conv2d)] == [1, 2, 2]
+    assert {n for n, _ in stem.named_children()} == {f"{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)}
+    tokens = stem(images(12, 16))  # normed over the batch in training
     norm = stem.norm3
-    expected = norm.bias.expand(8), norm.weight.abs()
-    torch.testing.assert_close(tokens.flatten(0, 1).mean(0), expected[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(tokens.flatten(0, 1).std(0, correction=0), expected[1], rtol=1e-3, atol=0)
-    assert model.eval()(images(12)).shape == (2, 5)
-    # GELU after the first two, not after the last; every later tensor takes its memory order from the tokens
-    x = images(12)
-    for convolution, norm in zip(convolutions, (stem.norm1, stem.norm2, stem.norm3), strict=True):
-        norm.running_mean.uniform_(-0.1, 0.1)
-        x = norm(convolution(x if convolution is stem.conv1 else 0.5 * x * (1 + torch.erf(x / 2**0.5))))
-    tokens = stem(images(12))
-    torch.testing.assert_close(tokens, x.flatten(2).transpose(1, 2))
-    assert tokens.is_contiguous() and small(img_size=12).patch_embed(images(12)).is_contiguous()
+    torch.testing.assert_close(tokens.flatten(0, 1).mean(0), norm.bias.expand(8), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tokens.flatten(0, 1).std(0, correction=0), norm.weight.abs(), rtol=1e-3, atol=0)
+    old = small(stem="conv", patch_size=None, img_size=12).architecture.to_dict()
+    for key in ("stem_channels", "head"):
+        del old[key]
+    assert Architecture.from_dict(old).stem_channels == (64, 128) and Architecture.from_dict(old).head == "auto"
+
+
+@pytest.mark.parametrize("head", ["mean", "attention"])
+@pytest.mark.parametrize("class_token", ["none", "double"])
+def test_heads_equal_the_reference(head, class_token):
+    agree(small(head=head, class_token=class_token), kind="forward", class_token=class_token, head=head)
+
+
+def test_attention_pooling_as_in_compact_transformers():
+    """256 tokens of 32 pixels; the classifier reads their weighted mean; one vector of parameters more."""
+    model = named_model("mamba_tiny", 10, 32, d_model=8, depth=1, stem="cct", head="attention")
+    assert model.architecture.num_tokens == 256
+    assert model.pool.score.weight.shape == (1, 8) and model.pool.score.bias is None
+    assert model.patch_embed.conv1.weight.shape == (8, 3, 3, 3) and len(list(model.patch_embed.parameters())) == 1
+    plain = named_model("mamba_tiny", 10, 32, d_model=8, depth=1, stem="cct")
+    assert count_parameters(model) - count_parameters(plain) == 8
 
 
 def test_shapes_that_make_no_model():
     whole = small().architecture
-    with pytest.raises(ValueError, match="conv stem has a stride of 4"):
-        MambaModel(replace(whole, stem="conv"))
+    for stem, stride, channels in (("conv", 3, (4, 4)), ("conv", 4, ()), ("cct", 4, ()), ("patch", 2, (4,))):
+        with pytest.raises(ValueError, match=f"{stem} stem of . |inner channels"):
+            MambaModel(replace(whole, img_size=24, stem=stem, patch_size=stride, stride=stride, stem_channels=channels))
     with pytest.raises(ValueError, match="img_size 10 is not divisible by patch_size 4"):
         MambaModel(replace(whole, patch_size=4, stride=4))
     with pytest.raises(ValueError, match="patches of 4 every 5 pixels do not fill img_size 10"):
@@ -128,6 +160,7 @@ def test_both_directions_see_the_whole_sequence():
 VARIANTS = (
     {"mixer": "bidirectional", "stem": "conv", "patch_size": None, "img_size": 8},
     {"mixer": "multiscale", "class_token": "double", "pos_embed": "both", "scan_order": "column"},
+    {"stem": "cct", "patch_size": None, "stem_layers": 2, "img_size": 8, "head": "attention"},
     {"name": "vim_tiny", "pos_embed": "rope"},
     {"name": "vim_tiny", "patch_size": 4, "stride": 2, "class_token": "start", "scan_order": "snake"},
 )
@@ -173,6 +206,7 @@ def test_macs_count_the_matrix_products(options, monkeypatch):
     steps = sum(math.ceil(a.num_tokens / s) for s in {"forward": (1,), "multiscale": (1, 2, 4)}.get(
         a.blocks[0].mixer, (1, 1)))  # fmt: skip
     by_hand = len(a.blocks) * steps * a.blocks[0].d_inner * (3 * a.blocks[0].d_state + 2 + a.blocks[0].d_conv)
+    by_hand += a.num_tokens * a.d_model * (a.head == "attention")  # the weighted mean
     assert a.macs() == counter.get_total_flops() // 2 + by_hand
 
 
@@ -196,9 +230,16 @@ def test_optimizer_groups_of_a_vim():
     assert scale["cls_token_tail"] == scale["pos_embed"] == 0.25 and scale["layers.0.mixer.D_2"] == 0.5
 
 
-@pytest.mark.parametrize("positions", ["learned", "none"])
-def test_the_residual_stream_is_float32_under_autocast(positions):
-    model, seen = small(pos_embed=positions).float(), []
+def test_the_configs_choices_are_the_registries():
+    for key, registry in (("stem", STEMS), ("head", HEADS), ("mixer", REGISTRY)):
+        annotation = ModelConfig.model_fields[key].annotation
+        choices = {c for part in (get_args(annotation) or ()) for c in (get_args(part) or (part,))} - {type(None)}
+        assert choices == set(registry), key
+
+
+@pytest.mark.parametrize("positions, stem", [("learned", "patch"), ("none", "patch"), ("none", "cct")])
+def test_the_residual_stream_is_float32_under_autocast(positions, stem):
+    model, seen = small(pos_embed=positions, stem=stem, head="attention").float(), []
     model.stack[0].register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0], output)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(images().float())

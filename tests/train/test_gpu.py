@@ -136,6 +136,7 @@ def test_auto_backend_runs_without_a_copy_of_the_inputs():
 
 FAMILY = [
     {"mixer": "bidirectional", "stem": "conv"},
+    {"stem": "cct", "head": "attention"},
     {"mixer": "bidirectional_shared", "class_token": "middle", "pos_embed": "both"},
     {"mixer": "multiscale", "scan_order": "snake"},
     {"name": "vim_tiny"},

@@ -103,6 +103,7 @@ def test_a_killed_run_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, kill
     "model",
     [
         {"model__mixer": "bidirectional", "model__stem": "conv"},
+        {"model__stem": "cct", "model__head": "attention"},
         {"model__mixer": "multiscale", "model__class_token": "double", "model__pos_embed": "both"},
         {"model__name": "vim_tiny", "model__scan_order": "snake"},
     ],
