@@ -103,24 +103,25 @@ def run_case(case: dict[str, Any], process: Process) -> dict[str, Any]:
         began = time.perf_counter()
         trainer = Trainer(config, process, Path(scratch), data)
         first: list[float] = []
-        take = trainer._train_step
+        take = trainer.train_step
 
         def first_step(batches):
             result = take(batches)
             result[0].item()
             first.append(time.perf_counter() - began)
-            del trainer._train_step  # the class's own again; a bound method kept here would be a cycle
+            del trainer.train_step  # the class's own again; a bound method kept here would be a cycle
             return result
 
-        trainer._train_step = first_step
+        trainer.train_step = first_step
         speeds, waits = [], []
         for epoch in range(1 + case["epochs"]):
             trainer.model.train()
             if case["steps"]:
-                trainer.steps_per_epoch = min(trainer.steps_per_epoch, case["steps"])
+                steps = min(trainer.steps_per_epoch, case["steps"])
+                trainer.steps_per_epoch = trainer.monitor.steps_per_epoch = steps
             trainer.epoch, trainer.step = epoch, 0
-            trainer._train_epoch()
-            metrics = trainer._train_metrics()
+            trainer.train_epoch()
+            metrics = trainer.epoch_metrics()
             if epoch:
                 speeds.append(metrics["train/images_per_s"])
                 waits.append(metrics["train/data_wait_percent"])
@@ -143,11 +144,11 @@ def run_case(case: dict[str, Any], process: Process) -> dict[str, Any]:
 
 def profile(trainer: Any, rows: int) -> None:
     trainer.step = 0
-    steps = trainer._steps()
+    steps = trainer.steps()
     batches = next(steps)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for _ in range(3):
-            trainer._train_step(batches)
+            trainer.train_step(batches)
         torch.cuda.synchronize()
     if trainer.process.rank:
         return

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mamba.data.images import ImageData, ImageSet
-from mamba.data.loader import eval_batches
 from mamba.models.model import MambaModel, count_parameters
+from mamba.train.distributed import Process
+from mamba.train.evaluate import evaluate
 from pruning.masks import check_sparsity_mamba
 
 TURNS = 5
@@ -31,19 +32,11 @@ def size(model: MambaModel) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
 def accuracy(
     model: MambaModel, data: ImageData, split: ImageSet, batch_size: int = 512, amp: torch.dtype | None = None
 ) -> float:
-    """Percent of a split that the model classifies rightly, on the model's device."""
-    device = model.head.weight.device
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in eval_batches(data, split, batch_size, 0, 1, device):
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            logits = model(images)
-        correct += (logits.argmax(-1) == labels).sum()
-    return 100 * int(correct) / len(split)
+    """Percent of a split that the model classifies rightly, on the model's device; NaN where its outputs are."""
+    return evaluate(model, data, split, Process(device=model.head.weight.device), batch_size, amp).accuracy
 
 
 def usual_batch(device: torch.device) -> int:

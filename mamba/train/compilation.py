@@ -43,6 +43,7 @@ def compile_blocks(model: MambaModel, **options: Any) -> None:
     blocks = model.stack
     rates = [block.drop_path.active for block in blocks]
     varied = len({block.shape for block in blocks}) > MOST_STATIC_SHAPES
+    torch._dynamo.config.optimize_ddp = False  # would split a block's graph; DDP's buckets go out between blocks
     if varied:  # process-wide, and read when the first block runs
         torch._dynamo.config.force_parameter_static_shapes = False
         torch._dynamo.config.force_nn_module_property_static_shapes = False

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mamba.errors import TrainingError
+from mamba.ops.conv import HAS_TRITON
 
 Batches = list[tuple[Tensor, Tensor]]
-WARM_UP = 3
-"""Steps taken as they are before one is recorded. The first compiles, and the allocator settles. NCCL communicators are
-set up by the first; DDP, which would need eleven, is not used (`mamba.train.trainer.Trainer`)."""
+"""Micro-batches of a step: images and targets, on the device."""
+
+
+def can_record(setting: bool | str, device: torch.device, fp16: bool) -> bool:
+    """What `optim.cuda_graph` means here; a warning where it is asked for and not possible."""
+    if not setting or device.type != "cuda":
+        return False
+    obstacle = "fp16 cannot be recorded" if fp16 else None if HAS_TRITON else "triton is missing"
+    if obstacle and setting is True:
+        warnings.warn(f"optim.cuda_graph: {obstacle}, steps are launched one by one", stacklevel=2)
+    return obstacle is None
 
 
 class RecordedStep:
@@ -21,8 +31,11 @@ class RecordedStep:
     Steps before the recording are steps like any other, so nothing has to be undone; recording itself changes nothing
     on the device. What `step` reads and changes must be tensors that stay where they are, and it must not look at their
     values. Random numbers continue those of the generator, as in a plain step. Inputs of other shapes than the recorded
-    ones are run as they are. `refresh` is called before a replay that follows a plain step.
+    ones are run as they are. `refresh` is called before a replay that follows a plain step. `warm_up`: steps taken as
+    they are before one is recorded (`mamba.train.gradients`).
     """
+
+    warm_up = 3
 
     def __init__(self, step: Callable[[Batches], tuple[Tensor, Tensor]], refresh: Callable[[], None]) -> None:
         self.step, self.refresh = step, refresh
@@ -34,7 +47,7 @@ class RecordedStep:
         self.outputs: tuple[Tensor, Tensor]
 
     def __call__(self, batches: Batches) -> tuple[Tensor, Tensor]:
-        if self.graph is None and self.plain_steps >= WARM_UP:
+        if self.graph is None and self.plain_steps >= self.warm_up:
             self._record(batches)
         if self.graph is None or [i.shape for i, _ in batches] != [i.shape for i, _ in self.inputs]:
             self.plain_steps += 1

@@ -135,7 +135,7 @@ def test_round_zero_is_the_plain_run(series, small_data, tmp_path):
 
 
 def test_a_stopped_series_goes_on_at_its_round_and_epoch(series, monkeypatch):
-    monkeypatch.setattr("mamba.train.trainer.LOG_EVERY_S", 0)  # a stop is seen at the next step
+    monkeypatch.setattr("mamba.train.monitor.LOG_EVERY_S", 0)  # a stop is seen at the next step
     whole = series("whole", prune__method="rsst", checkpoint__keep=1)
     expected = whole.run()
     s = series("parts", prune__method="rsst")

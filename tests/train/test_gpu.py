@@ -41,14 +41,14 @@ def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_
     images, targets = torch.randn(16, 3, 8, 8, device="cuda"), torch.full((16, 3), 1 / 3, device="cuda")
     trainer.model.train()
     for _ in range(8):  # fp16's loss scale settles
-        trainer._train_step([(images, targets)])
+        trainer.train_step([(images, targets)])
     before = copy.deepcopy(trainer.model.state_dict())
-    trainer.skipped.zero_()
-    trainer._train_step([(images * float("nan"), targets)])
+    trainer.optimizer_step.skipped.zero_()
+    trainer.train_step([(images * float("nan"), targets)])
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
-    assert trainer.skipped.tolist() == [1, 1]
-    trainer._train_step([(images, targets)])
-    assert trainer.skipped[1].item() == 0
+    assert trainer.optimizer_step.skipped.tolist() == [1, 1]
+    trainer.train_step([(images, targets)])
+    assert trainer.optimizer_step.skipped[1].item() == 0
     assert not torch.equal(trainer.model.head.weight, before["head.weight"])
 
 
@@ -97,16 +97,16 @@ def test_a_recorded_step_skips_what_is_not_finite(small_config, small_data, tmp_
     images, targets = torch.randn(16, 3, 8, 8, device="cuda"), torch.full((16, 3), 1 / 3, device="cuda")
     trainer.model.train()
     for _ in range(6):
-        trainer._train_step([(images, targets)])
-    assert trainer.recorded.graph is not None
+        trainer.train_step([(images, targets)])
+    assert trainer.optimizer_step.recorded.graph is not None
     before = copy.deepcopy(trainer.model.state_dict())
     average = copy.deepcopy(trainer.ema.model.state_dict())
-    trainer._train_step([(images * float("nan"), targets)])
+    trainer.train_step([(images * float("nan"), targets)])
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
     assert all(torch.equal(v, average[k]) for k, v in trainer.ema.model.state_dict().items())
-    assert trainer.skipped.tolist() == [1, 1] and trainer.ema.updates.item() == 6
-    trainer._train_step([(images, targets)])
-    assert trainer.skipped.tolist() == [1, 0]
+    assert trainer.optimizer_step.skipped.tolist() == [1, 1] and trainer.ema.updates.item() == 6
+    trainer.train_step([(images, targets)])
+    assert trainer.optimizer_step.skipped.tolist() == [1, 0]
     assert not torch.equal(trainer.model.head.weight, before["head.weight"])
 
 
@@ -174,9 +174,9 @@ def test_every_kind_of_model_is_recorded(small_fit, tmp_path, options):
 
 def test_a_run_is_recorded_unless_told_otherwise_and_compiled_if_long(small_config, small_data, tmp_path):
     trainer = Trainer(small_config(), local_process(), tmp_path / "short", small_data)
-    assert trainer.recorded is not None and not trainer.compiled
+    assert trainer.optimizer_step.recorded is not None and not trainer.compiled
     epochs = -(-COMPILE_FROM_IMAGES // len(small_data.train))
     trainer = Trainer(small_config(optim__epochs=epochs), local_process(), tmp_path / "long", small_data)
     assert trainer.compiled
     trainer = Trainer(small_config(optim__amp="fp16"), local_process(), tmp_path / "fp16", small_data)
-    assert trainer.recorded is None
+    assert trainer.optimizer_step.recorded is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -30,10 +31,8 @@ class Twin(Process):
 
 def backward(model, flat=None):
     model.zero_grad(set_to_none=True)
-    if flat:
-        flat.expect()
-    out = model[0](torch.randn(4, 5))
-    out.sum().backward()
+    with flat.micro_batch(last=True) if flat else nullcontext():
+        model[0](torch.randn(4, 5)).sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -42,10 +41,10 @@ def test_sum_of_two_ranks(monkeypatch, bucket):
     monkeypatch.setattr(parallel, "BUCKET", bucket)
     model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     model[1].weight.requires_grad_(False)
-    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    flat = FlatGradients(model, Twin(world_size=2))
     for _ in range(2):  # the views are used again
         own = backward(model, flat)
-        flat.sum()
+        flat.wait()
         for name, p in model.named_parameters():
             if name in own:
                 torch.testing.assert_close(p.grad, 4 * own[name])
@@ -59,22 +58,23 @@ def test_sum_of_two_ranks(monkeypatch, bucket):
 def test_buckets_go_out_during_backward(monkeypatch):
     monkeypatch.setattr(parallel, "BUCKET", 1)  # a bucket for each parameter
     model = nn.Sequential(nn.Linear(5, 3))
-    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    flat = FlatGradients(model, Twin(world_size=2))
     backward(model, flat)
-    assert flat.process.log == [("begin", 64), ("begin", 64)]  # before `sum`
-    flat.sum()
+    assert flat.process.log == [("begin", 64), ("begin", 64)]  # before `wait`
+    flat.wait()
     assert [what for what, _ in flat.process.log] == ["begin", "begin", "wait", "wait"]
 
 
 def test_only_the_expected_backward_counts():
     """Micro-batches before the last one are this rank's own."""
     model = nn.Sequential(nn.Linear(5, 3))
-    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
-    model[0](torch.ones(1, 5)).sum().backward()
+    flat = FlatGradients(model, Twin(world_size=2))
+    with flat.micro_batch(last=False):
+        model[0](torch.ones(1, 5)).sum().backward()
     assert not hasattr(flat.process, "log")
-    flat.expect()
-    model[0](torch.ones(1, 5)).sum().backward()
-    flat.sum()
+    with flat.micro_batch(last=True):
+        model[0](torch.ones(1, 5)).sum().backward()
+    flat.wait()
     torch.testing.assert_close(model[0].bias.grad, torch.full((3,), 8.0))
     model.zero_grad(set_to_none=True)
     model[0](torch.ones(1, 5)).sum().backward()
@@ -83,9 +83,9 @@ def test_only_the_expected_backward_counts():
 
 def test_a_bucket_that_stayed_incomplete_does_not_count_on():
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))  # the second has no gradients
-    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
+    flat = FlatGradients(model, Twin(world_size=2))
     backward(model, flat)
-    flat.sum()
+    flat.wait()
     log = list(flat.process.log)
     for _ in range(2):
         backward(model)
@@ -95,16 +95,16 @@ def test_a_bucket_that_stayed_incomplete_does_not_count_on():
 def test_a_backward_that_failed_leaves_nothing(monkeypatch):
     monkeypatch.setattr(parallel, "BUCKET", 1)
     model = nn.Sequential(nn.Linear(5, 3))
-    flat = FlatGradients(list(model.parameters()), Twin(world_size=2))
-    backward(model, flat)  # and no `sum`
+    flat = FlatGradients(model, Twin(world_size=2))
+    backward(model, flat)  # and no `wait`
     own = backward(model, flat)
-    flat.sum()
+    flat.wait()
     torch.testing.assert_close(model[0].weight.grad, 4 * own["0.weight"])
 
 
 def test_the_last_parameters_go_first_and_keep_nothing_alive():
     parameters = [nn.Parameter(torch.zeros(n)) for n in (1, 2)]
-    flat = FlatGradients(parameters, Process())
+    flat = FlatGradients(nn.ParameterList(parameters), Process())
     assert flat.parameters == parameters[::-1]
     alive = weakref.ref(flat)
     del flat
@@ -114,7 +114,7 @@ def test_the_last_parameters_go_first_and_keep_nothing_alive():
 @pytest.mark.parametrize("sizes", [(1,), (64, 65)])
 def test_views_do_not_overlap(sizes):
     parameters = [nn.Parameter(torch.zeros(n)) for n in sizes]
-    flat = FlatGradients(parameters, Process())
+    flat = FlatGradients(nn.ParameterList(parameters), Process())
     for i, view in enumerate(flat.views):
         view.fill_(i + 1)
     expected = [p.numel() * (i + 1) for i, p in enumerate(flat.parameters)]

@@ -73,14 +73,14 @@ def test_the_teacher_is_frozen_in_eval_mode_and_sees_each_mixed_batch_once(teach
         optim__accumulate=2, data__batch_size=24, optim__grad_clip=None,
     )  # fmt: skip
     run = training.Trainer(config, local_process(), tmp_path / "student", small_data)
-    teacher_model = run.loss.teacher
+    teacher_model = run.optimizer_step.loss.teacher
     before = {name: t.clone() for name, t in teacher_model.state_dict().items()}
     seen, steps = [], []
     teacher_model.register_forward_hook(
         lambda module, inputs, output: seen.append((inputs[0], module.training, output.dtype, output.requires_grad))
     )
-    plain_step = run._optimizer_step
-    run._optimizer_step = lambda batches: (steps.append(batches), plain_step(batches))[1]
+    plain_step = run.optimizer_step.take
+    run.optimizer_step.take = lambda batches: (steps.append(batches), plain_step(batches))[1]
     try:
         run.run()
     finally:

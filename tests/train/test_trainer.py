@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +20,9 @@ from mamba.runs import checkpoint as ckpt
 from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
 from mamba.train.distributed import Process, local_process
 from mamba.train.gradients import FlatGradients
-from mamba.train.trainer import Trainer, fit, request_stop
+from mamba.train.record import can_record
+from mamba.train.state import save
+from mamba.train.trainer import Trainer, fit, initial_model, request_stop
 
 
 def weights(folder):
@@ -46,7 +47,7 @@ def assert_same_run(a, b):
 
 def interrupt_after(monkeypatch, steps):
     """Make a run behave as if it was killed after so many optimizer steps."""
-    original, taken = Trainer._train_step, [0]
+    original, taken = Trainer.train_step, [0]
 
     def step(self, micro_batches):
         if taken[0] == steps:
@@ -54,8 +55,8 @@ def interrupt_after(monkeypatch, steps):
         taken[0] += 1
         return original(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
-    return lambda: monkeypatch.setattr(Trainer, "_train_step", original)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    return lambda: monkeypatch.setattr(Trainer, "train_step", original)
 
 
 def test_it_learns_and_leaves_everything_in_its_folder(small_fit, tmp_path):
@@ -124,29 +125,27 @@ def test_every_kind_of_model_trains_and_resumes_bit_for_bit(small_fit, tmp_path,
 
 @pytest.mark.parametrize("on, world_size, device", [(True, 2, "cuda"), (False, 2, "cuda"), (True, 1, "cuda"),
                                                     (True, 2, "cpu")])  # fmt: skip
-def test_batch_norm_is_synchronised_over_gpus_if_asked(small_config, small_data, on, world_size, device):
-    run = Trainer.__new__(Trainer)
-    run.config, run.data = small_config(model__stem="conv", model__sync_batchnorm=on), small_data
-    run.process = Process(0, world_size, world_size, torch.device(device))
-    norm = run._initial_model().patch_embed.norm2
+def test_batch_norm_is_synchronised_over_gpus_if_asked(small_config, on, world_size, device):
+    config = small_config(model__stem="conv", model__sync_batchnorm=on)
+    norm = initial_model(config, 3, 8, Process(0, world_size, world_size, torch.device(device))).patch_embed.norm2
     assert isinstance(norm, torch.nn.SyncBatchNorm) == (on and world_size == 2 and device == "cuda")
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 8])
 def test_a_stop_request_saves_at_that_step_and_resumes_bit_for_bit(small_fit, tmp_path, monkeypatch, stop_at):
-    monkeypatch.setattr("mamba.train.trainer.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("mamba.train.monitor.LOG_EVERY_S", 0.0)
     (tmp_path / "whole").mkdir()
     small_fit("whole")
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, micro_batches):
         if self.global_step == stop_at - 1:
             request_stop(self.folder)
         return original(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     stopped = small_fit("run")
-    monkeypatch.setattr(Trainer, "_train_step", original)
+    monkeypatch.setattr(Trainer, "train_step", original)
     if stop_at % 4:  # at an epoch's last step the epoch is finished first
         assert stopped["status"] == "interrupted"
         assert ckpt.newest_checkpoint(tmp_path / "run").name == f"step-{stop_at:08d}"
@@ -169,31 +168,31 @@ def test_a_loss_that_is_not_finite_skips_the_step(small_config, small_data, tmp_
     trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
     trainer.model.train()
-    trainer._train_step([(images, targets)])
+    trainer.train_step([(images, targets)])
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
     for poison in (float("nan"), float("inf")):
-        trainer._train_step([(images * poison, targets)])
+        trainer.train_step([(images * poison, targets)])
         assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
         after = [s["exp_avg"] for s in trainer.optimizer.state.values()]
         assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
-    assert trainer.skipped.tolist() == [2, 2]
-    trainer._train_step([(images, targets)])
-    assert trainer.skipped.tolist() == [2, 0]
+    assert trainer.optimizer_step.skipped.tolist() == [2, 2]
+    trainer.train_step([(images, targets)])
+    assert trainer.optimizer_step.skipped.tolist() == [2, 0]
     assert not torch.equal(trainer.model.head.weight, before["head.weight"])
-    assert math.isfinite(trainer._train_metrics()["train/loss"])
+    assert math.isfinite(trainer.epoch_metrics()["train/loss"])
 
 
 def test_a_skipped_step_leaves_batch_statistics_alone(small_config, small_data, tmp_path):
     trainer = Trainer(small_config(model__stem="conv"), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
     trainer.model.train()
-    trainer._train_step([(images, targets)])
+    trainer.train_step([(images, targets)])
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    trainer._train_step([(images * float("nan"), targets)])
+    trainer.train_step([(images * float("nan"), targets)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
     assert all(bool(tensor.isfinite().all()) for tensor in trainer.ema.model.state_dict().values())
-    trainer._train_step([(images, targets)])
+    trainer.train_step([(images, targets)])
     after = trainer.model.state_dict()
     assert not torch.equal(after["patch_embed.norm1.running_mean"], before["patch_embed.norm1.running_mean"])
     assert int(after["patch_embed.norm1.num_batches_tracked"]) == 2
@@ -201,14 +200,14 @@ def test_a_skipped_step_leaves_batch_statistics_alone(small_config, small_data, 
 
 
 def test_a_run_that_stays_non_finite_ends_with_its_last_good_checkpoint(small_fit, tmp_path, monkeypatch):
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, micro_batches):
         if self.epoch >= 1:
             micro_batches = [(images * float("nan"), targets) for images, targets in micro_batches]
         return original(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row .*last good checkpoint: .*step-00000004"):
         small_fit(optim__max_skipped=3)
     assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
@@ -216,7 +215,7 @@ def test_a_run_that_stays_non_finite_ends_with_its_last_good_checkpoint(small_fi
 
 def test_weights_gone_bad_do_not_replace_the_last_good_checkpoint(small_fit, tmp_path, monkeypatch):
     """Huge but finite weights, written just before an epoch ends: every later loss overflows."""
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, micro_batches):
         result = original(self, micro_batches)
@@ -225,7 +224,7 @@ def test_weights_gone_bad_do_not_replace_the_last_good_checkpoint(small_fit, tmp
                 self.model.head.weight.fill_(1e38)
         return result
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     with pytest.raises(TrainingError, match=r"last good checkpoint: .*step-00000004"):
         small_fit(optim__max_skipped=5)
     assert weights(tmp_path / "run")["head.weight"].abs().max() < 10
@@ -234,9 +233,9 @@ def test_weights_gone_bad_do_not_replace_the_last_good_checkpoint(small_fit, tmp
 def test_a_skipped_step_leaves_the_average_alone(small_config, small_data, tmp_path):
     trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)
-    trainer._train_step([(images, targets)])
+    trainer.train_step([(images, targets)])
     before = {k: v.clone() for k, v in trainer.ema.model.state_dict().items()}
-    trainer._train_step([(images * float("nan"), targets)])
+    trainer.train_step([(images * float("nan"), targets)])
     assert all(torch.equal(v, before[k]) for k, v in trainer.ema.model.state_dict().items())
     assert trainer.ema.updates == 1
 
@@ -332,12 +331,12 @@ def test_the_last_epoch_is_always_saved(small_fit, tmp_path):
 
 def test_state_comes_back_whole(small_config, small_data, tmp_path):
     trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
-    trainer.skipped += torch.tensor([5.0, 2.0])
-    trainer.totals += 3
+    trainer.optimizer_step.skipped += torch.tensor([5.0, 2.0])
+    trainer.optimizer_step.totals += 3
     trainer.best, trainer.epoch, trainer.step = {"accuracy": 12.0, "epoch": 1, "weights": "ema"}, 1, 2
-    trainer._save_state()
+    save(trainer)
     again = Trainer(small_config(), local_process(), tmp_path, small_data)
-    assert again.skipped.tolist() == [5, 2] and again.totals.tolist() == [3, 3]
+    assert again.optimizer_step.skipped.tolist() == [5, 2] and again.optimizer_step.totals.tolist() == [3, 3]
     assert (again.best, again.epoch, again.step) == (trainer.best, 1, 2)
 
 
@@ -346,11 +345,11 @@ def test_gradients_are_clipped_to_the_norm(small_config, small_data, tmp_path, m
     trainer = Trainer(small_config(optim__grad_clip=clip), local_process(), tmp_path, small_data)
     seen = []
     monkeypatch.setattr(
-        trainer,
-        "_apply",
+        trainer.optimizer_step,
+        "_update",
         lambda *_: seen.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()),
     )
-    _, norm = trainer._train_step([(torch.randn(16, 3, 8, 8), torch.eye(3)[torch.arange(16) % 3])])
+    _, norm = trainer.train_step([(torch.randn(16, 3, 8, 8), torch.eye(3)[torch.arange(16) % 3])])
     assert norm > 0.01  # what is reported is the norm before clipping
     assert float(seen[0]) == pytest.approx(clip if clip else float(norm), rel=1e-3)
 
@@ -361,7 +360,7 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_validation(small_con
     )
     images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
     logits = trainer.model(images)
-    loss, _ = trainer._train_step([(images, torch.eye(3)[labels])])
+    loss, _ = trainer.train_step([(images, torch.eye(3)[labels])])
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
@@ -479,12 +478,9 @@ def test_a_compiled_run_evaluates_without_its_graphs(small_fit, monkeypatch):
         (True, "cuda", False, False, False, True),
     ],
 )
-def test_which_runs_are_recorded(small_config, monkeypatch, recwarn, asked, device, fp16, triton, recorded, warned):
-    run = Trainer.__new__(Trainer)
-    run.config, run.process = small_config(optim__cuda_graph=asked), Process(device=torch.device(device))
-    run.scaler = SimpleNamespace(is_enabled=lambda: fp16)
-    monkeypatch.setattr("mamba.train.trainer.HAS_TRITON", triton)
-    assert run._should_record() is recorded
+def test_which_runs_are_recorded(monkeypatch, recwarn, asked, device, fp16, triton, recorded, warned):
+    monkeypatch.setattr("mamba.train.record.HAS_TRITON", triton)
+    assert can_record(asked, torch.device(device), fp16) is recorded
     assert any("optim.cuda_graph" in str(w.message) for w in recwarn) == warned
 
 
@@ -492,7 +488,7 @@ class Doubled(Process):
     """One of two ranks of which the other has the same values, but for running averages, which are 3 larger there, and
     flags, which are `flags` larger. Sums end when they are waited for."""
 
-    other: Sequence[torch.Tensor] = ()
+    averages = 0
     flags: float = 0
     begun = 0
 
@@ -500,22 +496,31 @@ class Doubled(Process):
         self.begun += 1
 
         def wait():
-            larger = 3 if any(values is buffer for buffer in self.other) else self.flags * (values.shape == (2,))
+            larger = 3 if values.numel() == self.averages else self.flags * (values.shape == (2,))
             values.mul_(2).add_(larger)
 
         return SimpleNamespace(wait=wait)
 
 
-def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small_data, tmp_path):
+def as_rank_of(trainer, process):
+    """Let a trainer's step average with the other ranks of a process, by the sums that recorded steps use."""
+    step = trainer.optimizer_step
+    step.process = step.statistics.process = process
+    step.gradients = FlatGradients(trainer.model, process)
+    return step
+
+
+def test_batch_statistics_are_averaged_over_ranks(small_config, small_data, tmp_path):
     def stepped(name, process):
         trainer = Trainer(small_config(model__stem="conv"), local_process(), tmp_path / name, small_data)
         trainer.model.train()
+        step = trainer.optimizer_step
         if process:
-            process.other = trainer.statistics
-            trainer.process, trainer.flat = process, SimpleNamespace(expect=lambda: None, sum=lambda: None)
-        trainer._optimizer_step([(images, torch.full((16, 3), 1 / 3))])
+            process.averages = sum(buffer.numel() for buffer in step.statistics.averaged)
+            as_rank_of(trainer, process)
+        step.take([(images, torch.full((16, 3), 1 / 3))])
         trainer.close()
-        return [buffer.clone() for buffer in trainer.statistics]
+        return [buffer.clone() for buffer in step.statistics.buffers]
 
     images = torch.randn(16, 3, 8, 8)
     for alone, averaged in zip(stepped("one", None), stepped("two", Doubled(world_size=2)), strict=True):
@@ -523,7 +528,7 @@ def test_a_recorded_run_averages_batch_statistics_over_ranks(small_config, small
 
 
 @pytest.mark.parametrize("flag", [0, 1])
-def test_a_recorded_run_sums_gradients_during_the_last_backward(small_config, small_data, tmp_path, monkeypatch, flag):
+def test_gradients_are_summed_during_the_last_backward(small_config, small_data, tmp_path, monkeypatch, flag):
     """As one rank of two with the same images: the update of a lone run, unless the other rank's loss is not finite."""
     monkeypatch.setattr("mamba.train.gradients.BUCKET", 1)
     images = torch.randn(2, 16, 3, 8, 8)
@@ -532,16 +537,15 @@ def test_a_recorded_run_sums_gradients_during_the_last_backward(small_config, sm
     def stepped(name, process):
         trainer = Trainer(small_config(model__drop_path=0.0), local_process(), tmp_path / name, small_data)
         trainer.model.train()
+        step = trainer.optimizer_step
         seen = []
         if process:
-            trainer.process, trainer.flat = process, FlatGradients(list(trainer.model.parameters()), process)
-            trainer.forward = trainer.model
-            loss = trainer.loss
-            trainer.loss = lambda *a: seen.append(process.begun) or loss(*a)
-            whole = trainer.flat.sum
-            trainer.flat.sum = lambda: seen.append(process.begun) or whole()
+            as_rank_of(trainer, process)
+            loss, wait = step.loss, step.gradients.wait
+            step.loss = lambda *a: seen.append(process.begun) or loss(*a)
+            step.gradients.wait = lambda: seen.append(process.begun) or wait()
         before = [p.detach().clone() for p in trainer.model.parameters()]
-        trainer._optimizer_step(micro)
+        step.take(micro)
         trainer.close()
         return before, list(trainer.model.parameters()), seen
 
@@ -551,7 +555,7 @@ def test_a_recorded_run_sums_gradients_during_the_last_backward(small_config, sm
     _, together, seen = stepped("two", process)
     for start, a, b in zip(before, alone, together, strict=True):
         torch.testing.assert_close(b, start if flag else a)
-    assert seen[:2] == [0, 0] and seen[2] == 1 + len(alone)  # at both losses, and before `sum`: flags and gradients
+    assert seen[:2] == [0, 0] and seen[2] == 1 + len(alone)  # at both losses, and before `wait`: flags and gradients
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -591,10 +595,10 @@ def test_a_broken_checkpoint_write_leaves_no_name(small_config, small_data, tmp_
     trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     monkeypatch.setattr("mamba.runs.checkpoint.json.dumps", lambda *_a, **_k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # killed just before the rename
-        trainer._save_state()
+        save(trainer)
     assert ckpt.newest_checkpoint(tmp_path) is None
     monkeypatch.undo()
-    trainer._save_state()
+    save(trainer)
     assert ckpt.newest_checkpoint(tmp_path) is not None
 
 

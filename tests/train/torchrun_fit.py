@@ -4,6 +4,7 @@ process group. `how.json` beside a config names a function of this file, with it
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mamba.config.schema import RunConfig
-from mamba.train import gradients as parallel
+from mamba.train import gradients
 from mamba.train.distributed import torchrun_process
 from mamba.train.trainer import Trainer, fit
 from pruning.rounds import hooks_for
@@ -22,28 +23,21 @@ from pruning.rounds import hooks_for
 @contextmanager
 def poison(step_at: int):
     """Make one batch of rank 1 not finite."""
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, micro_batches):
         if self.process.rank == 1 and self.global_step == step_at:
             micro_batches = [(images * float("nan"), targets) for images, targets in micro_batches]
         return original(self, micro_batches)
 
-    with patch.object(Trainer, "_train_step", step):
+    with patch.object(Trainer, "train_step", step):
         yield
 
 
 @contextmanager
 def buckets(size: int):
     """Sum gradients as recorded steps do, which are for GPUs only, instead of by DistributedDataParallel."""
-    original = Trainer.__init__
-
-    def init(self, config, process, *args, **kwargs):
-        original(self, config, process, *args, **kwargs)
-        self.forward, self.flat = self.model, parallel.FlatGradients(list(self.model.parameters()), process)
-        assert len(self.flat.buckets) > 3
-
-    with patch.object(parallel, "BUCKET", size), patch.object(Trainer, "__init__", init):
+    with patch.object(gradients, "BUCKET", size), patch.dict(os.environ, {gradients.CHOICE: "flat"}):
         yield
 
 

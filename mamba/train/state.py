@@ -1,0 +1,126 @@
+"""What a training state holds, each thing declared once: how it is read, and how it is put back.
+
+With the weights this is all that changes while training, so a run that continues from it goes on as if it had not been
+interrupted: same order, same random numbers, same bits on a deterministic device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from mamba.errors import ForgeError
+from mamba.runs import checkpoint as ckpt
+from mamba.train.distributed import Process
+
+if TYPE_CHECKING:
+    from mamba.train.trainer import Trainer
+
+POSITION = ("epoch", "step", "seconds", "best", "metrics")
+"""Attributes of the trainer that are plain values."""
+
+
+class Saved(NamedTuple):
+    """One thing of a training state: plain containers and tensors only."""
+
+    read: Callable[[], Any]
+    restore: Callable[[Any], object]
+
+
+def saved(trainer: Trainer) -> dict[str, Saved]:
+    """Name -> how a thing is read and put back, in the order in which they are put back."""
+    step, ema, process = trainer.optimizer_step, trainer.ema, trainer.process
+    things = {
+        "train_images": Saved(lambda: len(trainer.data.train), partial(_same_images, trainer)),
+        "optimizer": Saved(trainer.optimizer.state_dict, trainer.optimizer.load_state_dict),
+        "scaler": Saved(step.scaler.state_dict, step.scaler.load_state_dict),
+        "totals": Saved(lambda: process.sum(step.totals.clone()) / process.world_size, step.totals.copy_),
+        "skipped": Saved(lambda: step.skipped, step.skipped.copy_),
+        "rng": Saved(partial(_random_states, process), partial(_restore_random_state, process)),
+    }
+    if ema:
+        things["ema_updates"] = Saved(lambda: int(ema.updates.item()), ema.updates.fill_)
+    return things | {n: Saved(partial(getattr, trainer, n), partial(setattr, trainer, n)) for n in POSITION}
+
+
+def save(trainer: Trainer) -> Path:
+    """Write the whole training state; every rank calls it."""
+    state = {name: thing.read() for name, thing in saved(trainer).items()}
+    folder = write_checkpoint(trainer, f"step-{trainer.global_step:08d}", state)
+    if trainer.process.rank == 0:  # a best is dropped only once no training state can lead back to before the next
+        ckpt.remove_old(trainer.folder, "step-*", trainer.config.checkpoint.keep)
+        ckpt.remove_old(trainer.folder, "best-*", 1)
+    return folder
+
+
+def write_checkpoint(trainer: Trainer, name: str, state: dict[str, Any] | None) -> Path:
+    """Rank 0 writes; all ranks learn whether it worked, so that they end together."""
+    folder = trainer.folder / "checkpoints" / name
+    failure: str | None = None
+    if trainer.process.rank == 0:
+        data = trainer.data
+        description = {
+            "epoch": trainer.epoch,
+            "metrics": trainer.metrics,
+            "weights": trainer.best["weights"],
+            "classes": list(data.classes),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "config": trainer.config.model_dump(mode="json"),
+        }
+        extra = {file: tensors for hook in trainer.hooks for file, tensors in hook.files().items()}
+        average = trainer.ema.model if trainer.ema else None
+        try:
+            ckpt.save_checkpoint(folder, trainer.model, average, description, state, extra)
+        except ForgeError as error:
+            failure = str(error)
+    failure = trainer.process.broadcast(failure)
+    if failure:
+        raise ckpt.CheckpointError(failure, every_rank=True)
+    return folder
+
+
+def restore(trainer: Trainer) -> None:
+    """Continue from the newest checkpoint of the run's folder, if there is one; every rank calls it."""
+    folder = ckpt.newest_checkpoint(trainer.folder)
+    if folder is None:
+        return
+    ckpt.load_weights(trainer.model, folder)
+    if trainer.ema:
+        ckpt.load_weights(trainer.ema.model, folder, ckpt.EMA_WEIGHTS)
+    state = ckpt.load_training_state(folder)
+    things = saved(trainer)
+    missing = sorted(things.keys() - state.keys())
+    if missing:
+        raise ckpt.CheckpointError(f"{folder / ckpt.STATE} lacks {', '.join(missing)}; {ckpt.ADVICE}", every_rank=True)
+    for name, thing in things.items():
+        thing.restore(state[name])
+    if trainer.process.rank == 0:
+        ckpt.remove_best_after(trainer.folder, trainer.epoch)
+
+
+def _same_images(trainer: Trainer, before: int) -> None:
+    if before != len(trainer.data.train):
+        raise ckpt.CheckpointError(
+            f"{ckpt.newest_checkpoint(trainer.folder)} was trained on {before} images and the training set now has "
+            f"{len(trainer.data.train)}: a run resumes on its own data only"
+        )
+
+
+def _random_states(process: Process) -> list[dict[str, Any]]:
+    """Of every rank: only drop path draws from them."""
+    cuda = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
+    return process.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
+
+
+def _restore_random_state(process: Process, states: list[dict[str, Any]]) -> None:
+    if len(states) != process.world_size:  # drop path goes on from a fresh seed
+        return
+    own = states[process.rank]
+    torch.set_rng_state(own["cpu"])
+    if own["cuda"] is not None and process.device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"], process.device)
