@@ -130,7 +130,7 @@ def training_step(model: MambaModel, batch: int) -> Callable[[], object]:
         return step
     from mamba.ops.update.triton import FusedUpdate
 
-    update = FusedUpdate(optimizer, None, dict(model.named_parameters()), clip=None)
+    update = FusedUpdate(optimizer, None, clip=None)
     rate, finite = torch.tensor(1e-4, device=images.device), torch.tensor(True, device=images.device)
 
     def device_step(batches: Batches) -> tuple[Tensor, Tensor]:

@@ -134,14 +134,24 @@ class ModelConfig(Group):
 
 
 class OptimConfig(Group):
-    """AdamW, its schedule, precision."""
+    """The optimizer, its schedule, precision."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: for every parameter; muon: orthogonal momentum for the blocks' matrices, AdamW for the rest, at the same
+    rates and weight decay."""
     epochs: int = Field(300, ge=1, le=MANY)
     """Passes over the training set."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate of the head; not scaled by batch size."""
     min_lr: float = Field(1e-6, ge=0)
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up. cosine: falls from there to the end; wsd (warm-up, stable, decay): constant, then linear to
+    `optim.min_lr` over the last `optim.decay_epochs`."""
+    decay_epochs: float = Field(20.0, ge=0, le=MANY)
+    """Length of wsd's decay in epochs (fractions allowed)."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's momentum."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay; never on A_log, D, biases, norms and embeddings."""
     beta1: float = Field(0.9, ge=0, lt=1)

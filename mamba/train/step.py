@@ -91,8 +91,7 @@ class OptimizerStep:
         if can_record(self.config.cuda_graph, self.process.device, self.scaler.is_enabled()):
             from mamba.ops.update.triton import FusedUpdate  # needs triton
 
-            parameters = dict(self.model.named_parameters())
-            self.fused = FusedUpdate(self.optimizer, self.ema, parameters, self.config.grad_clip)
+            self.fused = FusedUpdate(self.optimizer, self.ema, self.config.grad_clip)
             self.recorded = RecordedStep(self.take, self.fused.fill_in)
             stream = self.recorded.stream
         self.gradients = average_gradients(self.model, self.process, self.config.accumulate, stream)

@@ -19,11 +19,9 @@ from mamba.train.ema import ModelEma
 from mamba.train.optim import make_optimizer
 
 ROOT = Path(__file__).parents[2]
-CONFIG = OptimConfig(layer_decay=0.8, weight_decay=0.3, lr=0.02)
-
-
-def compare(device: str) -> None:
+def compare(device: str, optimizer: str = "adamw") -> None:
     """Six steps, the third not finite, one parameter frozen and one without a gradient."""
+    config = OptimConfig(optimizer=optimizer, layer_decay=0.8, weight_decay=0.3, lr=0.02)  # type: ignore[arg-type]
     from mamba.ops.update.triton import FusedUpdate
 
     torch.manual_seed(0)
@@ -31,8 +29,8 @@ def compare(device: str) -> None:
     plain.blocks[0].ssm.D.requires_grad_(False)
     fused = copy.deepcopy(plain)
     emas = [ModelEma(m, 0.9) for m in (plain, fused)]
-    optimizers = [make_optimizer(m, CONFIG) for m in (plain, fused)]
-    update = FusedUpdate(optimizers[1], emas[1], dict(fused.named_parameters()), clip=0.5)
+    optimizers = [make_optimizer(m, config) for m in (plain, fused)]
+    update = FusedUpdate(optimizers[1], emas[1], clip=0.5)
     for step in range(6):
         for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
             a.grad = torch.randn_like(a) * 10 ** -(step % 3)
@@ -42,7 +40,7 @@ def compare(device: str) -> None:
         plain.blocks[1].ssm.delta_bias += 0.1
         fused.blocks[1].ssm.delta_bias += 0.1
         finite = torch.tensor(step != 2, device=device)
-        rate = CONFIG.lr / (step + 1)
+        rate = config.lr / (step + 1)
 
         norm = update.norm()
         update.apply(torch.tensor(rate, device=device), norm, finite)
@@ -64,14 +62,16 @@ def compare(device: str) -> None:
             torch.testing.assert_close(value, states[1][key][name], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_in_the_interpreter():
+def test_in_the_interpreter(optimizer):
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    code = "import tests.ops.test_update as t; t.compare('cpu')"
+    code = f"import tests.ops.test_update as t; t.compare('cpu', '{optimizer}')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.gpu
-def test_on_the_gpu():
-    compare("cuda")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_on_the_gpu(optimizer):
+    compare("cuda", optimizer)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from mamba.config.schema import RunConfig
+from mamba.config.schema import OptimConfig, RunConfig
+from mamba.errors import ConfigError
 from mamba.models.model import mamba_tiny
 from mamba.train.ema import ModelEma
-from mamba.train.optim import make_optimizer, parameter_groups
-from mamba.train.schedule import learning_rate, set_learning_rate
+from mamba.train.optim import OPTIMIZERS, make_optimizer, matrix_parts, parameter_groups
+from mamba.train.schedule import SCHEDULES, learning_rate, set_learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,29 @@ def test_layer_wise_rates_and_decay(model):
     decayed = {n.split(".", 2)[2] if n.startswith("blocks") else n for n, d in decay.items() if d}
     matrices = {"ssm.in_proj.weight", "ssm.conv1d.weight", "ssm.x_proj.weight", "ssm.out_proj.weight"}
     assert decayed == matrices | {"mlp.fc1.weight", "mlp.fc2.weight", "head.weight"}
+
+
+def test_the_config_names_every_optimizer_and_schedule():
+    for key, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        assert set(get_args(OptimConfig.model_fields[key].annotation)) == set(registry)
+
+
+@pytest.mark.parametrize("mixer", ["forward", "bidirectional"])
+def test_muon_takes_the_blocks_matrices_part_by_part(mixer):
+    """in_proj as x and z of each path, x_proj as B, C and delta; A_log, convolutions, stem and head are AdamW's."""
+    model = mamba_tiny(img_size=8, d_model=8, depth=2, mixer=mixer)
+    names = {p: n.split(".", 2)[2] for n, p in model.named_parameters() if n.startswith("blocks.")}
+    parts = {names[p]: rows for p, rows in matrix_parts(model).items()}
+    ways = 1 if mixer == "forward" else 2
+    want = {"ssm.in_proj.weight": [16] * 2 * ways, "ssm.out_proj.weight": [8], "ssm.x_proj.weight": [16, 16, 16]}
+    want |= {"mlp.fc1.weight": [32], "mlp.fc2.weight": [8]}
+    assert parts == want | ({"ssm.x_proj_b.weight": [16, 16, 16]} if ways == 2 else {})
+    config = RunConfig().with_values({"optim.optimizer": "muon", "optim.layer_decay": 0.5}).optim
+    optimizer = make_optimizer(model, config)
+    grouped = [p for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    assert {p for g in optimizer.param_groups if g["muon"] for p in g["params"]} == set(matrix_parts(model))
+    assert {g["name"]: g["lr_scale"] for g in optimizer.param_groups if g["muon"]} == {"block_00": 0.5, "block_01": 1.0}
 
 
 def test_weight_decay_leaves_exempt_parameters_alone(model):
@@ -71,6 +96,16 @@ def test_exponential_warmup():
     rates = schedule(epochs=10, lr=2.0, warmup_epochs=1, warmup="exponential")
     expected = [2 * (1 - math.exp(-5 * p)) / (1 - math.exp(-5)) for p in [(s + 1) / 10 for s in range(10)]]
     assert rates[:10] == pytest.approx(expected)
+
+
+def test_constant_then_decay():
+    values = {"lr": 1.0, "min_lr": 0.1, "warmup_epochs": 2, "warmup": "linear", "schedule": "wsd", "decay_epochs": 3}
+    short, long = schedule(epochs=10, **values), schedule(epochs=20, **values)
+    assert short[19:70] == [1.0] * 51 and short[-1] == pytest.approx(0.1)
+    assert short[70:] == pytest.approx([1 - 0.9 * (s + 1) / 30 for s in range(30)])
+    assert long[:70] == short[:70] and long[-30:] == pytest.approx(short[-30:])
+    with pytest.raises(ConfigError, match=r"optim.warmup_epochs 2 and optim.decay_epochs 3 .* than optim.epochs 4"):
+        RunConfig().with_values({f"optim.{k}": v for k, v in {**values, "epochs": 4}.items()}).resolve()
 
 
 @pytest.mark.parametrize("warmup", [0, 10])

@@ -5,21 +5,21 @@ a fraction of a GPU for 20 us. Here a table says where every parameter, gradient
 and decay it has; one program takes `BLOCK` elements of one of them. Rate, norm and verdict are read from device memory,
 so the launches can be recorded in a CUDA graph and serve every later step.
 
-The reference is `torch.optim.AdamW`, `clip_grad_norm_` and `ModelEma.update`, which other devices use. The optimizer's
-own state is worked on in place: a checkpoint cannot tell the two apart.
+The reference is `mamba.ops.update.reference`, which other devices use. The optimizer's own state is worked on in place: a
+checkpoint cannot tell the two apart. Muon's matrices are clipped by the same norm and moved by `MatrixUpdate`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba.train.ema import ModelEma
+from mamba.ops.update.average import Average
+from mamba.ops.update.muon import Muon
 
 BLOCK = 4096
 
@@ -69,22 +69,23 @@ def _update_kernel(
 
 
 class FusedUpdate:
-    """The optimizer step of `optimizer` and the update of `ema`, made for float32 parameters.
+    """The optimizer step of `optimizer` and the update of `average`, made for float32 parameters.
 
     Make it after their state was restored: it keeps the addresses. A step is `norm()`, then `apply()`.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.AdamW, ema: ModelEma | None, named: Mapping[str, Tensor], clip: float | None
-    ):
-        self.params: list[Tensor] = []
+    def __init__(self, optimizer: torch.optim.AdamW, average: Average | None, clip: float | None) -> None:
+        self.matrices = optimizer.matrices() if isinstance(optimizer, Muon) else None
+        mine: list[Tensor] = []
         scales, decays = [], []
         for group in optimizer.param_groups:
-            self.params += group["params"]
-            scales += [group["lr_scale"]] * len(group["params"])
-            decays += [group["weight_decay"]] * len(group["params"])
+            if not group.get("muon"):
+                mine += group["params"]
+                scales += [group["lr_scale"]] * len(group["params"])
+                decays += [group["weight_decay"]] * len(group["params"])
+        self.params = mine + (self.matrices.params if self.matrices else [])  # the norm is that of all
         self.device = self.params[0].device
-        self.clip, self.ema = clip or math.inf, ema
+        self.clip, self.average = clip or math.inf, average
         self.betas, self.eps = optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"]
         for p in self.params:
             assert p.dtype == torch.float32 and p.is_contiguous()
@@ -92,17 +93,16 @@ class FusedUpdate:
             if not state:
                 state["step"] = torch.zeros((), device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        states = [optimizer.state[p] for p in self.params]
-        self.steps = [s["step"] for s in states]
+        self.steps = [optimizer.state[p]["step"] for p in self.params]
+        states = [optimizer.state[p] for p in mine]
         self.firsts, self.seconds = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         self.averages: list[Tensor] = []
-        self.rest: list[tuple[Tensor, Tensor]] = []  # averaged, but not trained: buffers, frozen parameters
-        if ema:
-            mine = ema.model.state_dict()
-            name_of = {p: name for name, p in named.items()}
-            self.averages = [mine[name_of[p]] for p in self.params]
+        self.rest: list[tuple[Tensor, Tensor]] = []  # averaged, but not here: buffers, frozen parameters, matrices
+        if average:
+            of = {theirs.data_ptr(): a for a, theirs in average.averaged}
+            self.averages = [of[p.data_ptr()] for p in mine]
             trained = {a.data_ptr() for a in self.averages}
-            self.rest = [(a, b) for a, b in ema.averaged if a.data_ptr() not in trained]
+            self.rest = [(a, b) for a, b in average.averaged if a.data_ptr() not in trained]
 
         blocks = [math.ceil(p.numel() / BLOCK) for p in self.params]
         owner = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks))
@@ -111,8 +111,9 @@ class FusedUpdate:
         self.numel = torch.tensor([p.numel() for p in self.params], device=self.device)
         self.scales = torch.tensor(scales, dtype=torch.float32, device=self.device)
         self.decays = torch.tensor(decays, dtype=torch.float32, device=self.device)
+        self.blocks = sum(blocks[: len(mine)])  # of AdamW's parameters, which come first
         self.log_betas = torch.tensor(self.betas, dtype=torch.float64, device=self.device).log()
-        fixed = (self.params, self.firsts, self.seconds, self.averages or self.params)
+        fixed = (mine, self.firsts, self.seconds, self.averages or mine)
         self.tables = [torch.tensor([t.data_ptr() for t in ts], device=self.device) for ts in fixed]
         self.grads = torch.zeros(len(self.params), dtype=torch.int64, device=self.device)
         self.partial = torch.zeros(len(owner), device=self.device)
@@ -141,16 +142,18 @@ class FusedUpdate:
         torch._foreach_add_(self.steps, [counts] * len(self.steps))  # with a lone tensor, the host would read it
         corrections = -torch.expm1(self.log_betas * self.steps[0].double())
         clip = (self.clip / (norm + 1e-6)).clamp_max(1.0)
-        way = 1 - self.ema.decay_now() if self.ema else counts
+        way = 1 - self.average.decay_now() if self.average else counts
         scalars = torch.stack((counts, rate, clip, corrections[0].float(), corrections[1].sqrt().float(), way.float()))
         weights, firsts, seconds, averages = self.tables
-        _update_kernel[(len(self.partial),)](
+        _update_kernel[(self.blocks,)](
             weights, self.grads, firsts, seconds, averages, self.scales, self.decays, self.owner, self.start,
-            self.numel, scalars, *self.betas, self.eps, BLOCK=BLOCK, AVERAGE=self.ema is not None, num_warps=4,
+            self.numel, scalars, *self.betas, self.eps, BLOCK=BLOCK, AVERAGE=self.average is not None, num_warps=4,
         )  # fmt: skip
-        if self.ema:
-            self.ema.move(self.rest, counts)
-            self.ema.count(counts)
+        if self.matrices:
+            self.matrices.apply(rate, clip, finite)
+        if self.average:
+            self.average.move(self.rest, counts)
+            self.average.count(counts)
 
 
 def _address(p: Tensor) -> int:
