@@ -55,10 +55,11 @@ def resolved(config: RunConfig) -> RunConfig:
         )
     if config.optim.min_lr > config.optim.lr:
         raise ConfigError(f"optim.min_lr {config.optim.min_lr} is above optim.lr {config.optim.lr}; it must not be")
-    if config.optim.schedule == "wsd" and config.optim.warmup_epochs + config.optim.decay_epochs > config.optim.epochs:
+    warmup, decay, epochs = config.optim.warmup_epochs, config.optim.decay_epochs, config.optim.epochs
+    if config.optim.schedule == "wsd" and warmup + decay > epochs:
         raise ConfigError(
-            f"optim.warmup_epochs {config.optim.warmup_epochs:g} and optim.decay_epochs {config.optim.decay_epochs:g} are "
-            f"longer together than optim.epochs {config.optim.epochs}; they must not be"
+            f"optim.warmup_epochs {warmup:g} and optim.decay_epochs {decay:g} are longer together than optim.epochs "
+            f"{epochs}; they must not be"
         )
     if config.optim.warmup_epochs > config.optim.epochs:
         raise ConfigError(

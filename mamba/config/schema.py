@@ -136,11 +136,11 @@ class ModelConfig(Group):
 class OptimConfig(Group):
     """The optimizer, its schedule, precision."""
 
+    epochs: int = Field(300, ge=1, le=MANY)
+    """Passes over the training set."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw: for every parameter; muon: orthogonal momentum for the blocks' matrices, AdamW for the rest, at the same
     rates and weight decay."""
-    epochs: int = Field(300, ge=1, le=MANY)
-    """Passes over the training set."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate of the head; not scaled by batch size."""
     min_lr: float = Field(1e-6, ge=0)

@@ -30,8 +30,8 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def matrix_parts(model: MambaModel) -> dict[Tensor, list[int]]:
-    """What Muon takes: the weights of the blocks' linear maps, each with the rows of the matrices that it fuses (x and z
-    of `in_proj`; B, C and delta of `x_proj`). Not A_log, convolutions, embeddings and heads."""
+    """What Muon takes: the weights of the blocks' linear maps, each with the rows of the matrices that it fuses (x and
+    z of `in_proj`; B, C and delta of `x_proj`). Not A_log, convolutions, embeddings and heads."""
     parts: dict[Tensor, list[int]] = {}
     for block in model.stack:
         fused = block.segments()

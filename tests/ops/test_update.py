@@ -19,6 +19,8 @@ from mamba.train.ema import ModelEma
 from mamba.train.optim import make_optimizer
 
 ROOT = Path(__file__).parents[2]
+
+
 def compare(device: str, optimizer: str = "adamw") -> None:
     """Six steps, the third not finite, one parameter frozen and one without a gradient."""
     config = OptimConfig(optimizer=optimizer, layer_decay=0.8, weight_decay=0.3, lr=0.02)  # type: ignore[arg-type]

@@ -15,7 +15,9 @@ class Average:
     short run is not stuck at its initial ones.
     """
 
-    def __init__(self, averaged: list[tuple[Tensor, Tensor]], copied: list[tuple[Tensor, Tensor]], decay: float) -> None:
+    def __init__(
+        self, averaged: list[tuple[Tensor, Tensor]], copied: list[tuple[Tensor, Tensor]], decay: float
+    ) -> None:
         self.averaged, self.copied, self.decay = averaged, copied, decay
         device = (averaged or copied)[0][1].device
         self.updates = torch.zeros((), device=device)  # on the device, where a skipped step is known

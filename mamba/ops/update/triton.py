@@ -5,8 +5,9 @@ a fraction of a GPU for 20 us. Here a table says where every parameter, gradient
 and decay it has; one program takes `BLOCK` elements of one of them. Rate, norm and verdict are read from device memory,
 so the launches can be recorded in a CUDA graph and serve every later step.
 
-The reference is `mamba.ops.update.reference`, which other devices use. The optimizer's own state is worked on in place: a
-checkpoint cannot tell the two apart. Muon's matrices are clipped by the same norm and moved by `MatrixUpdate`.
+The reference is `torch.optim.AdamW`, `clip_grad_norm_` and `Average.update`, which other devices use. The optimizer's
+own state is worked on in place: a checkpoint cannot tell the two apart. Muon's matrices are clipped by the same norm
+and moved by `MatrixUpdate`.
 """
 
 from __future__ import annotations
