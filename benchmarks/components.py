@@ -21,7 +21,7 @@ from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError, ForgeError
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import environment
+from mamba.runs.environment import environment
 from mamba.train.distributed import own_device
 from mamba.train.trainer import resolve_amp
 from pruning import COMPONENTS, PLANS, apply_plan, measure

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mamba.config.schema import ModelConfig, OptimConfig
 from mamba.models.model import MambaModel, count_parameters, named_model
-from mamba.runs.tracking import environment
+from mamba.runs.environment import environment
 from mamba.train.compilation import compile_blocks
 from mamba.train.distributed import own_device
 from mamba.train.optim import make_optimizer

@@ -18,7 +18,7 @@ from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import environment
+from mamba.runs.environment import environment
 from mamba.train.distributed import own_device
 from pruning import measure
 from pruning.cut import cut

@@ -29,5 +29,9 @@ class CheckpointError(ForgeError):
     """A checkpoint that is missing, truncated, of another model, or that could not be written."""
 
 
+class FolderError(ForgeError):
+    """A run's folder, or a file in it, that is damaged or cannot be written."""
+
+
 class TrainingError(ForgeError):
     """A run that cannot go on: its loss stays non-finite, or the device is out of memory."""

@@ -34,7 +34,8 @@ from mamba.data.loader import eval_batches
 from mamba.errors import CheckpointError, ConfigError
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import write_csv, write_json
+from mamba.runs.files import write_csv, write_json
+from mamba.runs.start import start_of
 from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
 from pruning.importance import Batches
@@ -117,8 +118,9 @@ def check_series(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"{folder} is no series of rounds, but one run or what a plan left; nothing to continue")
 
 
-def hooks_for(config: RunConfig, rank: int = 0) -> list[TrainHook]:
-    """What pruning adds to a run, by its config and the checkpoint that it starts from.
+def hooks_for(config: RunConfig, rank: int = 0, folder: Path | None = None) -> list[TrainHook]:
+    """What pruning adds to a run, by its config and the checkpoint that it starts from: its folder's own copy, where
+    there is one.
 
     Raises:
         CheckpointError: masks that cannot be read.
@@ -127,8 +129,9 @@ def hooks_for(config: RunConfig, rank: int = 0) -> list[TrainHook]:
     prune, penalty = config.prune, config.penalty
     if penalty.kind != "off":
         hooks.append(PenaltyHook(penalty.strength, penalty.exponent, penalty.target, penalty.kind))
-    if config.model.checkpoint is not None:
-        start = ckpt.find_checkpoint(config.model.checkpoint)
+    source = config.model.checkpoint if folder is None else start_of(config, folder)
+    if source is not None:
+        start = ckpt.find_checkpoint(source)
         later = prune.round > 0
         needed = later and prune.method in ("magnitude", "rsst")
         masks = load_masks(start / MASKS) if needed else masks_of(start)

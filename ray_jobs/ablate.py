@@ -67,7 +67,8 @@ def _experiment(args: AblateArgs) -> Experiment:
 
 def _baseline(config: RunConfig, folder: Path) -> Path:
     """A model to cut, trained in the experiment's own folder with the config given; continued if it was begun."""
-    from mamba.runs.tracking import finished_result, prepare_resume
+    from mamba.runs.folder import finished_result
+    from mamba.runs.start import prepare_resume
     from ray_jobs.launch.console import Display, stop_on_signal
     from ray_jobs.launch.run import preflight, run
 

@@ -38,7 +38,7 @@ def _rounds(args: PruneArgs) -> int:
     from rich.console import Console
 
     from mamba.data.registry import load_data
-    from mamba.runs.tracking import create_run, discard_if_unused, exclusive
+    from mamba.runs.folder import create_run, discard_if_unused, exclusive
     from pruning.report import rounds_figure, rounds_table
     from pruning.rounds import Engine, check_rounds, check_series, run_rounds
     from ray_jobs.launch.cluster import connected_if
@@ -78,7 +78,8 @@ def _rounds(args: PruneArgs) -> int:
 
 def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
     """One round's training, with its progress shown and the first Ctrl-C turned into a checkpoint."""
-    from mamba.runs.tracking import finished_result, prepare_resume
+    from mamba.runs.folder import finished_result
+    from mamba.runs.start import prepare_resume
     from ray_jobs.launch.console import Display, stop_on_signal
     from ray_jobs.launch.run import run
 
@@ -93,13 +94,12 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _plan(args: PruneArgs) -> int:
     from rich.console import Console
 
-    from mamba.data import load_data
     from mamba.runs import checkpoint as ckpt
-    from mamba.runs.tracking import create_run, exclusive, write_json
+    from mamba.runs.files import write_json
+    from mamba.runs.folder import create_run, exclusive
     from pruning.lite import describe
     from pruning.plans import apply_plan, get_plan
     from pruning.report import before_after_table
-    from pruning.rounds import calibration_batches
     from pruning.store import masks_of, save_pruned
     from ray_jobs.launch.cluster import connected_if
     from ray_jobs.launch.measure import compare
@@ -112,9 +112,7 @@ def _plan(args: PruneArgs) -> int:
         raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
     model, description = ckpt.load_model(config.model.checkpoint)
     preflight(config)
-    images = calibration_batches(load_data(config.data, config.seed), config.seed) if config.cut.repair else None
-    masks = masks_of(config.model.checkpoint)
-    pruned = apply_plan(model, args.plan, calibration=images, seed=config.seed, masks=masks, repair=config.cut.repair)
+    pruned = apply_plan(model, args.plan, seed=config.seed, masks=masks_of(config.model.checkpoint))
     folder = create_run(config.with_values({"prune.method": "none"}))
     with exclusive(folder):
         description = {**description, "plan": args.plan}

@@ -32,7 +32,8 @@ def dry_run(args: TrainArgs) -> int:
     from mamba.data.loader import check_batch_size
     from mamba.data.registry import describe
     from mamba.models.model import parameters_of
-    from mamba.runs.checkpoint import check_start, parameters_in
+    from mamba.runs.checkpoint import parameters_in
+    from mamba.runs.start import check_start
     from ray_jobs.launch.run import check_early
 
     config = args.config.resolve()
@@ -57,7 +58,8 @@ def dry_run(args: TrainArgs) -> int:
 
 
 def _train(args: TrainArgs) -> int:
-    from mamba.runs.tracking import create_run, discard_if_unused, exclusive, finished_result, prepare_resume
+    from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
+    from mamba.runs.start import prepare_resume
     from ray_jobs.launch.console import Display, result_table, stop_on_signal
     from ray_jobs.launch.run import preflight, run
 

@@ -23,6 +23,11 @@ from mamba.config.schema import RunConfig
 from mamba.config.words import split_words
 from mamba.errors import ConfigError
 
+BESIDE_CHECKPOINT = ("model.new_head", "model.new_size", "model.drop_path", "model.sync_batchnorm")
+"""Of model.*, the keys that count beside a checkpoint."""
+EXTENDS = ("optim.epochs",)
+"""Keys that a run may be continued with: more epochs than it had."""
+
 
 @dataclass(frozen=True)
 class TrainArgs:
@@ -34,7 +39,8 @@ class TrainArgs:
     file: Annotated[Path | None, arg(name="config", metavar="FILE.yaml")] = None
     """Keys and values over the preset's, under the command line's own: any of them, or a run's own config.yaml."""
     resume: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """Continue the run in this folder exactly where it stopped; of the keys below only scaling.* goes with it."""
+    """Continue the run in this folder exactly where it stopped; of the keys below only scaling.* goes with it, and more
+    optim.epochs to train on."""
     dry_run: Annotated[bool, FlagCreatePairsOff] = False
     """Print what would run and exit: the resolved config, and parameters and steps, or the trials of a sweep."""
 
@@ -202,7 +208,8 @@ def _config(
     """The config that a command line asks for, and the preset below it."""
     preset = given.get("preset", "quickstart")
     if "resume" in given:
-        extra = [f"--{key}" for key in values if not key.startswith("scaling.")]
+        goes = EXTENDS if command is TRAIN else ()
+        extra = [f"--{key}" for key in values if not key.startswith("scaling.") and key not in goes]
         extra += [f"--{key}" for key in given if key not in ("resume", "dry_run", "help", "help_all")]
         if extra:
             raise ConfigError(f"--resume continues a run as it was: leave out {', '.join(extra)}")
@@ -212,12 +219,12 @@ def _config(
     own = recipe_of(Path(checkpoint)) if recipe_of and checkpoint and "preset" not in given else None
     base = own or get_preset(preset)
     config = base.with_values({**command.defaults, **from_file, **values})
-    counts = ("model.checkpoint", "model.drop_path", "model.sync_batchnorm")
+    counts = ("model.checkpoint", *BESIDE_CHECKPOINT)
     ignored = [f"--{k}" for k in values if k.startswith("model.") and k not in counts]
     if config.model.checkpoint and ignored:
         raise ConfigError(
-            f"model.checkpoint brings its own widths: leave out {', '.join(ignored)}; of model.* only model.drop_path "
-            "and model.sync_batchnorm go with it"
+            f"model.checkpoint brings its own widths: leave out {', '.join(ignored)}; of model.* only "
+            f"{', '.join(BESIDE_CHECKPOINT)} go with it"
         )
     return config, preset
 

@@ -22,6 +22,7 @@ from pydantic import (
 
 from mamba.config.choices import added, words_of
 from mamba.config.files import read_yaml
+from mamba.config.versions import check_format
 from mamba.errors import ConfigError
 
 
@@ -152,6 +153,8 @@ def stored_values(tree: object, where: object) -> dict[str, Any]:
     """
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"{where} does not hold a run config (a mapping of keys)")
+    check_format(tree, where)
+    tree = {key: value for key, value in tree.items() if key != "format"}
     flat: dict[str, Any] = {}
     groups = {key.partition(".")[0] for key in dotted_keys() if "." in key}
     for key, value in tree.items():

@@ -39,7 +39,8 @@ def resolved(config: RunConfig) -> RunConfig:
     """
     side = config.data.img_size or DATASET_SIDES[config.data.dataset]
     model = filled(config.model, side)
-    check_model(model, side)
+    if config.model.checkpoint is None:  # a trained model brings its own
+        check_model(model, side)
     if config.data.batch_size % config.optim.accumulate:
         raise ConfigError(
             f"data.batch_size {config.data.batch_size} is not divisible by optim.accumulate {config.optim.accumulate}"

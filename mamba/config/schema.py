@@ -81,7 +81,11 @@ class ModelConfig(Group):
     published: vim_tiny (192, 24), vim_small (384, 24), vim_base (768, 24)."""
     checkpoint: Path | None = None
     """Checkpoint or run folder to start from (fine-tuning): its weights, its widths, pruned or not, and its masks. Of
-    the other keys only `model.drop_path` and `model.sync_batchnorm` count then."""
+    the other keys only `model.new_head`, `model.new_size`, `model.drop_path` and `model.sync_batchnorm` count then."""
+    new_head: bool = False
+    """With a checkpoint: a head of new weights, for other classes than it was trained on."""
+    new_size: bool = False
+    """With a checkpoint: another image size than it was trained at; learned positions are interpolated."""
     d_model: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Width of the residual stream."""
     depth: int | None = Field(None, ge=1, le=MAX_DEPTH)
@@ -272,8 +276,6 @@ class CutConfig(Group):
     """What ranks weights and units."""
     scope: Literal["global", "layerwise"] = "global"
     """Rank over all blocks together, or within each."""
-    repair: bool = False
-    """After the cut, fit out_proj and fc2 again by least squares on 512 training images: seconds, no training."""
     finetune_epochs: int = Field(0, ge=0, le=MANY)
     """Epochs of training after the cut; 0: measure at once."""
 

@@ -3,76 +3,128 @@
     model.safetensors       the weights
     ema.safetensors         their moving average, if the run keeps one
     training_state.pt       optimizer, scaler, RNG of every rank, position, best metric (torch.load, weights_only)
-    config.json             architecture with every block's actual widths, classes, statistics, metrics
+    config.json             architecture with every block's actual widths, classes, statistics, metrics, and a checksum
+                            of each other file
 
-A folder is written under a temporary name, synced, then renamed: a name that exists is complete. A model is rebuilt
-from its folder alone; a folder without training_state.pt (the best of a run) cannot be resumed, only loaded.
+A folder is written under a temporary name, synced, then renamed: a name that exists is complete. A checkpoint that is
+replaced keeps its old content under a second name until the new one is in its place, and gets it back if that was cut
+short. A model is rebuilt from its folder alone; a folder without training_state.pt (the best of a run) cannot be
+resumed, only loaded. In `checkpoints/` of a run only what is called exactly step-N or best-N is the run's: copies and
+whatever else lies there are left alone.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
-from mamba.errors import CheckpointError
+from mamba.config.versions import FORMAT, check_format
+from mamba.errors import CheckpointError, FolderError
 from mamba.models.model import Architecture, MambaModel, count_parameters
+from mamba.runs.files import as_metrics, checksum, create, read_json, sync, to_json, unwritable
 
 ADVICE = "remove that folder to go on from an earlier checkpoint, if there is one, or from the start"
 WEIGHTS, EMA_WEIGHTS, STATE, DESCRIPTION = "model.safetensors", "ema.safetensors", "training_state.pt", "config.json"
+FOLDER = "checkpoints"
 
 
 def save_checkpoint(
     folder: Path,
     model: MambaModel,
     ema: MambaModel | None,
-    description: dict[str, Any],
+    description: Mapping[str, Any],
     training_state: dict[str, Any] | None,
-    extra: dict[str, dict[str, torch.Tensor]] | None = None,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write a checkpoint folder atomically. `description` is JSON; the architecture is added to it. `extra` holds more
-    safetensors files by name (masks).
+    """Write a checkpoint folder atomically. `description` is JSON; architecture, format and checksums are added to it.
+    `extra` holds more safetensors files by name (masks).
 
     Raises:
         CheckpointError: the folder cannot be written (no space left, no permission).
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _own(folder.parent)
+        _discard(partial)
         partial.mkdir(parents=True)
-        save_file(_tensors(model), partial / WEIGHTS)
-        if ema is not None:
-            save_file(_tensors(ema), partial / EMA_WEIGHTS)
-        for name, tensors in (extra or {}).items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / name)
+        tensors = {WEIGHTS: model.state_dict(), **({EMA_WEIGHTS: ema.state_dict()} if ema else {}), **(extra or {})}
+        for name, own in tensors.items():
+            with create(partial / name) as file:
+                file.write(save({key: value.detach().cpu().contiguous() for key, value in own.items()}))
         if training_state is not None:
-            torch.save(training_state, partial / STATE)
-        text = json.dumps({**description, "architecture": model.architecture.to_dict()}, indent=1)
-        (partial / DESCRIPTION).write_text(text)
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        _sync(folder.parent)
+            with create(partial / STATE) as file:
+                torch.save(training_state, file)
+        tree = {
+            "format": FORMAT,
+            **{key: value for key, value in description.items() if key != "format"},
+            "architecture": model.architecture.to_dict(),
+            "checksums": {file.name: checksum(file) for file in sorted(partial.iterdir())},
+        }
+        with create(partial / DESCRIPTION) as file:
+            file.write(to_json(tree, indent=1).encode())
+        put_in_place(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors wrap a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(next(p for p in folder.parents if p.exists())).free
+        _discard(partial)
         raise CheckpointError(
-            f"the checkpoint {folder} could not be written: {error} ({free / 2**20:.0f} MiB are free there); earlier "
-            "checkpoints are untouched"
+            f"the checkpoint {unwritable(folder, error, 'earlier checkpoints are untouched')}"
         ) from None
     return folder
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a complete folder its name, in the place of what had it. Whenever this is cut short, `recover` finds the old
+    content or the new.
+
+    Raises:
+        OSError: the folder cannot be written, or the name is that of a link.
+    """
+    for file in partial.iterdir():
+        sync(file)
+    sync(partial)
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a link, which is not followed")
+    old = _old(folder)
+    recover(folder)
+    if folder.exists():
+        _discard(old)
+        folder.rename(old)
+    partial.rename(folder)
+    sync(folder.parent)
+    _discard(old)
+
+
+def recover(folder: Path) -> None:
+    """Give a checkpoint its content back, if replacing it was cut short between the two renames."""
+    old = _old(folder)
+    if old.is_dir() and not folder.exists():
+        with suppress(OSError):
+            old.rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _discard(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _own(parent: Path) -> None:
+    """Raises OSError where a run's folder of checkpoints is a link: to another run's, perhaps."""
+    if parent.name == FOLDER and parent.is_symlink():
+        raise OSError(f"{parent} is a link, which is not followed")
 
 
 def load_model(
@@ -93,64 +145,75 @@ def load_model(
         the model in eval mode, and the checkpoint's description (classes, mean, std, metrics).
 
     Raises:
-        CheckpointError: no checkpoint there, a file missing or truncated, or no average kept.
+        CheckpointError: no checkpoint there, a file missing, damaged or truncated, no average kept, or a weight that
+            is not finite.
     """
     folder = find_checkpoint(Path(path))
     description = read_description(folder)
-    try:
-        architecture = Architecture.from_dict(description["architecture"])
-        if drop_path is not None:
-            architecture = replace(architecture, drop_path=drop_path)
-        model = MambaModel(architecture)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / DESCRIPTION} does not describe a model of ours: {error}") from None
-    use_ema = weights == "ema" or (weights == "best" and description.get("weights") == "ema")
-    load_weights(model, folder, EMA_WEIGHTS if use_ema else WEIGHTS)
+    architecture = architecture_in(folder, description)
+    if drop_path is not None:
+        architecture = replace(architecture, drop_path=drop_path)
+    model = build(architecture, folder)
+    load_weights(model, folder, weights_file(description, weights))
+    check_finite(model.state_dict(), str(folder))
     return model.to(device).eval(), description
 
 
-def check_start(path: Path, num_classes: int, img_size: int, key: str = "model.checkpoint") -> None:
-    """See that a run on data of so many classes and pixels can start from a checkpoint, or use it as `key` says.
-
-    Raises:
-        CheckpointError: there is none, or its model is for other data.
-    """
+def architecture_in(folder: Path, description: Mapping[str, Any] | None = None) -> Architecture:
+    """The architecture of a checkpoint folder's model; raises CheckpointError where it is none of ours."""
+    tree = read_description(folder) if description is None else description
     try:
-        own = read_description(find_checkpoint(path)).get("architecture", {})
-    except CheckpointError as error:
-        raise CheckpointError(f"{key}: {error}", every_rank=error.every_rank) from None
-    if (own.get("num_classes"), own.get("img_size")) != (num_classes, img_size):
-        raise CheckpointError(
-            f"{key} {path} is for {own.get('num_classes')} classes at {own.get('img_size')} pixels, and the "
-            f"data has {num_classes} classes at {img_size} pixels",
-            every_rank=True,
-        )
+        return Architecture.from_dict(tree["architecture"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} does not describe a model of ours: {error}") from None
+
+
+def build(architecture: Architecture, folder: Path) -> MambaModel:
+    """A model without its weights; raises CheckpointError where the description describes none."""
+    try:
+        return MambaModel(architecture)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} does not describe a model of ours: {error}") from None
+
+
+def weights_file(description: Mapping[str, Any], weights: Literal["best", "raw", "ema"]) -> str:
+    """Which file holds the weights that are asked for."""
+    use_ema = weights == "ema" or (weights == "best" and description.get("weights") == "ema")
+    return EMA_WEIGHTS if use_ema else WEIGHTS
 
 
 def parameters_in(path: Path) -> int:
     """How many parameters the model of a checkpoint or run has, without loading its weights."""
-    description = read_description(find_checkpoint(path))
+    folder = find_checkpoint(path)
     with torch.device("meta"):
-        return count_parameters(MambaModel(Architecture.from_dict(description["architecture"])))
+        return count_parameters(build(architecture_in(folder), folder))
 
 
 def load_weights(model: nn.Module, folder: Path, file: str = WEIGHTS) -> None:
     """Load one weights file of a checkpoint into a model of the same shape.
 
     Raises:
-        CheckpointError: missing, truncated, or of another architecture (the first difference is named).
+        CheckpointError: missing, truncated, damaged, or of another architecture (the first difference is named).
     """
-    path = folder / file
+    load_tensors(model, read_tensors(folder / file), str(folder / file))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file of a checkpoint folder, its content compared with the folder's checksum.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged.
+    """
+    check_content(path)
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the folder holds {_listing(folder)}") from None
+        raise CheckpointError(f"{path} is missing; the folder holds {_listing(path.parent)}") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from None
-    load_tensors(model, tensors, str(path))
 
 
-def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict whose names and shapes are all the model's; `where` says whence it is, for the error.
 
     Raises:
@@ -167,11 +230,20 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: s
     model.load_state_dict(tensors)
 
 
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError where a tensor holds NaN or an infinity, by its name: no figure of such a model counts."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise CheckpointError(f"{where}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
+
+
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError where it is missing or truncated."""
+    """Raises CheckpointError where it is missing, truncated or damaged."""
     path = folder / STATE
     if not path.exists():
         raise CheckpointError(f"{path} is missing: this checkpoint can be loaded, but a run cannot resume from it")
+    check_content(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
@@ -181,30 +253,33 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def check_resumable(run: Path) -> None:
-    """Read a run's newest checkpoint as a trainer would, so that a damaged one is found before workers start.
+def check_content(path: Path) -> None:
+    """Compare a checkpoint's file with the checksum that its folder keeps of it, where it keeps one (version 1: none).
 
     Raises:
-        CheckpointError: the file, and what is wrong with it.
+        CheckpointError: other bytes than were written.
     """
-    folder = newest_checkpoint(run)
-    if folder is None:
+    try:
+        sums = read_json(path.parent / DESCRIPTION).get("checksums")
+        expected = sums.get(path.name) if isinstance(sums, dict) else None
+        if expected is None or checksum(path) == expected:
+            return
+    except (OSError, FolderError):  # whoever reads these files says so
         return
-    load_training_state(folder)
-    load_model(folder, weights="raw")
-    if (folder / EMA_WEIGHTS).exists():
-        load_model(folder, weights="ema")
+    raise CheckpointError(f"{path} is truncated or damaged (its checksum is not that of what was written); {ADVICE}")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The checkpoint's JSON; raises CheckpointError where it is missing or damaged."""
+    """The checkpoint's JSON; raises CheckpointError where it is missing, damaged, or of a newer version."""
     path = folder / DESCRIPTION
     try:
-        return json.loads(path.read_text())
+        tree = read_json(path, ADVICE)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the folder holds {_listing(folder)}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {ADVICE}") from None
+    except FolderError as error:
+        raise CheckpointError(str(error)) from None
+    check_format(tree, path, CheckpointError)
+    return {**tree, "metrics": as_metrics(tree["metrics"])} if "metrics" in tree else tree
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -213,6 +288,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    recover(path)
     if (path / DESCRIPTION).exists():
         return path
     found = best_checkpoint(path) or newest_checkpoint(path)
@@ -223,7 +299,7 @@ def find_checkpoint(path: Path) -> Path:
         rounds = max(path.glob("round-*/pruned"), default=None)
         hint = f"; it holds rounds of pruning: did you mean {rounds}?" if rounds else ""
         raise CheckpointError(
-            f"{path}{where} is neither a checkpoint (with {DESCRIPTION} and {WEIGHTS}) nor a run with checkpoints/ in "
+            f"{path}{where} is neither a checkpoint (with {DESCRIPTION} and {WEIGHTS}) nor a run with {FOLDER}/ in "
             f"it{hint}"
         )
     return found
@@ -231,37 +307,45 @@ def find_checkpoint(path: Path) -> Path:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The last complete training state of a run."""
-    return max((run / "checkpoints").glob("step-*"), default=None)
+    return max(_named(run, "step-*"), default=None, key=number_of)
 
 
 def best_checkpoint(run: Path) -> Path | None:
     """The weights that validated best."""
-    return max((run / "checkpoints").glob("best-*"), default=None)
+    return max(_named(run, "best-*"), default=None, key=number_of)
 
 
-def remove_old(run: Path, pattern: str, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of a name pattern."""
-    for folder in sorted((run / "checkpoints").glob(pattern))[:-keep]:
+def remove_old(run: Path, pattern: Literal["step-*", "best-*"], keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of a kind, and what writing of one left when it was cut short."""
+    for folder in sorted(_named(run, pattern), key=number_of)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
+    for rest in (run / FOLDER).glob(".*-*.partial"):
+        if re.fullmatch(r"\.(step|best)-\d+\.partial", rest.name):
+            _discard(rest)
 
 
 def remove_best_after(run: Path, epoch: int) -> None:
     """Delete the best checkpoints of epochs that a resumed run is going to repeat."""
-    for folder in (run / "checkpoints").glob("best-*"):
-        if int(folder.name.partition("-")[2]) > epoch:
+    for folder in _named(run, "best-*"):
+        if number_of(folder) > epoch:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+def number_of(folder: Path) -> int:
+    """N of a folder named step-N or best-N."""
+    return int(folder.name.partition("-")[2])
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _named(run: Path, pattern: str) -> list[Path]:
+    """A run's checkpoints of one kind: real folders with exactly such a name, `*` being a number."""
+    parent = run / FOLDER
+    kind = pattern.removesuffix("*")
+    if parent.is_symlink():
+        raise CheckpointError(f"{parent} is a link, which is not followed: a run's checkpoints lie in its own folder")
+    for old in parent.glob(f".{kind}*.old"):
+        recover(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
+    exact = re.compile(re.escape(kind) + r"[0-9]+")
+    return [f for f in parent.glob(pattern) if exact.fullmatch(f.name) and f.is_dir() and not f.is_symlink()]
 
 
 def _listing(folder: Path) -> str:

@@ -1,34 +1,18 @@
-"""What a run leaves in its folder: config, TensorBoard events, metrics as JSON lines, the live position, the result.
+"""What TensorBoard, metrics.jsonl, progress.json and result.json are told while a run goes on. Only rank 0 writes.
 
-    config.yaml         the resolved config
-    events.out.*        TensorBoard: scalars, images, config as text; the HPARAMS entry in a file of its own
-    metrics.jsonl       one line an epoch
-    progress.json       where the run is now (replaced in place)
-    result.json         written once, at the end
-    checkpoints/
-
-Only rank 0 writes. A resumed run drops what was logged after the checkpoint that it continues from.
+TensorBoard: scalars, images, config as text; the HPARAMS entry in a file of its own. A resumed run drops what was
+logged after the checkpoint that it continues from.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-import platform
-import shutil
-import subprocess
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -39,18 +23,13 @@ from torch.utils.tensorboard.summary import hparams
 
 from mamba.config.keys import may_be_none
 from mamba.config.schema import RunConfig
-from mamba.errors import CheckpointError, ConfigError
-from mamba.runs.checkpoint import check_resumable
+from mamba.config.versions import FORMAT
+from mamba.runs.files import append, replacing, to_json, unwritable, write_json, write_text
+from mamba.runs.folder import METRICS_LOG, PROGRESS, RESULT, logged_epochs
+from mamba.runs.metrics import METRICS
 
-HPARAM_METRICS = (
-    "test/accuracy",
-    "val/accuracy",
-    "val/ema_accuracy",
-    "train/loss",
-    "train/images_per_s",
-    "model/params",
-    "model/macs",
-)
+HPARAM_METRICS = tuple(key for key, metric in METRICS.items() if metric.hparams)
+"""Columns of the HPARAMS tab."""
 FIRST_HPARAMS = frozenset({"data.augment", "model.drop_path", "model.name", "optim.lr"})
 """Columns that TensorBoard shows before the others, with the status: five in all; the rest is one click away."""
 STATUSES = {
@@ -67,142 +46,6 @@ NOT_COMPARED = {
 }
 
 
-def run_folder(config: RunConfig) -> Path:
-    """`out`/`name`/`trial`; the trial defaults to date, time and seed."""
-    if config.trial:
-        return config.out / config.name / config.trial
-    trial = f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed}"
-    taken = (config.out / config.name / f"{trial}{f'-{n}' if n > 1 else ''}" for n in range(1, 1000))
-    return next(folder for folder in taken if not folder.exists())
-
-
-def create_run(config: RunConfig) -> Path:
-    """Make a new run's folder and write its config.
-
-    Raises:
-        ConfigError: the folder holds a run already, or cannot be made.
-    """
-    folder = run_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "config.yaml").open("x") as file:  # also decides between two that start at the same moment
-            text = config.model_copy(update={"trial": folder.name}).to_yaml()
-            try:
-                file.write(text)
-                file.flush()
-            except OSError:
-                (folder / "config.yaml").unlink()
-                raise
-    except FileExistsError:
-        raise ConfigError(
-            f"{folder} holds a run already; choose another --trial or --name, or continue it with --resume {folder}"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"out: the run's folder {folder} cannot be written: {error}") from None
-    return folder
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for one trainer at a time; the system lets go of it when this process ends.
-
-    Raises:
-        ConfigError: another process is training in it.
-    """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"{folder} is being trained in by another process; wait for it, or stop it") from None
-    except OSError as error:
-        raise ConfigError(f"the run's folder {folder} cannot be written: {error}") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def finished_result(folder: Path) -> dict[str, Any] | None:
-    """What a finished run left in result.json, None for one that is not finished."""
-    path = folder / "result.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it to finish the run again") from None
-
-
-def epochs_of(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every epoch that a run has finished, while it goes on too."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def prepare_resume(folder: Path) -> None:
-    """Forget an earlier request to stop, and see that the newest checkpoint can be read.
-
-    Raises:
-        ConfigError: the folder cannot be written to.
-        CheckpointError: the checkpoint is damaged.
-    """
-    try:
-        (folder / "STOP").unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the run's folder {folder} cannot be written: {error}") from None
-    check_resumable(folder)
-
-
-def discard_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that ended before it began, so that its name can be used again."""
-    left = {f.name for f in folder.iterdir()}
-    if left <= {"config.yaml", ".ray", ".lock"}:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Replace a JSON file so that a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(tree, indent=1) + "\n")
-    partial.replace(path)
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a CSV file so that a reader never sees half of it; what a row does not have stays empty."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and code revision, for the result's reader."""
-    packages = ("torch", "torchvision", "ray", "numpy")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "hardware": {"gpu": gpu, "cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "code_revision": _revision(),
-    }
-
-
-@cache
-def _revision() -> str:
-    """The commit of the code that runs, `+changes` where the tree differs from it, `unknown` outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 class Tracker:
     """Writes a run's folder as it goes. Made on rank 0 only."""
 
@@ -216,15 +59,13 @@ class Tracker:
                 self.writer.add_text("config", "\n".join(lines))
             self.writer.flush()
         except OSError as error:
-            raise CheckpointError(f"the run's folder {folder} cannot be written: {error}") from None
+            raise unwritable(folder, error) from None
 
     def _drop_after(self, epochs_done: int) -> None:
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _epoch_of(line) <= epochs_done]
-            partial = path.with_name(".metrics.partial")
-            partial.write_text("".join(line + "\n" for line in lines))
-            partial.replace(path)
+        path = self.folder / METRICS_LOG
+        if path.is_symlink() or path.exists():
+            kept = [line for line, row in logged_epochs(self.folder).items() if row["epoch"] <= epochs_done]
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def step(self, global_step: int, metrics: Mapping[str, float]) -> None:
         """Scalars of one optimizer step, under tags of their own (`step/*`)."""
@@ -239,8 +80,7 @@ class Tracker:
         for name, value in rates.items():
             self.writer.add_scalar(f"lr/{name}", value, global_step)
         self.writer.flush()
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"epoch": epoch, **metrics}) + "\n")
+        append(self.folder / METRICS_LOG, to_json({"epoch": epoch, **metrics}) + "\n")
 
     def scalars(self, metrics: Mapping[str, float], global_step: int) -> None:
         """Scalars of something that has no epochs."""
@@ -258,7 +98,7 @@ class Tracker:
         self.writer.add_image("train/augmented", make_grid(pictures, nrow=8), 0)
 
     def progress(self, **position: Any) -> None:
-        write_json(self.folder / "progress.json", position)
+        write_json(self.folder / PROGRESS, position)
 
     def finish(self, result: Mapping[str, Any], global_step: int) -> None:
         """The final scalars, the HPARAMS entry's status, and result.json."""
@@ -267,7 +107,7 @@ class Tracker:
                 self.writer.add_scalar(name, value, global_step)
         self.writer.close()
         write_hparams(self.folder, self.config, "finished")
-        write_json(self.folder / "result.json", result)
+        write_json(self.folder / RESULT, {"format": FORMAT, **result})
 
     def close(self) -> None:
         self.writer.close()
@@ -303,12 +143,10 @@ def write_hparams(folder: Path, config: RunConfig, status: str, first: Collectio
     now = time.time()
     events = [Event(wall_time=now, file_version="brain.Event:2")]
     events += [Event(wall_time=now, summary=part) for part in (experiment, start, end)]
-    partial = folder / ".hparams.partial"
-    with partial.open("wb") as file:
+    with replacing(folder / HPARAMS_FILE) as file:
         writer = RecordWriter(file)
         for event in events:
             writer.write(event.SerializeToString())
-    partial.replace(folder / HPARAMS_FILE)
 
 
 @contextmanager
@@ -318,10 +156,3 @@ def _content(summary: Any) -> Iterator[Any]:
     content = HParamsPluginData.FromString(data.content)
     yield content
     data.content = content.SerializeToString()
-
-
-def _epoch_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError):  # a line that a crash cut short
-        return 10**9

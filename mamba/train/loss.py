@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba.config.schema import RunConfig
-from mamba.runs.checkpoint import check_start, load_model
+from mamba.runs.checkpoint import load_model
+from mamba.runs.start import check_start
 
 
 def distillation_loss(

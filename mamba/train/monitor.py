@@ -15,6 +15,7 @@ from torch import Tensor
 from mamba.config.schema import RunConfig
 from mamba.errors import TrainingError
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.folder import stop_requested
 from mamba.runs.tracking import Tracker
 from mamba.train.distributed import Process
 from mamba.train.step import OptimizerStep
@@ -31,11 +32,6 @@ class Look(NamedTuple):
     step: int
     values: Tensor
     ready: torch.cuda.Event | None
-
-
-def request_stop(folder: Path) -> None:
-    """Ask the run in this folder to save a checkpoint at its current step and end."""
-    (folder / "STOP").touch()
 
 
 class Monitor:
@@ -62,7 +58,7 @@ class Monitor:
         if self.process.rank != 0 or now - self.looked_for_stop < LOG_EVERY_S:
             return False
         self.looked_for_stop = now
-        return (self.folder / "STOP").exists()
+        return stop_requested(self.folder)
 
     def due(self, step: int) -> bool:
         """Whether to look after this step of the epoch."""

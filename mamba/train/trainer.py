@@ -22,16 +22,18 @@ from mamba.data.images import ImageData, ImageSet
 from mamba.data.mix import BatchMix
 from mamba.data.registry import load_data
 from mamba.errors import TrainingError
-from mamba.models.model import Architecture, MambaModel, count_parameters
+from mamba.models.model import MambaModel, count_parameters
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import Tracker, environment
+from mamba.runs.environment import environment
+from mamba.runs.start import first_weights
+from mamba.runs.tracking import Tracker
 from mamba.train.compilation import compile_blocks, should_compile
 from mamba.train.distributed import Process
 from mamba.train.ema import ModelEma
 from mamba.train.evaluate import Score, evaluate
 from mamba.train.hooks import TrainHook
 from mamba.train.loss import TrainingLoss
-from mamba.train.monitor import Monitor, request_stop
+from mamba.train.monitor import Monitor
 from mamba.train.optim import make_optimizer
 from mamba.train.record import Batches
 from mamba.train.schedule import learning_rate
@@ -39,7 +41,7 @@ from mamba.train.state import restore, save, write_checkpoint
 from mamba.train.step import OptimizerStep
 from mamba.train.stopwatch import Stopwatch
 
-__all__ = ["Trainer", "fit", "request_stop", "resolve_amp"]
+__all__ = ["Trainer", "fit", "resolve_amp"]
 
 
 def fit(
@@ -48,7 +50,7 @@ def fit(
     """Train a resolved config in `folder`, from its newest checkpoint if there is one; every rank calls it.
 
     Returns:
-        what result.json holds; with status "interrupted" when `request_stop` was called.
+        what result.json holds; with status "interrupted" when `mamba.runs.folder.request_stop` was called.
 
     Raises:
         ForgeError: data, checkpoint or training errors, each a sentence for the user.
@@ -72,7 +74,7 @@ class Trainer:
         self.config, self.process, self.folder, self.data, self.hooks = config, process, folder, data, hooks
         optim, classes, side = config.optim, len(data.classes), data.side
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.model = initial_model(config, classes, side, process).to(process.device)
+        self.model = initial_model(config, folder, classes, side, process).to(process.device)
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
         self.optimizer = make_optimizer(self.model, optim)
         self.amp = resolve_amp(optim.amp, process.device)
@@ -263,14 +265,9 @@ class Trainer:
                 self.tracker.close()
 
 
-def initial_model(config: RunConfig, classes: int, side: int, process: Process) -> MambaModel:
-    """New weights, or those of the checkpoint that the run starts from, with its widths."""
-    start = config.model.checkpoint
-    if start is None:
-        model = MambaModel(Architecture.from_config(config.model, classes, side))
-    else:
-        ckpt.check_start(start, classes, side)
-        model = ckpt.load_model(start, drop_path=config.model.drop_path)[0]
+def initial_model(config: RunConfig, folder: Path, classes: int, side: int, process: Process) -> MambaModel:
+    """New weights, or those of what the run starts from, with its widths."""
+    model = first_weights(config, folder, classes, side)
     if config.model.sync_batchnorm and process.world_size > 1 and process.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

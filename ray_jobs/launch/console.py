@@ -20,8 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mamba.runs.tracking import epochs_of
-from mamba.train.trainer import request_stop
+from mamba.runs.folder import epochs_of, request_stop
 
 
 class Display:

@@ -17,8 +17,9 @@ from mamba.config.schema import RunConfig
 from mamba.data.loader import check_batch_size
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError, TrainingError
-from mamba.runs.checkpoint import check_start
-from mamba.runs.tracking import write_hparams, write_json
+from mamba.runs.files import write_json
+from mamba.runs.start import check_start
+from mamba.runs.tracking import write_hparams
 from mamba.train.distributed import Process, local_process
 from mamba.train.trainer import fit
 from pruning.rounds import hooks_for
@@ -51,7 +52,7 @@ def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dic
     """Train a resolved config in its run's folder, from its newest checkpoint if there is one.
 
     `announce` gets a line about where the run goes. Returns the result (see `mamba.train.trainer.fit`). Signals are the
-    caller's: `mamba.train.trainer.request_stop` ends the run in order.
+    caller's: `mamba.runs.folder.request_stop` ends the run in order.
 
     Raises:
         ForgeError: with a sentence for the user; before workers start where the cluster is too small.
@@ -73,7 +74,7 @@ def _run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> di
     if workers == 0:
         process = local_process()
         announce(f"training in this process on {process.device}")
-        return fit(config, process, folder, hooks=hooks_for(config))
+        return fit(config, process, folder, hooks=hooks_for(config, folder=folder))
 
     from ray_jobs.launch.cluster import connected
 
@@ -161,7 +162,7 @@ def train_loop(spec: dict[str, Any]) -> dict[str, Any]:
     write_json(folder / ".ray" / f"worker-{process.rank}.json", about)
     try:
         config = RunConfig(**spec["config"])
-        return fit(config, process, folder, hooks=hooks_for(config, process.rank))
+        return fit(config, process, folder, hooks=hooks_for(config, process.rank, folder))
     except ForgeError as error:
         if process.world_size == 1 or error.every_rank:
             return {"error": str(error)}

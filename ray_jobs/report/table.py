@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mamba.runs.tracking import write_csv
+from mamba.runs.files import write_csv
 
 COLUMNS = (
     *("val/best_accuracy", "val/accuracy", "val/drop", "test/accuracy"),

@@ -15,8 +15,8 @@ from mamba.config.keys import current
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError
-from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import exclusive
+from mamba.runs.folder import exclusive
+from mamba.runs.start import check_start
 from ray_jobs.launch.cluster import Cluster, connected
 from ray_jobs.launch.console import SweepDisplay
 from ray_jobs.sweep.results import baseline_of, read_trial, rows, write_baseline, write_trial
@@ -160,7 +160,7 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
     config = experiment.config
     data = load_data(config.data, config.seed)
     if experiment.checkpoint is not None:
-        ckpt.check_start(experiment.checkpoint, len(data.classes), data.side)
+        check_start(experiment.checkpoint, len(data.classes), data.side)
         if data.val is None:
             raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
     with exclusive(folder), connected(say) as cluster:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba.config.keys import current
-from mamba.runs.tracking import write_json
+from mamba.runs.files import write_json
 
 TRIAL = "trial.json"
 BASELINE = "baseline.json"

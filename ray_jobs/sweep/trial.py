@@ -26,9 +26,11 @@ from mamba.data.images import ImageData
 from mamba.errors import CheckpointError, ConfigError, ForgeError
 from mamba.models.model import MambaModel
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import FIRST_HPARAMS, Tracker, environment, epochs_of, finished_result, write_hparams
+from mamba.runs.environment import environment
+from mamba.runs.folder import epochs_of, finished_result, request_stop
+from mamba.runs.tracking import FIRST_HPARAMS, Tracker, write_hparams
 from mamba.train.distributed import Process, own_device
-from mamba.train.trainer import fit, request_stop, resolve_amp
+from mamba.train.trainer import fit, resolve_amp
 from pruning import measure as meter
 from pruning.cut import cut
 from pruning.masks import Masks
@@ -148,7 +150,7 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
     model, _, masks = trained_model(shared.checkpoint, device)
     how = config.cut
     batches = None
-    if how.repair or how.criterion in ("taylor", "wanda"):
+    if how.criterion in ("taylor", "wanda"):
         batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(shared.data, config.seed)]
     return cut(
         model,
@@ -158,7 +160,6 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
         score=how.criterion,
         calibration=batches,
         layers=None if how.layer is None else [how.layer],
-        repair=how.repair,
         seed=config.seed,
         masks=masks,
     )

@@ -201,7 +201,7 @@ def test_every_boolean_can_be_turned_off():
         ("--optim.epochs abc", "optim.epochs: should be a valid integer.*'abc'"),
         ("--ema.enabled maybe", "ema.enabled: should be a valid boolean"),
         ("--optim.compile maybe", "^optim.compile: should be 'auto', True or False, got 'maybe'$"),
-        ("--model.checkpoint runs/x --model.mixer forward", "leave out --model.mixer; .* and model.sync_batchnorm go"),
+        ("--model.checkpoint runs/x --model.mixer forward", "leave out --model.mixer; .* model.sync_batchnorm go"),
         ("--data.dataset mnist", "data.dataset: should be 'digits', 'cifar10'"),
         ("--optim.lr", "--optim.lr needs a value"),
         ("--resume --dry-run", "--resume needs a value"),

@@ -12,10 +12,10 @@ import torch
 from mamba.errors import CheckpointError, ConfigError
 from mamba.models.model import count_parameters
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.tracking import finished_result
+from mamba.runs.folder import finished_result, request_stop
 from mamba.train.distributed import local_process
 from mamba.train.hooks import TrainHook
-from mamba.train.trainer import fit, request_stop
+from mamba.train.trainer import fit
 from pruning import load_masks, measure, prune_mamba_unstructured, refill_masks
 from pruning.masks import FILE
 from pruning.refill import prune_survivors

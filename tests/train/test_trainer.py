@@ -6,23 +6,26 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mamba.config.versions import FORMAT
 from mamba.data.images import ImageSet
 from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import BlockShape
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.folder import request_stop
 from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
 from mamba.train.distributed import Process, local_process
 from mamba.train.gradients import FlatGradients
 from mamba.train.record import can_record
 from mamba.train.state import save
-from mamba.train.trainer import Trainer, fit, initial_model, request_stop
+from mamba.train.trainer import Trainer, fit, initial_model
 
 
 def weights(folder):
@@ -63,7 +66,7 @@ def test_it_learns_and_leaves_everything_in_its_folder(small_fit, tmp_path):
     result = small_fit(optim__epochs=12)
     run = tmp_path / "run"
     assert result["metrics"]["test/accuracy"] > 90
-    assert result == json.loads((run / "result.json").read_text())
+    assert {"format": FORMAT, **result} == json.loads((run / "result.json").read_text())
     for key in ("train/loss", "train/lr", "train/images_per_s", "val/loss", "val/accuracy", "val/ema_accuracy"):
         assert key in result["metrics"]
     assert result["images"] == {"train": 72, "val": 24, "test": 30}
@@ -127,7 +130,8 @@ def test_every_kind_of_model_trains_and_resumes_bit_for_bit(small_fit, tmp_path,
                                                     (True, 2, "cpu")])  # fmt: skip
 def test_batch_norm_is_synchronised_over_gpus_if_asked(small_config, on, world_size, device):
     config = small_config(model__stem="conv", model__sync_batchnorm=on)
-    norm = initial_model(config, 3, 8, Process(0, world_size, world_size, torch.device(device))).patch_embed.norm2
+    process = Process(0, world_size, world_size, torch.device(device))
+    norm = initial_model(config, Path(), 3, 8, process).patch_embed.norm2
     assert isinstance(norm, torch.nn.SyncBatchNorm) == (on and world_size == 2 and device == "cuda")
 
 
@@ -584,7 +588,7 @@ def test_no_space_left_ends_with_one_sentence(small_fit, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     small_fit(optim__epochs=1)
-    monkeypatch.setattr("mamba.runs.checkpoint.save_file", full)
+    monkeypatch.setattr("mamba.runs.checkpoint.save", full)
     with pytest.raises(ForgeError, match=r"checkpoints/.* could not be written: .*No space left on device"):
         small_fit(optim__epochs=3)
     assert ckpt.newest_checkpoint(tmp_path / "run").name == "step-00000004"  # what was written is still there
@@ -593,7 +597,7 @@ def test_no_space_left_ends_with_one_sentence(small_fit, tmp_path, monkeypatch):
 
 def test_a_broken_checkpoint_write_leaves_no_name(small_config, small_data, tmp_path, monkeypatch):
     trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
-    monkeypatch.setattr("mamba.runs.checkpoint.json.dumps", lambda *_a, **_k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("mamba.runs.checkpoint.to_json", lambda *_a, **_k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # killed just before the rename
         save(trainer)
     assert ckpt.newest_checkpoint(tmp_path) is None
