@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mamba.errors import ConfigError
 from mamba.models.model import Architecture, MambaModel
-from mamba.models.ssm import BlockShape
+from mamba.models.ssm import MIXERS, BlockShape
 from pruning.components import BLOCK, blocks_of
 from pruning.importance import Batches, element_scores, unit_scores
 from pruning.masks import combine, unit_masks
@@ -45,13 +45,15 @@ def build_mamba_lite(
         learned_dt_bias=own.learned_dt_bias,
     )
     _check_fits(model, shape, depth)
-    return rebuild(model, [shape] * depth)
+    directions = MIXERS[own.mixer].directions
+    return rebuild(model, [replace(shape, direction=directions[i % len(directions)]) for i in range(depth)])
 
 
 def transfer_pruned_weights(
     model: MambaModel, lite: MambaModel, score: str = "l1", calibration: Batches | None = None
 ) -> list[int]:
-    """Give a smaller model the larger one's most important blocks, and in them its most important units, in place.
+    """Give a smaller model the larger one's most important blocks, and in them its most important units, in place. Each
+    block brings its direction along.
 
     Args:
         model: the trained model; not changed.
@@ -65,7 +67,7 @@ def transfer_pruned_weights(
         ConfigError: the smaller model is larger somewhere, or of another width or head.
     """
     ours, theirs = model.architecture, lite.architecture
-    if len(set(theirs.blocks)) != 1 or replace(ours, blocks=(), drop_path=0.0) != replace(
+    if len({_plain(block) for block in theirs.blocks}) != 1 or replace(ours, blocks=(), drop_path=0.0) != replace(
         theirs, blocks=(), drop_path=0.0
     ):
         raise ConfigError("the smaller model must have uniform blocks and the larger one's input, d_model and classes")
@@ -83,9 +85,17 @@ def transfer_pruned_weights(
         keep: list[Tensor | None] = [~lowest(s.double().cpu(), len(s) - width) for s in scores]
         masks = combine(masks, unit_masks(model, group, keep))
     smaller = shrink(model, masks).model
-    assert smaller.architecture.blocks == theirs.blocks
+    assert [_plain(b) for b in smaller.architecture.blocks] == [_plain(b) for b in theirs.blocks]
+    for block, own in zip(lite.stack, smaller.stack, strict=True):
+        block.token_mixer.direction = own.token_mixer.direction
+    lite.transposition = smaller.transposition
     lite.load_state_dict(smaller.state_dict())
     return [i for i, stays in enumerate(taken.tolist()) if stays]
+
+
+def _plain(shape: BlockShape) -> BlockShape:
+    """The widths, whatever the direction."""
+    return replace(shape, direction="forward")
 
 
 def _check_fits(model: nn.Module, shape: BlockShape, depth: int) -> None:

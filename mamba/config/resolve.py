@@ -25,6 +25,9 @@ MODEL_SIZES: dict[SizeName, tuple[int, int]] = {
 
 MOST_WEIGHTS = 1e11
 
+CONV_STEMS = ("conv", "cct")
+"""Values of `model.stem` that are 3x3 convolutions one after the other."""
+
 
 def default_patch_size(img_size: int) -> int:
     """16 to 256 tokens for the image sizes in use: 2 up to 16 pixels, 4 up to 64, 16 above."""
@@ -105,7 +108,7 @@ def _absolute(key: str, path: Path | None) -> Path | None:
 def filled(model: ModelConfig, img_size: int) -> ModelConfig:
     """With every value that is None taken from the named model or the image size, `checkpoint` excepted."""
     width, depth = MODEL_SIZES[model.name]
-    if model.stem == "patch":
+    if model.stem not in CONV_STEMS:
         layers, patch_size = None, model.patch_size or default_patch_size(img_size)
         stride = patch_size
     else:
@@ -135,10 +138,12 @@ def check_model(model: ModelConfig, side: int) -> None:
     patch, stride, d_model = model.patch_size, model.stride, model.d_model
     assert patch is not None and stride is not None and d_model is not None and model.mlp_ratio is not None
     _check_size(model, side)
-    if model.stem != "patch":
+    if model.stem in CONV_STEMS:
         _check_conv_stem(model.stem, model.stem_layers, patch, stride, side)
     elif model.stem_layers is not None:
-        raise ConfigError(f"model.stem_layers {model.stem_layers} does not go with model.stem 'patch'; valid: none")
+        raise ConfigError(
+            f"model.stem_layers {model.stem_layers} does not go with model.stem '{model.stem}'; valid: none"
+        )
     if stride == patch and side % patch:
         raise ConfigError(
             f"data.img_size {side} is not divisible by model.patch_size {patch}; "
@@ -157,7 +162,8 @@ def check_model(model: ModelConfig, side: int) -> None:
     if model.class_token == "start" and model.mixer in ("forward", "multiscale"):
         raise ConfigError(
             f"model.class_token 'start' with model.mixer '{model.mixer}' sees no image: scans go on from it; "
-            "valid mixers: bidirectional, bidirectional_shared; valid class tokens: none, middle, double"
+            "valid mixers: bidirectional, bidirectional_shared, alternating, cross; valid class tokens: none, middle, "
+            "double"
         )
     for key, ratio in (("expand", model.expand), ("mlp_ratio", model.mlp_ratio)):
         if ratio and int(ratio * d_model) < 1:

@@ -113,10 +113,13 @@ class ModelConfig(Group):
     """Positions: learned, added once; rope: 2D rotary, turning what the mixer of each block reads."""
     scan_order: Literal["raster", "snake", "column"] = "raster"
     """The patches' order in the sequence: row after row; snake: every other row backwards; column after column."""
-    mixer: Literal["forward", "bidirectional", "bidirectional_shared", "multiscale"] | None = None
+    mixer: Literal["forward", "bidirectional", "bidirectional_shared", "multiscale", "alternating", "cross"] | None = (
+        None
+    )
     """Scans of a block. forward: one; bidirectional: also one from the end, merged by a learned projection;
-    bidirectional_shared: both on one projection, averaged (Vim); multiscale: at 1, 2 and 4 tokens a step, merged.
-    None: forward; Vim: bidirectional_shared."""
+    bidirectional_shared: both on one projection, averaged (Vim); multiscale: at 1, 2 and 4 tokens a step, merged;
+    alternating: one, in every other block from the end; cross: one, in four blocks in turn along the sequence, from its
+    end, across (the image transposed), and across from the end. None: forward; Vim: bidirectional_shared."""
     expand: float = Field(2.0, gt=0, le=64)
     """Inner width of the SSM over d_model."""
     d_state: int = Field(16, ge=1, le=256)
@@ -127,6 +130,9 @@ class ModelConfig(Group):
     """Hidden width of the MLP over d_model; 0: no MLP. None: 4; Vim: 0."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: drop probability of the last block, rising linearly from 0 at the first."""
+    layer_shuffle: float = Field(0.0, ge=0, le=1)
+    """In training a block's mixer reads the tokens in random order with this probability (ShuffleMamba): of the last
+    block, rising linearly from 0 at the first."""
 
     @property
     def is_vim(self) -> bool:

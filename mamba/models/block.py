@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba.models.embed import rotate
+from mamba.models.embed import permute, rotate
 from mamba.models.ssm import BlockShape, SelectiveSSM
 
 
@@ -46,6 +46,32 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
+class TokenShuffle(nn.Module):
+    """What lies in between sees the tokens in random order, with probability `rate`, in training (ShuffleMamba,
+    https://arxiv.org/abs/2408.17081). The order is drawn anew each time, for the whole batch, on the device, so that
+    drawing it can be recorded."""
+
+    rate: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.active = rate > 0
+        self.register_buffer("rate", torch.tensor(rate), persistent=False)  # a tensor as in `DropPath`
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """An order of the tokens of x, (batch, tokens, channels), and its inverse: two (tokens,) tensors."""
+        if not self.training or not self.active:
+            return None
+        tokens = x.shape[1]
+        noise = torch.rand(tokens + 1, device=x.device)
+        places = torch.arange(tokens, device=x.device)
+        order = torch.where(noise[-1] < self.rate, noise[:-1].argsort(), places)
+        return order, order.argsort()
+
+    def extra_repr(self) -> str:
+        return f"rate={float(self.rate):.3f}"
+
+
 class Mlp(nn.Module):
     """Linear, GELU, linear. (..., d_model) -> (..., d_model)."""
 
@@ -70,12 +96,19 @@ class MambaBlock(nn.Module):
         d_model: width of the residual stream.
         shape: what it is made of.
         drop_path: rate of stochastic depth.
+        shuffle: rate of `TokenShuffle`.
         norm: a key of NORMS.
         names: a key of BLOCK_NAMES: what the mixer and its norm are called in the state dict.
     """
 
     def __init__(
-        self, d_model: int, shape: BlockShape, drop_path: float = 0.0, norm: str = "layer", names: str = "mamba"
+        self,
+        d_model: int,
+        shape: BlockShape,
+        drop_path: float = 0.0,
+        norm: str = "layer",
+        names: str = "mamba",
+        shuffle: float = 0.0,
     ) -> None:
         super().__init__()
         self.mixer_name, self.norm_name = BLOCK_NAMES[names]
@@ -84,6 +117,7 @@ class MambaBlock(nn.Module):
         self.norm2 = NORMS[norm](d_model) if shape.mlp_hidden else None
         self.mlp = Mlp(d_model, shape.mlp_hidden) if shape.mlp_hidden else None
         self.drop_path = DropPath(drop_path)
+        self.shuffle = TokenShuffle(shuffle)
 
     @property
     def token_mixer(self) -> SelectiveSSM:
@@ -99,11 +133,22 @@ class MambaBlock(nn.Module):
         """The mixer's, with names that start at the block."""
         return {f"{self.mixer_name}.{name}": parts for name, parts in self.token_mixer.segments().items()}
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """`rotary`: cosines and sines (`mamba.models.embed.rotary_tables`) that turn what the mixer reads."""
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, transposition: Tensor | None = None
+    ) -> Tensor:
+        """`rotary`: cosines and sines (`mamba.models.embed.rotary_tables`) that turn what the mixer reads;
+        `transposition`: what mixers that scan across the image need (`mamba.models.embed.transposition`)."""
         mixer, norm = self.token_mixer, getattr(self, self.norm_name)
         read = norm(x)
-        mixed = self.drop_path(mixer(read if rotary is None else rotate(read, *rotary)))
+        if rotary is not None:
+            read = rotate(read, *rotary)
+        orders = self.shuffle.draw(read)
+        if orders is None:
+            mixed = mixer(read, transposition)
+        else:
+            order, inverse = orders
+            mixed = permute(mixer(permute(read, order, inverse), transposition), inverse, order)
+        mixed = self.drop_path(mixed)
         index = mixer.out_index
         x = x + mixed if index is None else x.index_add(-1, index, mixed.to(x.dtype))
         if self.mlp is None or self.norm2 is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,35 @@ def sequence_order(scan_order: str, grid: int, class_places: Collection[int]) ->
     patch_places = [place for place in tokens if place not in class_places]
     patches = iter(patch for row in rows for patch in row)
     return [place if place in class_places else patch_places[next(patches)] for place in tokens]
+
+
+def transposition(order: Sequence[int], grid: int, class_places: Collection[int]) -> list[int]:
+    """For each place of the sequence of a transposed image, scanned in the same `order` (of `sequence_order`), the
+    place where its token stands in the sequence. Class tokens stay. It is its own inverse."""
+    patches = [place for place in range(len(order)) if place not in class_places]
+    pixel = {place: divmod(i, grid) for i, place in enumerate(patches)}
+    at = {pixel[token]: place for place, token in enumerate(order) if token in pixel}
+    return [at[pixel[token][::-1]] if token in pixel else place for place, token in enumerate(order)]
+
+
+class _Permutation(torch.autograd.Function):
+    """A permutation's gradient is the inverse permutation: a gather, where autograd would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor | None) -> Tensor:
+        ctx.save_for_backward(order if inverse is None else inverse)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(1, inverse), None, None
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor | None = None) -> Tensor:
+    """Tokens in another order. x: (batch, tokens, channels); order and its inverse, which None says it is itself:
+    (tokens,)."""
+    return _Permutation.apply(x, order, inverse)
 
 
 def rotary_tables(grid: int, d_model: int, class_places: Collection[int]) -> tuple[Tensor, Tensor]:

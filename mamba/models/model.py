@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mamba.config.schema import ModelConfig, SizeName
 from mamba.models.block import NORMS, MambaBlock
-from mamba.models.embed import STEMS, class_token_places, inner_channels, rotary_tables, sequence_order
+from mamba.models.embed import STEMS, class_token_places, inner_channels, rotary_tables, sequence_order, transposition
 from mamba.models.heads import HEADS
-from mamba.models.ssm import MIXERS, BlockShape
+from mamba.models.ssm import DIRECTIONS, MIXERS, BlockShape
 
 MODEL_NAMES = {"mamba": ("blocks", "norm"), "vim": ("layers", "norm_f")}
 """What a model's blocks and its final norm are called: our names, and those of Vision Mamba's published weights."""
@@ -47,6 +47,7 @@ class Architecture:
     """Inner widths of a stem of convolutions; None: the usual ones."""
     head: str = "auto"
     """A key of mamba.models.heads.HEADS."""
+    layer_shuffle: float = 0.0
     names: str = "mamba"
     """A key of MODEL_NAMES: what parameters are called; it changes nothing that is computed."""
 
@@ -106,6 +107,7 @@ class Architecture:
             mixer=config.mixer,
             learned_dt_bias=vim,
         )
+        directions = MIXERS[config.mixer].directions
         return cls(
             img_size=img_size,
             patch_size=config.patch_size,
@@ -113,7 +115,8 @@ class Architecture:
             num_classes=num_classes,
             d_model=d_model,
             drop_path=config.drop_path,
-            blocks=(shape,) * config.depth,
+            layer_shuffle=config.layer_shuffle,
+            blocks=tuple(replace(shape, direction=directions[i % len(directions)]) for i in range(config.depth)),
             stride=config.stride,
             stem=config.stem,
             stem_channels=inner_channels(config.stem, config.stem_layers),
@@ -163,6 +166,7 @@ class MambaModel(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    transposition: Tensor | None
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -174,9 +178,11 @@ class MambaModel(nn.Module):
             raise ValueError(f"patches of {a.patch_size} every {stride} pixels do not fill img_size {a.img_size}")
         if not 0 <= a.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {a.drop_path}")
+        if not 0 <= a.layer_shuffle <= 1:
+            raise ValueError(f"layer_shuffle must be in [0, 1], got {a.layer_shuffle}")
         self.base = replace(a, blocks=())
         depth = len(a.blocks)
-        rates = [a.drop_path * i / max(1, depth - 1) for i in range(depth)]
+        rising = [i / max(1, depth - 1) for i in range(depth)]
         self.stack_name, self.norm_name = MODEL_NAMES[a.names]
         self.class_places = a.class_places
         self.patch_embed = _stem(a)
@@ -184,7 +190,10 @@ class MambaModel(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, a.d_model)))
         learned = a.pos_embed in ("learned", "both")
         self.pos_embed = nn.Parameter(torch.zeros(1, a.num_tokens, a.d_model)) if learned else None
-        blocks = (MambaBlock(a.d_model, b, rate, a.norm, a.names) for b, rate in zip(a.blocks, rates, strict=True))
+        blocks = (
+            MambaBlock(a.d_model, shape, a.drop_path * rise, a.norm, a.names, a.layer_shuffle * rise)
+            for shape, rise in zip(a.blocks, rising, strict=True)
+        )
         self.add_module(self.stack_name, nn.ModuleList(blocks))
         self.add_module(self.norm_name, NORMS[a.norm](a.d_model))
         self.pool = HEADS[a.head](a.d_model, self.class_places.values())
@@ -192,6 +201,9 @@ class MambaModel(nn.Module):
 
         order = sequence_order(a.scan_order, a.grid, self.class_places.values())
         self.register_buffer("order", None if a.scan_order == "raster" else torch.tensor(order), persistent=False)
+        across = any(DIRECTIONS[shape.direction].transposed for shape in a.blocks)
+        places = transposition(order, a.grid, self.class_places.values())
+        self.register_buffer("transposition", torch.tensor(places) if across else None, persistent=False)
         self.rotary = a.pos_embed in ("rope", "both")
         if self.rotary:
             cos, sin = rotary_tables(a.grid, a.d_model, self.class_places.values())
@@ -231,7 +243,7 @@ class MambaModel(nn.Module):
         x = self._tokens(images)
         rotary = (self.cos, self.sin) if self.rotary else None
         for block in self.stack:
-            x = block(x, rotary)
+            x = block(x, rotary, self.transposition)
         return self.head(self.pool(x, getattr(self, self.norm_name)))
 
     def _tokens(self, images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba.models.embed import permute
 from mamba.ops.conv import causal_conv1d, causal_conv_silu
 from mamba.ops.scan import bidirectional_scan, selective_scan
 from mamba.ops.scan.inputs import ScanInputs
@@ -38,6 +39,8 @@ class Mixer:
     shared: bool = False
     """All paths read the same x and z, and their outputs are averaged. Otherwise each has its own rows of `in_proj`,
     and `out_proj` merges their outputs, laid side by side."""
+    directions: tuple[str, ...] = ("forward",)
+    """Keys of DIRECTIONS, which a stack's blocks take in turn."""
 
 
 MIXERS: dict[str, Mixer] = {
@@ -45,8 +48,30 @@ MIXERS: dict[str, Mixer] = {
     "bidirectional": Mixer((ScanPath(), ScanPath("_b", reverse=True))),
     "bidirectional_shared": Mixer((ScanPath(), ScanPath("_b", reverse=True)), shared=True),
     "multiscale": Mixer((ScanPath(), ScanPath("_2", scale=2), ScanPath("_4", scale=4))),
+    "alternating": Mixer((ScanPath(),), directions=("forward", "backward")),
+    "cross": Mixer((ScanPath(),), directions=("forward", "backward", "across", "across_backward")),
 }
-"""`model.mixer`: forward is Mamba's own; bidirectional_shared is Vision Mamba's (https://arxiv.org/abs/2401.09417)."""
+"""`model.mixer`: forward is Mamba's own; bidirectional_shared is Vision Mamba's (https://arxiv.org/abs/2401.09417);
+alternating as in Mamba-ND (https://arxiv.org/abs/2402.05892); cross takes the four directions of VMamba's cross-scan
+(https://arxiv.org/abs/2401.10166), one a block."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The order in which a block's mixer reads the sequence; its output is in the sequence's own order."""
+
+    reverse: bool = False
+    """From the last token to the first."""
+    transposed: bool = False
+    """In the order that the sequence would have if rows and columns of the image were exchanged."""
+
+
+DIRECTIONS: dict[str, Direction] = {
+    "forward": Direction(),
+    "backward": Direction(reverse=True),
+    "across": Direction(transposed=True),
+    "across_backward": Direction(reverse=True, transposed=True),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +98,8 @@ class BlockShape:
     """A key of MIXERS."""
     learned_dt_bias: bool = False
     """The low-rank time step as mamba-ssm lays it out: `dt_proj` has a bias, and its rows are `x_proj`'s first."""
+    direction: str = "forward"
+    """A key of DIRECTIONS. It stays a block's own where others are removed."""
 
     @property
     def ways(self) -> int:
@@ -132,7 +159,7 @@ class SelectiveSSM(nn.Module):
     def __init__(self, d_model: int, shape: BlockShape) -> None:
         super().__init__()
         d_inner, d_state = shape.d_inner, shape.d_state
-        self.mixer = shape.mixer
+        self.mixer, self.direction = shape.mixer, shape.direction
         self.paths, self.shared = MIXERS[shape.mixer].paths, MIXERS[shape.mixer].shared
         self.shared_bc = shape.shared_bc
         self.learned_dt_bias = shape.learned_dt_bias
@@ -181,6 +208,7 @@ class SelectiveSSM(nn.Module):
             separable_conv=self.pointwise is not None,
             mixer=self.mixer,
             learned_dt_bias=self.learned_dt_bias,
+            direction=self.direction,
         )
 
     def segments(self) -> dict[str, dict[str, int]]:
@@ -203,7 +231,18 @@ class SelectiveSSM(nn.Module):
         step = {"dt": self.dt_proj.weight.shape[1]}
         return step | states if self.learned_dt_bias else states | step
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, transposition: Tensor | None = None) -> Tensor:
+        """`transposition`: places of the tokens in the order of a transposed image (`mamba.models.embed`), which some
+        directions need."""
+        direction = DIRECTIONS[self.direction]
+        if not direction.transposed:
+            return self._scanned(x.flip(1)).flip(1) if direction.reverse else self._scanned(x)
+        if transposition is None:
+            raise ValueError(f"a mixer that scans {self.direction} needs the transposition of its sequence")
+        x = permute(x, transposition)
+        return permute(self._scanned(x.flip(1)).flip(1) if direction.reverse else self._scanned(x), transposition)
+
+    def _scanned(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         pieces = self.in_proj(x).chunk(len(self.segments()["in_proj.weight"]), dim=-1)
         pairs = [pieces] * len(self.paths) if self.shared else list(zip(pieces[::2], pieces[1::2], strict=True))

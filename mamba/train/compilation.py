@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,13 +42,15 @@ def compile_blocks(model: MambaModel, **options: Any) -> None:
     """Compile every block in place; names of parameters stay. `options` go to torch.compile (tests)."""
     share_compile_cache()
     blocks = model.stack
-    rates = [block.drop_path.active for block in blocks]
-    varied = len({block.shape for block in blocks}) > MOST_STATIC_SHAPES
     torch._dynamo.config.optimize_ddp = False  # would split a block's graph; DDP's buckets go out between blocks
+    drops, shuffles = any(b.drop_path.active for b in blocks), any(b.shuffle.active for b in blocks)
+    # directions are a few graphs whatever the depth, and of fixed widths
+    varied = len({replace(block.shape, direction="forward") for block in blocks}) > MOST_STATIC_SHAPES
     if varied:  # process-wide, and read when the first block runs
         torch._dynamo.config.force_parameter_static_shapes = False
         torch._dynamo.config.force_nn_module_property_static_shapes = False
         torch.fx.experimental._config.use_duck_shape = False  # equal widths are a coincidence
     for block in blocks:
-        block.drop_path.active = any(rates)  # the first block, whose rate is 0, shares the others' graph
+        # the first block, whose rates are 0, shares the others' graph
+        block.drop_path.active, block.shuffle.active = drops, shuffles
         block.compile(dynamic=varied, **options)

@@ -68,15 +68,15 @@ def averages(vectors, scale):
     return [torch.stack(vectors[i : i + scale]).mean(0) for i in range(0, len(vectors), scale)]
 
 
-def mix(kind, w, tokens):
-    """A mixer on a list of vectors."""
+def mix(kind, w, tokens, visit=None):
+    """A mixer on a list of vectors; `visit`: the order of its tokens, if it is another than theirs."""
     d_inner = w["A_log"].shape[0]
     projected = [w["in_proj.weight"] @ token for token in tokens]
     pick = lambda k: [p[k * d_inner : (k + 1) * d_inner] for p in projected]  # noqa: E731
     ahead = list(range(len(tokens)))
     back = ahead[::-1]
-    if kind == "forward":
-        merged = scan(w, "", pick(0), pick(1), ahead)
+    if kind in ("forward", "alternating", "cross"):
+        merged = scan(w, "", pick(0), pick(1), visit or ahead)
     elif kind == "bidirectional_shared":
         a, b = scan(w, "", pick(0), pick(1), ahead), scan(w, "_b", pick(0), pick(1), back)
         merged = [(p + q) / 2 for p, q in zip(a, b, strict=True)]
@@ -201,6 +201,11 @@ def reference(
             token = token + w["pos_embed"][0, row]
         tokens.append(token)
         where.append(place)
+    # the orders that blocks visit the tokens in: as they are, and as they would be in the transposed image
+    ahead = list(range(len(tokens)))
+    place = iter([(c, r) for r, c in walk(order, grid)])
+    across = [i if i in slots else where.index(next(place)) for i in ahead]
+    ways = {"alternating": [ahead, ahead[::-1]], "cross": [ahead, ahead[::-1], across, across[::-1]]}
     stack, mixer, first, norm = ("layers", "mixer", "norm", rms_norm) if vim else ("blocks", "ssm", "norm1", layer_norm)
     depth = len({name.split(".")[1] for name in w if name.startswith(stack)})
     for i in range(depth):
@@ -210,7 +215,7 @@ def reference(
         read = [norm(w, f"{block}.{first}", v) for v in tokens]
         if positions in ("rope", "both"):
             read = [turned(v, place) for v, place in zip(read, where, strict=True)]
-        mixed = mix(kind, own, read)
+        mixed = mix(kind, own, read, ways[kind][i % len(ways[kind])] if kind in ways else None)
         tokens = [v + m for v, m in zip(tokens, mixed, strict=True)]
         if not vim:
             for t, v in enumerate(tokens):

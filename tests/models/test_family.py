@@ -12,14 +12,14 @@ from plain_loops import ROPE, agree, images, small
 from torch import nn
 
 from mamba.config.schema import ModelConfig
-from mamba.models.embed import STEMS, sequence_order
+from mamba.models.embed import STEMS, permute, sequence_order, transposition
 from mamba.models.heads import HEADS
 from mamba.models.model import Architecture, MambaModel, count_parameters, named_model
 from mamba.models.ssm import MIXERS as REGISTRY
 from mamba.runs.checkpoint import load_model, save_checkpoint
 from mamba.train.optim import parameter_groups
 
-MIXERS = ("forward", "bidirectional", "bidirectional_shared", "multiscale")
+MIXERS = ("forward", "bidirectional", "bidirectional_shared", "multiscale", "alternating", "cross")
 CLASS_TOKENS = ("none", "start", "middle", "double")
 POSITIONS = ("learned", "rope", "both", "none")
 
@@ -28,7 +28,7 @@ POSITIONS = ("learned", "rope", "both", "none")
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_mixers_equal_the_reference(mixer):
-    agree(small(mixer=mixer), kind=mixer)
+    agree(small(mixer=mixer, depth=5 if mixer in ("alternating", "cross") else 2), kind=mixer)
 
 
 @pytest.mark.parametrize("mixer", MIXERS[1:])
@@ -51,6 +51,54 @@ def test_scan_orders_equal_the_reference(order):
     model = small(scan_order=order, class_token="middle", pos_embed="both", mixer="bidirectional")
     options = {"class_token": "middle", "positions": "both", "order": order}
     agree(model, tolerance=ROPE, kind="bidirectional", **options)
+
+
+@pytest.mark.parametrize("order", ["raster", "snake", "column"])
+@pytest.mark.parametrize("class_token", ["none", "middle", "double"])
+def test_directions_in_every_order_equal_the_reference(order, class_token):
+    """Across: the same order of the transposed image; class tokens stay where they are."""
+    model = small(mixer="cross", depth=4, scan_order=order, class_token=class_token)
+    assert [b.direction for b in model.architecture.blocks] == ["forward", "backward", "across", "across_backward"]
+    agree(model, kind="cross", class_token=class_token, order=order)
+
+
+def test_a_transposition_by_hand():
+    raster, snake = sequence_order("raster", 3, []), sequence_order("snake", 3, [])
+    assert transposition(raster, 3, []) == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    # snake: 0 1 2 5 4 3 6 7 8, of the transposed image 0 3 6 7 4 1 2 5 8
+    assert [snake[place] for place in transposition(snake, 3, [])] == [0, 3, 6, 7, 4, 1, 2, 5, 8]
+    assert transposition(sequence_order("raster", 2, [2]), 2, [2]) == [0, 3, 2, 1, 4]
+
+
+def test_a_permutation_and_its_gradients():
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    inverse = order.argsort()
+    assert torch.equal(permute(x, order, inverse), x[:, order])
+    assert torch.autograd.gradcheck(lambda x: permute(x, order, inverse), x)
+    assert torch.equal(permute(permute(x, order, inverse), inverse, order), x)
+
+
+def test_layers_are_shuffled_in_training_only():
+    """The probability rises from 0 to its last block's; the mixer reads another order, and its outputs go back."""
+    torch.manual_seed(0)
+    model = small(depth=3, layer_shuffle=1.0)
+    assert [float(block.shuffle.rate) for block in model.stack] == pytest.approx([0, 0.5, 1])
+    x = torch.randn(1, 25, 8, dtype=torch.float64)
+    plain = [block(x) for block in model.stack]
+    model.train()
+    changed = [[not torch.equal(block(x), y) for _ in range(200)] for block, y in zip(model.stack, plain, strict=True)]
+    assert not any(changed[0]) and 60 < sum(changed[1]) < 140 and all(changed[2])
+    orders = [model.stack[2].shuffle.draw(x) for _ in range(3)]
+    assert all(sorted(order.tolist()) == list(range(25)) for order, _ in orders)
+    assert all(torch.equal(order[inverse], torch.arange(25)) for order, inverse in orders)
+    # one order by hand: what the mixer reads at place t came from order[t], and goes back there
+    block, (order, inverse) = model.stack[2], orders[0]
+    block.shuffle.draw = lambda _: (order, inverse)
+    read = block.norm1(x)[:, order]
+    expected = x + torch.empty_like(x).index_copy(1, order, block.token_mixer(read))
+    expected = expected + block.mlp(block.norm2(expected))
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_scan_orders_by_hand():
@@ -162,6 +210,7 @@ VARIANTS = (
     {"mixer": "multiscale", "class_token": "double", "pos_embed": "both", "scan_order": "column"},
     {"stem": "cct", "patch_size": None, "stem_layers": 2, "img_size": 8, "head": "attention"},
     {"name": "vim_tiny", "pos_embed": "rope"},
+    {"mixer": "cross", "depth": 4, "class_token": "middle", "layer_shuffle": 0.5},
     {"name": "vim_tiny", "patch_size": 4, "stride": 2, "class_token": "start", "scan_order": "snake"},
 )
 
@@ -203,8 +252,8 @@ def test_macs_count_the_matrix_products(options, monkeypatch):
     a = model.architecture
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images(a.img_size, 1).float())
-    steps = sum(math.ceil(a.num_tokens / s) for s in {"forward": (1,), "multiscale": (1, 2, 4)}.get(
-        a.blocks[0].mixer, (1, 1)))  # fmt: skip
+    scales = {"multiscale": (1, 2, 4), "bidirectional": (1, 1), "bidirectional_shared": (1, 1)}
+    steps = sum(math.ceil(a.num_tokens / scale) for scale in scales.get(a.blocks[0].mixer, (1,)))
     by_hand = len(a.blocks) * steps * a.blocks[0].d_inner * (3 * a.blocks[0].d_state + 2 + a.blocks[0].d_conv)
     by_hand += a.num_tokens * a.d_model * (a.head == "attention")  # the weighted mean
     assert a.macs() == counter.get_total_flops() // 2 + by_hand

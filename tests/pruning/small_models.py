@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mamba.models.model import Architecture, MambaModel
-from mamba.models.ssm import BlockShape
+from mamba.models.ssm import MIXERS, BlockShape
 
 PLAIN = BlockShape(d_inner=12, d_state=5, d_conv=4, mlp_hidden=14)
 
@@ -30,6 +30,12 @@ def build(*shapes: BlockShape, d_model: int = 10, seed: int = 0, **choices: Any)
     return model.eval()
 
 
+def turns(mixer: str, depth: int) -> list[BlockShape]:
+    """Blocks of a mixer that take its directions in turn."""
+    directions = MIXERS[mixer].directions
+    return [replace(PLAIN, mixer=mixer, direction=directions[i % len(directions)]) for i in range(depth)]
+
+
 def family() -> dict[str, MambaModel]:
     """One model of each kind: every mixer, both names, class tokens, positions, stems."""
     return {
@@ -37,6 +43,8 @@ def family() -> dict[str, MambaModel]:
         "bidirectional": build(*(replace(PLAIN, mixer="bidirectional"),) * 3, stem="conv", class_token="start"),
         "bidirectional_shared": build(*(replace(PLAIN, mixer="bidirectional_shared"),) * 3, pos_embed="none"),
         "multiscale": build(*(replace(PLAIN, mixer="multiscale"),) * 3, d_model=12, pos_embed="both"),
+        "alternating": build(*turns("alternating", 3), stem="cct", stem_channels=(6,), head="attention"),
+        "cross": build(*turns("cross", 4), class_token="middle"),
         "vim": build(*(VIM,) * 3, names="vim", norm="rms", class_token="middle"),
         "vim, own merge": build(
             *(replace(VIM, mixer="bidirectional", mlp_hidden=9),) * 3, names="vim", norm="rms", class_token="double"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_models import build, family
+from small_models import build, family, turns
 
 from mamba.errors import ConfigError
-from mamba.models.model import MambaModel, count_parameters, mamba_small
+from mamba.models.model import Architecture, MambaModel, count_parameters, mamba_small
 from mamba.models.ssm import MIXERS, BlockShape
 from pruning import (
     COMPONENTS,
@@ -495,3 +496,17 @@ def test_replacements_that_would_leave_nothing_are_refused(model, target, rate):
 def test_layers_limit_replacements_too(model):
     smaller = prune_component(model, "linear_delta", 0.5, "low_rank", shrink=True, layers=[2])
     assert [b.dt_rank for b in smaller.architecture.blocks] == [None, None, 3]
+
+
+def test_blocks_that_stay_keep_their_direction(images):
+    """Without the second block every later one would take the next one's direction, if places in the stack counted."""
+    model = build(*turns("cross", 4), class_token="middle")
+    masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters() if "blocks.1" in name}
+    masked = copy.deepcopy(model)
+    apply_mask_mamba(masked, masks)
+    smaller = shrink(model, masks).model
+    assert [b.direction for b in smaller.architecture.blocks] == ["forward", "across", "across_backward"]
+    assert close(masked(images), smaller(images))
+    rebuilt = MambaModel(Architecture.from_dict(json.loads(json.dumps(smaller.architecture.to_dict())))).double().eval()
+    rebuilt.load_state_dict(smaller.state_dict())
+    assert torch.equal(rebuilt(images), smaller(images))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import PLAIN, build
+from small_models import PLAIN, build, turns
 
 from mamba.errors import ConfigError
 from mamba.models.model import count_parameters, mamba_small
@@ -41,6 +41,20 @@ def test_the_most_important_parts_are_taken_over():
     neurons = unit_scores(model, "mlp_hidden", scores)[taken[1]].topk(7).indices.sort().values
     assert torch.equal(lite.blocks[1].mlp.fc2.weight, model.blocks[taken[1]].mlp.fc2.weight[:, neurons])
     assert torch.equal(lite.pos_embed, model.pos_embed)
+
+
+def test_blocks_that_are_taken_over_keep_their_direction(images):
+    model = build(*turns("cross", 4))
+    with torch.no_grad():
+        for i in (0, 2):
+            for parameter in model.blocks[i].parameters():
+                parameter.mul_(0.1)
+    lite = build_mamba_lite(model, expand=1.2, d_conv=4, d_state=5, mlp_ratio=1.4, depth=2)
+    assert [b.direction for b in lite.architecture.blocks] == ["forward", "backward"]
+    assert transfer_pruned_weights(model, lite) == [1, 3]
+    assert [b.direction for b in lite.architecture.blocks] == ["backward", "across_backward"]
+    cut = prune_multiple(model, {"block": 0.5}, shrink=True)
+    assert cut.architecture == lite.architecture and torch.equal(lite(images), cut(images))
 
 
 @pytest.mark.parametrize(

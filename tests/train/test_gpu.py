@@ -137,6 +137,7 @@ def test_auto_backend_runs_without_a_copy_of_the_inputs():
 FAMILY = [
     {"mixer": "bidirectional", "stem": "conv"},
     {"stem": "cct", "head": "attention"},
+    {"mixer": "cross", "layer_shuffle": 0.5},
     {"mixer": "bidirectional_shared", "class_token": "middle", "pos_embed": "both"},
     {"mixer": "multiscale", "scan_order": "snake"},
     {"name": "vim_tiny"},
