@@ -32,6 +32,7 @@ from pruning.components import (
 )
 from pruning.importance import SCORES, Batches, element_scores, unit_scores
 from pruning.masks import Masks, apply_mask_mamba, combine, gone_units, unit_masks
+from pruning.repair import repair
 from pruning.replace import REPLACEMENTS, REWRITES
 from pruning.select import check_scope, choose_elements, choose_units
 from pruning.shrink import Shrunk, Slices, outside_blocks, rebuild
@@ -47,7 +48,7 @@ class How:
     score: str = "l1"
     """l1, l2, taylor, wanda or random (pruning/importance.py)."""
     calibration: Batches | None = None
-    """Batches of (images, labels) for taylor and wanda; a list, where several cuts read it."""
+    """Batches of (images, labels) for taylor, wanda and repair; a list, where several cuts read it."""
     floor: int = 1
     """Units that each layer keeps. Single weights and replacements have no floor."""
     multiple: int = 1
@@ -57,6 +58,8 @@ class How:
     """Blocks to cut; None: all."""
     seed: int = 0
     """Of score `random`."""
+    repair: bool = False
+    """Fit the last linear map of each branch again on the calibration images (pruning/repair.py)."""
     masks: Mapping[str, Tensor] | None = None
     """What is cut already and stays cut: its units go along where the model is shrunk."""
 
@@ -81,6 +84,8 @@ class How:
         for layer in self.layers or ():
             if not 0 <= layer < depth:
                 raise ConfigError(f"there is no block {layer}; valid: 0 to {depth - 1}")
+        if self.repair and self.calibration is None:
+            raise ConfigError("repair needs calibration: batches of training images, whose activations it fits")
         if self.score not in SCORES:
             raise ConfigError(f"unknown score '{self.score}'; valid: {', '.join(SCORES)}")
 
@@ -176,6 +181,9 @@ def cut(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **h
     for _, granularity, rate in cuts:
         if granularity in REPLACEMENTS and rate > 0:
             result = _replace(result, granularity, rate, options.layers, shrink)
+    if options.repair:
+        assert options.calibration is not None
+        repair(model, result, list(options.calibration))
     return result
 
 

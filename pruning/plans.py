@@ -60,20 +60,24 @@ def apply_plan(
     calibration: Batches | None = None,
     seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
+    repair: bool = False,
 ) -> Shrunk:
     """The model that a plan makes, and the masks that hold it in training; the argument is left as it was. Components
     that the model does not have (a Vision Mamba has no MLP) are left out.
 
-    `masks`: what is cut already and stays cut.
+    `masks`: what is cut already and stays cut; `repair`: as in `pruning.cut.How`, with `calibration`.
 
     Raises:
         ConfigError: an unknown plan, or one that does not fit the model.
     """
     plan = get_plan(name)
     if plan.lite:
+        if repair:
+            raise ConfigError(f"cut.repair does not go with plan '{name}', which rebuilds the model; leave it out")
         model = shrink(model, masks or {}).model
         lite = build_mamba_lite(model, **plan.lite)
         transfer_pruned_weights(model, lite, score, calibration)
         return Shrunk(lite, {}, Slices({}))
     rates = {what: rate for what, rate in plan.rates.items() if any(covered(model, what.partition(":")[0]))}
-    return cut(model, rates, plan.shrink, score=score, calibration=calibration, seed=seed, masks=masks, **plan.how)
+    how: dict[str, Any] = {"score": score, "calibration": calibration, "seed": seed, "masks": masks, "repair": repair}
+    return cut(model, rates, plan.shrink, **how, **plan.how)

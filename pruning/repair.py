@@ -6,8 +6,8 @@ would bring it to where the dense model's is after this branch, Y (tokens x outp
 
     W' = argmin |X W'^T - Y|^2 + ridge mean(diag X^T X) |W' - W|^2
 
-Branch after branch, so that each one is fitted to what the repaired ones before it put into the stream. Weights that a
-mask zeroes stay zero.
+Branch after branch, so that each one is fitted to what the repaired ones before it put into the stream; the last branch
+in front of blocks that went stands in for them too. Weights that a mask zeroes stay zero.
 
 Sources: Optimal Brain Surgeon (Hassibi & Stork 1993) for the idea; layer-wise least squares as in Optimal Brain
 Compression (https://arxiv.org/abs/2208.11580) and SparseGPT (https://arxiv.org/abs/2301.00774).
@@ -60,8 +60,10 @@ def repair(model: MambaModel, cut: Shrunk, batches: Batches, ridge: float = RIDG
     images = [x.to(device) for x, _ in batches]
     heirs = {_block_of(new): _block_of(old) for new, (old, _) in cut.slices.entries.items()}
     dense = dict(named_blocks(model))
+    ends = _ends(dense, set(heirs.values()))
     for prefix, block in named_blocks(own):
         original = _branches(dense[heirs[prefix]])
+        original[-1] = original[-1]._replace(follower=ends[heirs[prefix]])
         for branch, there in zip(_branches(block), original, strict=False):
             index = block.token_mixer.out_index if branch.last is block.token_mixer.out_proj else None
             gram, moment = _accumulate(model, own, there, branch, index, images)
@@ -73,6 +75,16 @@ def repair(model: MambaModel, cut: Shrunk, batches: Batches, ridge: float = RIDG
 def _block_of(name: str) -> str:
     """`blocks.3.` of `blocks.3.mlp.fc1.weight`."""
     return ".".join(name.split(".")[:2]) + "."
+
+
+def _ends(dense: dict[str, MambaBlock], kept: set[str]) -> dict[str, MambaBlock]:
+    """Of each block that stays, the last of the blocks behind it that went: it has to stand in for them too."""
+    ends: dict[str, MambaBlock] = {}
+    last = ""
+    for prefix, block in dense.items():
+        last = prefix if prefix in kept else last
+        ends[last] = block
+    return ends
 
 
 def _name_in(block: MambaBlock, module: nn.Module) -> str:
@@ -117,10 +129,12 @@ def _look(model: MambaModel, images: Tensor, wanted: dict[str, nn.Module]) -> di
     seen: dict[str, Tensor] = {}
     hooks = []
     for key, module in wanted.items():
+
         def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None, key: str = key) -> None:
             seen[key] = inputs[0] if output is None else output
             if len(seen) == len(wanted):
                 raise _Seen
+
         register = module.register_forward_hook if isinstance(module, MambaBlock) else module.register_forward_pre_hook
         hooks.append(register(keep))
     try:
@@ -150,7 +164,8 @@ def _fit(layer: nn.Linear, gram: Tensor, moment: Tensor, keep: Tensor | None, ri
         for rows in torch.arange(len(free), device=free.device).split(ROWS_AT_ONCE):
             inside = free[rows]
             systems = torch.where(inside[:, :, None] & inside[:, None, :], gram + strength * eye, eye)
-            fitted[rows] = torch.cholesky_solve((right[rows] * inside)[..., None], torch.linalg.cholesky(systems))[..., 0]
+            factors = torch.linalg.cholesky(systems)
+            fitted[rows] = torch.cholesky_solve((right[rows] * inside)[..., None], factors)[..., 0]
     inputs = layer.weight.shape[1]
     layer.weight.copy_(fitted[:, :inputs])
     if layer.bias is not None:

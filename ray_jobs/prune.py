@@ -94,12 +94,14 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _plan(args: PruneArgs) -> int:
     from rich.console import Console
 
+    from mamba.data import load_data
     from mamba.runs import checkpoint as ckpt
     from mamba.runs.files import write_json
     from mamba.runs.folder import create_run, exclusive
     from pruning.lite import describe
     from pruning.plans import apply_plan, get_plan
     from pruning.report import before_after_table
+    from pruning.rounds import calibration_batches
     from pruning.store import masks_of, save_pruned
     from ray_jobs.launch.cluster import connected_if
     from ray_jobs.launch.measure import compare
@@ -112,7 +114,9 @@ def _plan(args: PruneArgs) -> int:
         raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
     model, description = ckpt.load_model(config.model.checkpoint)
     preflight(config)
-    pruned = apply_plan(model, args.plan, seed=config.seed, masks=masks_of(config.model.checkpoint))
+    images = calibration_batches(load_data(config.data, config.seed), config.seed) if config.cut.repair else None
+    masks = masks_of(config.model.checkpoint)
+    pruned = apply_plan(model, args.plan, calibration=images, seed=config.seed, masks=masks, repair=config.cut.repair)
     folder = create_run(config.with_values({"prune.method": "none"}))
     with exclusive(folder):
         description = {**description, "plan": args.plan}

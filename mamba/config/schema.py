@@ -282,6 +282,8 @@ class CutConfig(Group):
     """What ranks weights and units."""
     scope: Literal["global", "layerwise"] = "global"
     """Rank over all blocks together, or within each."""
+    repair: bool = False
+    """After the cut, fit out_proj and fc2 again by least squares on 512 training images: seconds, no training."""
     finetune_epochs: int = Field(0, ge=0, le=MANY)
     """Epochs of training after the cut; 0: measure at once."""
 

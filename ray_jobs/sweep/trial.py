@@ -150,7 +150,7 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
     model, _, masks = trained_model(shared.checkpoint, device)
     how = config.cut
     batches = None
-    if how.criterion in ("taylor", "wanda"):
+    if how.repair or how.criterion in ("taylor", "wanda"):
         batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(shared.data, config.seed)]
     return cut(
         model,
@@ -160,6 +160,7 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
         score=how.criterion,
         calibration=batches,
         layers=None if how.layer is None else [how.layer],
+        repair=how.repair,
         seed=config.seed,
         masks=masks,
     )
