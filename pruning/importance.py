@@ -12,17 +12,31 @@ taylor and wanda need calibration batches: `calibration`, an iterable of (images
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba.config.choices import Registry
 from mamba.errors import ConfigError
 from pruning.components import BLOCK, GROUPS, named_blocks, parts_of, units_of
 
-SCORES = ("l1", "l2", "taylor", "wanda", "random")
 Batches = Iterable[tuple[Tensor, Tensor]]
+Parameters = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A criterion of importance."""
+
+    elements: Callable[[nn.Module, Parameters, Batches | None, int], dict[str, Tensor]]
+    """Model, parameters of its blocks by full name, calibration batches, seed -> a score of every element."""
+    calibrated: bool = False
+    """Whether it needs calibration batches."""
+    of_unit: Callable[[Tensor], Tensor] = torch.clone
+    """The sums over the elements of units -> the units' scores."""
 
 
 def element_scores(
@@ -37,21 +51,11 @@ def element_scores(
     """
     if score not in SCORES:
         raise ConfigError(f"unknown score '{score}'; valid: {', '.join(SCORES)}")
-    if score in ("taylor", "wanda") and calibration is None:
+    if SCORES[score].calibrated and calibration is None:
         raise ConfigError(f"score '{score}' needs calibration batches (images and labels of the training set)")
     parameters = {prefix + name: p for prefix, block in named_blocks(model) for name, p in block.named_parameters()}
     with torch.no_grad():
-        if score == "l1":
-            return {name: p.abs().float() for name, p in parameters.items()}
-        if score == "l2":
-            return {name: p.float().square() for name, p in parameters.items()}
-        if score == "random":
-            generator = torch.Generator().manual_seed(seed)
-            return {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in parameters.items()}
-    assert calibration is not None
-    if score == "taylor":
-        return _taylor(model, calibration, parameters)
-    return _wanda(model, calibration, parameters)
+        return SCORES[score].elements(model, parameters, calibration, seed)
 
 
 def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score: str = "l1") -> list[Tensor]:
@@ -78,12 +82,26 @@ def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score
                 rest = [axis for axis in range(tensor.ndim) if axis != part.axis]
                 values = values.double().sum(rest) if rest else values.double()
                 sums = values[span] if not len(sums) else sums + values[span]
-        per_block.append(sums.sqrt() if score == "l2" else sums)
+        per_block.append(SCORES[score].of_unit(sums))
     return per_block
 
 
+def _l1(model: nn.Module, parameters: Parameters, calibration: Batches | None, seed: int) -> dict[str, Tensor]:
+    return {name: p.abs().float() for name, p in parameters.items()}
+
+
+def _l2(model: nn.Module, parameters: Parameters, calibration: Batches | None, seed: int) -> dict[str, Tensor]:
+    return {name: p.float().square() for name, p in parameters.items()}
+
+
+def _random(model: nn.Module, parameters: Parameters, calibration: Batches | None, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in parameters.items()}
+
+
 @torch.enable_grad()
-def _taylor(model: nn.Module, calibration: Batches, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _taylor(model: nn.Module, parameters: Parameters, calibration: Batches | None, seed: int) -> dict[str, Tensor]:
+    assert calibration is not None
     copied = copy.deepcopy(model).eval().requires_grad_(True)
     copied.zero_grad(set_to_none=True)
     for images, labels in calibration:
@@ -99,8 +117,9 @@ def _taylor(model: nn.Module, calibration: Batches, parameters: dict[str, nn.Par
 
 
 @torch.no_grad()
-def _wanda(model: nn.Module, calibration: Batches, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _wanda(model: nn.Module, parameters: Parameters, calibration: Batches | None, seed: int) -> dict[str, Tensor]:
     """Parameters that meet no input feature (biases, A_log, D) score nothing."""
+    assert calibration is not None
     squares: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     handles = []
@@ -138,3 +157,15 @@ def _wanda(model: nn.Module, calibration: Batches, parameters: dict[str, nn.Para
         shape = (-1, 1, 1) if p.ndim == 3 else (1, -1)
         scores[name] = p.abs().float() * rms.view(shape)
     return scores
+
+
+SCORES = Registry(
+    "cut.criterion",
+    {
+        "l1": Score(_l1),
+        "l2": Score(_l2, of_unit=torch.sqrt),
+        "taylor": Score(_taylor, calibrated=True),
+        "wanda": Score(_wanda, calibrated=True),
+        "random": Score(_random),
+    },
+)

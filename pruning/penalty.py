@@ -8,11 +8,12 @@ units that a refill mask gives up are decayed by a lambda that rises to a stated
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from mamba.config.choices import Registry
 from mamba.errors import ConfigError
 from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
@@ -22,7 +23,17 @@ from pruning.masks import MaskHook, Masks
 TARGETS: dict[str, tuple[str, ...]] = {"ssm": ("d_inner",), "mlp": ("mlp_hidden",), "both": ("d_inner", "mlp_hidden")}
 """What is regularised and refilled: the groups whose units are whole channels of the mixer or neurons of the MLP."""
 NORMS = ("l1", "group")
-SCHEDULES = ("linear", "x2", "x3", "exp", "power")
+SCHEDULES: Registry[Callable[[int, int, float], float]] = Registry(
+    "prune.schedule",
+    {
+        "linear": lambda epoch, epochs, exponent: epoch / epochs,
+        "x2": lambda epoch, epochs, exponent: 2.0 ** (epoch - epochs),
+        "x3": lambda epoch, epochs, exponent: 3.0 ** (epoch - epochs),
+        "exp": lambda epoch, epochs, exponent: math.expm1(epoch / epochs) / math.expm1(1),
+        "power": lambda epoch, epochs, exponent: (epoch / epochs) ** exponent,
+    },
+)
+"""How lambda grows: (epoch from 1, epochs, exponent) -> its share of the ceiling, 1 in the last epoch."""
 
 
 def groups_of(target: str) -> tuple[str, ...]:
@@ -93,16 +104,9 @@ def growing_lambda(epoch: int, epochs: int, ceiling: float, schedule: str = "lin
     """
     if not 0 <= epoch < epochs:
         raise ConfigError(f"epoch must be in 0 to {epochs - 1}, got {epoch}")
-    p = (epoch + 1) / epochs
-    if schedule == "linear":
-        return ceiling * p
-    if schedule in ("x2", "x3"):
-        return ceiling * float(schedule[1]) ** (epoch + 1 - epochs)
-    if schedule == "exp":
-        return ceiling * math.expm1(p) / math.expm1(1)
-    if schedule == "power":
-        return ceiling * p**exponent
-    raise ConfigError(f"unknown schedule '{schedule}'; valid: {', '.join(SCHEDULES)}")
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"unknown schedule '{schedule}'; valid: {', '.join(SCHEDULES)}")
+    return ceiling * SCHEDULES[schedule](epoch + 1, epochs, exponent)
 
 
 class PenaltyHook(TrainHook):

@@ -8,16 +8,18 @@ in_proj, its column of out_proj) or a neuron of the MLP (its row of fc1, its col
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from mamba.config.choices import Registry
 from mamba.errors import ConfigError
 from mamba.models.block import MambaBlock
 from pruning.components import GROUPS, Part, each, find_all, named_blocks, parts_of
-from pruning.importance import Batches, element_scores
+from pruning.importance import SCORES, Batches, element_scores
 from pruning.masks import Masks, gone_units, unit_masks
 from pruning.penalty import groups_of
 from pruning.select import lowest
@@ -27,7 +29,34 @@ MATRICES: dict[str, tuple[Part, ...]] = {
     "mlp_hidden": (Part("fc1.weight", 0), Part("fc2.weight", 1)),
 }
 """The weights that are pruned one by one and that make up a unit's row, by group."""
-REFILL_SCORES = ("remain", "magnitude", "l1", "l2", "saliency", "random")
+
+
+@dataclass(frozen=True)
+class RefillScore:
+    """By what the units that stay are chosen."""
+
+    elements: str
+    """A key of `pruning.importance.SCORES`: what a weight is worth."""
+    of_unit: Callable[[Tensor, Tensor], Tensor] = lambda values, remain: values.sum(1)
+    """Both (units, fan-in): the weights' values, and 1 where a weight survives -> (units,)."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration batches."""
+        return SCORES[self.elements].calibrated
+
+
+REFILL_SCORES = Registry(
+    "prune.score",
+    {
+        "remain": RefillScore("l1", lambda values, remain: remain.sum(1)),
+        "magnitude": RefillScore("l1", lambda values, remain: (values * remain).sum(1)),
+        "l1": RefillScore("l1"),
+        "l2": RefillScore("l2"),
+        "saliency": RefillScore("taylor"),
+        "random": RefillScore("random"),
+    },
+)
 
 
 def weights_of(model: nn.Module, target: str) -> dict[str, nn.Parameter]:
@@ -117,9 +146,7 @@ def refill_masks(
     if not 0 <= fillback_rate <= 1:
         raise ConfigError(f"fillback_rate must be in [0, 1], got {fillback_rate:g}")
     groups = groups_of(target)
-    elements = element_scores(
-        model, {"saliency": "taylor", "random": "random", "l2": "l2"}.get(score, "l1"), calibration, seed
-    )
+    elements = element_scores(model, REFILL_SCORES[score].elements, calibration, seed)
     result: Masks = {}
     for group in groups:
         keep: list[Tensor | None] = []
@@ -131,12 +158,7 @@ def refill_masks(
             values = coupled_matrix(block, group, prefix, elements, missing=0.0)
             units, fan_in = remain.shape
             n = units_to_keep(int(remain.sum()), units, fan_in, fillback_rate)
-            if score == "remain":
-                unit = remain.sum(1)
-            elif score == "magnitude":
-                unit = (values * remain).sum(1)
-            else:
-                unit = values.sum(1)
+            unit = REFILL_SCORES[score].of_unit(values, remain)
             if among:
                 gone = gone_units(among, prefix, parts_of(block, GROUPS[group]))
                 unit[gone] = -torch.inf

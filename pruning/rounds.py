@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba.config.choices import Registry
 from mamba.config.schema import RunConfig
 from mamba.data.images import ImageData
 from mamba.data.loader import eval_batches
@@ -42,13 +43,41 @@ from pruning.importance import Batches
 from pruning.masks import FILE as MASKS
 from pruning.masks import MaskHook, Masks, load_masks
 from pruning.penalty import GrowingDecay, PenaltyHook
-from pruning.refill import prune_survivors, refill_masks
+from pruning.refill import REFILL_SCORES, prune_survivors, refill_masks
 from pruning.shrink import Slices, shrink
 from pruning.store import load_smaller, masks_of, save_pruned
 
 STAY, SURVIVORS, UNITS = "stay.safetensors", "survivors.safetensors", "units.safetensors"
 COLUMNS = ("round", "density", "params", "nonzero", "macs", "test_accuracy", "images_per_s", "latency_ms", "seconds")
 CALIBRATION_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a round does with the weights that global magnitude pruning gives up."""
+
+    choose: Callable[..., Masks] | None = None
+    """Which whole units stay, called as `pruning.refill.refill_masks` is; None: weights go one by one."""
+    shrinks: bool = False
+    """The other units are removed before the round trains."""
+    decays: bool = False
+    """The other units are decayed while it trains, then cut."""
+
+    @property
+    def file(self) -> str:
+        """Where a round keeps its units."""
+        return STAY if self.decays else UNITS
+
+
+METHODS = Registry(
+    "prune.method",
+    {
+        "magnitude": Method(),
+        "refill": Method(refill_masks, shrinks=True),
+        "rsst": Method(refill_masks, decays=True),
+    },
+    besides=("none",),
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +128,7 @@ def check_rounds(config: RunConfig) -> None:
     """What a series of rounds cannot be; raises ConfigError or CheckpointError before anything is written."""
     prune, start = config.prune, config.model.checkpoint
     if prune.method == "none":
-        raise ConfigError("prune.method 'none' prunes nothing; valid here: magnitude, refill, rsst")
+        raise ConfigError(f"prune.method 'none' prunes nothing; valid here: {', '.join(METHODS)}")
     if start is not None and prune.rewind_epoch:
         raise ConfigError(
             f"prune.rewind_epoch {prune.rewind_epoch} does not go with a trained model (model.checkpoint): rounds "
@@ -132,10 +161,9 @@ def hooks_for(config: RunConfig, rank: int = 0, folder: Path | None = None) -> l
     source = config.model.checkpoint if folder is None else start_of(config, folder)
     if source is not None:
         start = ckpt.find_checkpoint(source)
-        later = prune.round > 0
-        needed = later and prune.method in ("magnitude", "rsst")
-        masks = load_masks(start / MASKS) if needed else masks_of(start)
-        if (later and prune.method == "rsst") or (start / STAY).exists():
+        method = METHODS[prune.method] if prune.round > 0 else None
+        masks = load_masks(start / MASKS) if method and not method.shrinks else masks_of(start)
+        if (method and method.decays) or (start / STAY).exists():
             stay = load_masks(start / STAY)
             hooks.append(GrowingDecay(masks, stay, prune.ceiling, prune.schedule, prune.exponent, config.grow_epochs()))
         elif masks:
@@ -227,27 +255,26 @@ def _density(config: RunConfig, folder: Path, number: int) -> float:
 
 def _prepare(config: RunConfig, folder: Path, number: int, data: ImageData) -> None:
     """Prune the round before, rewind, and write what this round starts from."""
-    prune = config.prune
+    prune, method = config.prune, METHODS[config.prune.method]
     trained, survivors = _trained(config, folder, number - 1)
     survivors = prune_survivors(trained, survivors, prune.target, (1 - prune.rate) ** number)
     rewind = folder / ("rewind" if prune.rewind_epoch and config.model.checkpoint is None else "start")
     dense, description = ckpt.load_model(rewind, weights="raw", drop_path=config.model.drop_path)
     units: Masks = {}
-    if prune.method != "magnitude":
-        batches = calibration_batches(data, config.seed) if prune.score == "saliency" else None
-        before = folder / f"round-{number - 1:02d}" / "start" / (UNITS if prune.method == "refill" else STAY)
+    if method.choose is not None:
+        batches = calibration_batches(data, config.seed) if REFILL_SCORES[prune.score].calibrated else None
+        before = folder / f"round-{number - 1:02d}" / "start" / method.file
         among = load_masks(before) if number > 1 else None
         seed = config.seed + number
-        units = refill_masks(trained, survivors, prune.target, prune.fillback_rate, prune.score, batches, seed, among)
+        units = method.choose(trained, survivors, prune.target, prune.fillback_rate, prune.score, batches, seed, among)
     extra: dict[str, dict[str, Tensor]] = {SURVIVORS: survivors}
     model = dense
-    if prune.method == "refill":
+    if units:
+        extra[method.file] = units
+    if method.shrinks:
         model = shrink(dense, units).model
-        extra[UNITS] = units
     else:
         extra[MASKS] = survivors
-        if prune.method == "rsst":
-            extra[STAY] = units
     ckpt.save_checkpoint(folder / f"round-{number:02d}" / "start", model, None, {**description}, None, extra)
 
 
@@ -263,7 +290,7 @@ def _trained(config: RunConfig, folder: Path, number: int) -> tuple[MambaModel, 
     if number == 0:
         return model, {}
     survivors = load_masks(here / "start" / SURVIVORS)
-    if config.prune.method != "refill":
+    if not METHODS[config.prune.method].shrinks:
         return model, survivors
     dense, _ = ckpt.load_model(folder / "start", weights="raw")
     slices = shrink(dense, load_masks(here / "start" / UNITS)).slices

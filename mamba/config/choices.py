@@ -1,31 +1,57 @@
 """The words that a key takes: those that the config lists, and those of entries that were added from outside.
 
-What ships is a `Literal` on its key, for help, completion and errors. A registry (data sets, mixers, optimizers, ...)
-that takes an entry from outside the package also names it here, so that a config may say it.
+What ships is a `Literal` on its key, for help, completion and errors, and an entry of a `Registry` in the room that
+does it; a test compares both. Code outside of the package adds an entry to a registry, and the key takes its name:
+
+    from mamba.train.optim import OPTIMIZERS
+    OPTIMIZERS["mine"] = make_mine          # now --optim.optimizer mine
+
+The commands import the modules that the environment variable MAMBA_FORGE_PLUGINS names (`mine,my.other`), in every
+process of theirs, so that each knows the same entries. No file can name them: files are data.
 """
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar, get_args
 
+from mamba.errors import ConfigError
+
+PLUGINS = "MAMBA_FORGE_PLUGINS"
+Entry = TypeVar("Entry")
 _added: dict[str, list[str]] = {}
 
 
-def add_choice(key: str, word: str) -> None:
-    """Let a dotted key take one more word, in this process. A word that it takes already changes nothing."""
-    words = _added.setdefault(key, [])
-    if word not in words:
-        words.append(word)
+class Registry(dict[str, Entry]):
+    """What a key chooses from: name -> entry. An entry that is set later makes its name a word of the key.
 
+    Args:
+        key: the dotted key.
+        entries: those that ship.
+        besides: words of the key that need no entry.
+    """
 
-def remove_choice(key: str, word: str) -> None:
-    """Undo `add_choice`, for tests."""
-    if word in _added.get(key, []):
-        _added[key].remove(word)
+    def __init__(self, key: str, entries: Mapping[str, Entry], besides: tuple[str, ...] = ()) -> None:
+        super().__init__(entries)
+        self.key, self.besides, self.shipped = key, besides, tuple(entries)
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        super().__setitem__(name, entry)
+        words = _added.setdefault(self.key, [])
+        if name not in (*words, *self.shipped, *self.besides):
+            words.append(name)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        if name in _added.get(self.key, []):
+            _added[self.key].remove(name)
 
 
 def added(key: str) -> tuple[str, ...]:
-    """The words that a key takes besides those that ship."""
+    """The words that a dotted key takes besides those that ship."""
     return tuple(_added.get(key, ()))
 
 
@@ -35,3 +61,17 @@ def words_of(annotation: Any) -> tuple[str, ...]:
     for arg in get_args(annotation):
         found += [arg] if isinstance(arg, str) else words_of(arg)
     return tuple(found)
+
+
+@cache
+def load_plugins() -> None:
+    """Import the modules that MAMBA_FORGE_PLUGINS names, once in a process.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
+        try:
+            import_module(name.strip())
+        except Exception as error:
+            raise ConfigError(f"{PLUGINS}: {name} cannot be imported ({type(error).__name__}: {error})") from error

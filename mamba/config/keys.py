@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from mamba.config.choices import added, words_of
+from mamba.config.choices import added, load_plugins, words_of
 from mamba.config.files import read_yaml
 from mamba.config.versions import check_format
 from mamba.errors import ConfigError
@@ -96,6 +96,10 @@ def current(values: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 class Keyed(Group):
     """A group of groups, whose values have dotted keys: `optim.lr`, or `seed`."""
+
+    def __init__(self, **values: Any) -> None:
+        load_plugins()
+        super().__init__(**values)
 
     @classmethod
     def stored(cls, tree: object, where: object) -> Self:

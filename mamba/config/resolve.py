@@ -5,22 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mamba.config.choices import Registry
 from mamba.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mamba.config.schema import ModelConfig, RunConfig, SizeName
+    from mamba.config.schema import ModelConfig, RunConfig
 
 DATASET_SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "folder": 224}
 """Side in pixels that `data.img_size` takes when it is not given."""
 
-MODEL_SIZES: dict[SizeName, tuple[int, int]] = {
-    "mamba_tiny": (128, 16),
-    "mamba_small": (192, 24),
-    "mamba_base": (384, 32),
-    "vim_tiny": (192, 24),
-    "vim_small": (384, 24),
-    "vim_base": (768, 24),
-}
+MODEL_SIZES = Registry(
+    "model.name",
+    {
+        "mamba_tiny": (128, 16),
+        "mamba_small": (192, 24),
+        "mamba_base": (384, 32),
+        "vim_tiny": (192, 24),
+        "vim_small": (384, 24),
+        "vim_base": (768, 24),
+    },
+)
 """Named models: (d_model, depth)."""
 
 MOST_WEIGHTS = 1e11
@@ -40,7 +44,11 @@ def resolved(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: names the keys, and what is valid.
     """
-    side = config.data.img_size or DATASET_SIDES[config.data.dataset]
+    side = config.data.img_size or DATASET_SIDES.get(config.data.dataset)
+    if side is None:
+        raise ConfigError(
+            f"data.img_size is needed for data.dataset '{config.data.dataset}': it names no side of its own"
+        )
     model = filled(config.model, side)
     if config.model.checkpoint is None:  # a trained model brings its own
         check_model(model, side)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mamba.config.choices import Registry
 from mamba.data import operations as ops
 
 Ints = NDArray[np.int64]
@@ -185,10 +186,16 @@ def make_policy(
     return POLICIES[name](side, mean, magnitude, deviation) if name in POLICIES else None
 
 
-POLICIES: dict[str, Callable[[int, tuple[float, ...], float, float], Policy]] = {
-    "randaugment": lambda side, mean, magnitude, deviation: TorchvisionPolicy("randaugment", side),
-    "autoaugment": lambda side, mean, magnitude, deviation: TorchvisionPolicy("autoaugment", side),
-    "autoaugment_imagenet": lambda side, mean, *_: TorchvisionPolicy("autoaugment_imagenet", side),
-    "randaugment_inc": lambda side, mean, magnitude, deviation: IncreasingRandAugment(side, magnitude, deviation, mean),
-}
+POLICIES: Registry[Callable[[int, tuple[float, ...], float, float], Policy]] = Registry(
+    "data.augment",
+    {
+        "randaugment": lambda side, mean, magnitude, deviation: TorchvisionPolicy("randaugment", side),
+        "autoaugment": lambda side, mean, magnitude, deviation: TorchvisionPolicy("autoaugment", side),
+        "autoaugment_imagenet": lambda side, mean, *_: TorchvisionPolicy("autoaugment_imagenet", side),
+        "randaugment_inc": lambda side, mean, magnitude, deviation: IncreasingRandAugment(
+            side, magnitude, deviation, mean
+        ),
+    },
+    besides=("none", "basic"),
+)
 """Values of `data.augment` that bring a policy; every one but `none` also crops and mirrors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mamba.config.choices import Registry
 from mamba.config.resolve import DATASET_SIDES
 from mamba.config.schema import DataConfig
 from mamba.data.cifar import load_cifar
@@ -27,13 +28,15 @@ class Source:
     """Size of the training set before the split, likewise; it is balanced."""
 
 
-DATASETS: dict[str, Source] = {
-    "digits": Source(DATASET_SIDES["digits"], load_digits_images, 10),
-    "cifar10": Source(DATASET_SIDES["cifar10"], load_cifar, 10, 50_000),
-    "cifar100": Source(DATASET_SIDES["cifar100"], load_cifar, 100, 50_000),
-    "folder": Source(DATASET_SIDES["folder"], load_folder),
-}
-"""The names are those of `data.dataset`; a test holds that."""
+DATASETS = Registry(
+    "data.dataset",
+    {
+        "digits": Source(DATASET_SIDES["digits"], load_digits_images, 10),
+        "cifar10": Source(DATASET_SIDES["cifar10"], load_cifar, 10, 50_000),
+        "cifar100": Source(DATASET_SIDES["cifar100"], load_cifar, 100, 50_000),
+        "folder": Source(DATASET_SIDES["folder"], load_folder),
+    },
+)
 
 
 def load_data(config: DataConfig, seed: int) -> ImageData:

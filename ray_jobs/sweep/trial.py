@@ -33,6 +33,7 @@ from mamba.train.distributed import Process, own_device
 from mamba.train.trainer import fit, resolve_amp
 from pruning import measure as meter
 from pruning.cut import cut
+from pruning.importance import SCORES
 from pruning.masks import Masks
 from pruning.rounds import calibration_batches, hooks_for
 from pruning.shrink import Shrunk
@@ -150,7 +151,7 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
     model, _, masks = trained_model(shared.checkpoint, device)
     how = config.cut
     batches = None
-    if how.repair or how.criterion in ("taylor", "wanda"):
+    if how.repair or SCORES[how.criterion].calibrated:
         batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(shared.data, config.seed)]
     return cut(
         model,

@@ -242,7 +242,7 @@ targets = st.dictionaries(st.sampled_from(TARGETS), st.floats(0, 0.9), min_size=
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(shapes, min_size=1, max_size=3), choices, targets, st.sampled_from(SCORES), st.sampled_from(
+@given(st.lists(shapes, min_size=1, max_size=3), choices, targets, st.sampled_from(tuple(SCORES)), st.sampled_from(
     ["global", "layerwise"]))  # fmt: skip
 def test_masked_is_shrunk_for_any_model_and_any_cut(images, shapes, choices, rates, score, scope):
     model = build(*shapes, d_model=8, **choices)
