@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from operator import attrgetter
@@ -38,7 +39,7 @@ def show_help(kind: type, args: Any, prog: str, description: str, first: First |
         kind, args = _shortened(kind, args, first)
     page = io.BytesIO()
     text = io.TextIOWrapper(page, encoding=sys.stdout.encoding or "utf-8", errors="replace")
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit), warnings.catch_warnings(action="ignore"):
         tyro.cli(kind, args=["--help"], default=args, prog=prog, description=description)
     text.flush()
     with quiet_pipe():

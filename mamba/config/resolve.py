@@ -46,9 +46,7 @@ def resolved(config: RunConfig) -> RunConfig:
     """
     side = config.data.img_size or DATASET_SIDES.get(config.data.dataset)
     if side is None:
-        raise ConfigError(
-            f"data.img_size is needed for data.dataset '{config.data.dataset}': it names no side of its own"
-        )
+        raise ConfigError(f"data.img_size is needed: data.dataset '{config.data.dataset}' has no side of its own")
     model = filled(config.model, side)
     if config.model.checkpoint is None:  # a trained model brings its own
         check_model(model, side)

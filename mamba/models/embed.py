@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba.config.choices import Registry
+
 
 class PatchEmbed(nn.Conv2d):
     """Patches through one linear map, in raster order (https://arxiv.org/abs/2010.11929).
@@ -127,7 +129,7 @@ class PoolStem(nn.Module):
 
 
 Stem = PatchEmbed | ConvStem | PoolStem
-STEMS: dict[str, type[Stem]] = {"patch": PatchEmbed, "conv": ConvStem, "cct": PoolStem}
+STEMS: Registry[type[Stem]] = Registry("model.stem", {"patch": PatchEmbed, "conv": ConvStem, "cct": PoolStem})
 """`model.stem`. Each is made from patch_size, in_chans, d_model, stride and its inner channels, and counts the
 multiply-accumulates of an image of some side from the same (`macs`)."""
 INNER_CHANNELS: dict[str, tuple[int, ...]] = {"conv": (64, 128), "cct": (64, 64)}

@@ -10,6 +10,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from mamba.config.choices import Registry
+
 
 class MeanPool(nn.Module):
     """The mean over all tokens, class tokens included."""
@@ -63,10 +65,8 @@ class AttentionPool(nn.Module):
         return 2 * tokens * d_model
 
 
-HEADS: dict[str, type[MeanPool] | type[AttentionPool]] = {
-    "auto": ClassTokenPool,
-    "mean": MeanPool,
-    "attention": AttentionPool,
-}
+HEADS: Registry[type[MeanPool] | type[AttentionPool]] = Registry(
+    "model.head", {"auto": ClassTokenPool, "mean": MeanPool, "attention": AttentionPool}
+)
 """`model.head`. Each is made from d_model and the class tokens' places, and counts its multiply-accumulates of one
 image (`macs`)."""

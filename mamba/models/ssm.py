@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba.config.choices import Registry
 from mamba.models.embed import permute
 from mamba.ops.conv import causal_conv1d, causal_conv_silu
 from mamba.ops.scan import bidirectional_scan, selective_scan
@@ -43,14 +44,17 @@ class Mixer:
     """Keys of DIRECTIONS, which a stack's blocks take in turn."""
 
 
-MIXERS: dict[str, Mixer] = {
-    "forward": Mixer((ScanPath(),)),
-    "bidirectional": Mixer((ScanPath(), ScanPath("_b", reverse=True))),
-    "bidirectional_shared": Mixer((ScanPath(), ScanPath("_b", reverse=True)), shared=True),
-    "multiscale": Mixer((ScanPath(), ScanPath("_2", scale=2), ScanPath("_4", scale=4))),
-    "alternating": Mixer((ScanPath(),), directions=("forward", "backward")),
-    "cross": Mixer((ScanPath(),), directions=("forward", "backward", "across", "across_backward")),
-}
+MIXERS = Registry(
+    "model.mixer",
+    {
+        "forward": Mixer((ScanPath(),)),
+        "bidirectional": Mixer((ScanPath(), ScanPath("_b", reverse=True))),
+        "bidirectional_shared": Mixer((ScanPath(), ScanPath("_b", reverse=True)), shared=True),
+        "multiscale": Mixer((ScanPath(), ScanPath("_2", scale=2), ScanPath("_4", scale=4))),
+        "alternating": Mixer((ScanPath(),), directions=("forward", "backward")),
+        "cross": Mixer((ScanPath(),), directions=("forward", "backward", "across", "across_backward")),
+    },
+)
 """`model.mixer`: forward is Mamba's own; bidirectional_shared is Vision Mamba's (https://arxiv.org/abs/2401.09417);
 alternating as in Mamba-ND (https://arxiv.org/abs/2402.05892); cross takes the four directions of VMamba's cross-scan
 (https://arxiv.org/abs/2401.10166), one a block."""

@@ -1,0 +1,235 @@
+"""What a key lists is what its registry has; and a toy of each kind, added from outside, works like what ships."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import mamba
+import pruning
+from mamba.config import choices as config_choices
+from mamba.config.choices import PLUGINS, Registry, load_plugins, words_of
+from mamba.config.cli import parse_train_args
+from mamba.config.keys import choices, dotted_keys
+from mamba.config.presets import PRESETS
+from mamba.config.resolve import DATASET_SIDES, MODEL_SIZES
+from mamba.config.schema import CutConfig, RunConfig
+from mamba.data.policies import POLICIES
+from mamba.data.registry import DATASETS, Source, describe, load_data
+from mamba.errors import ConfigError
+from mamba.models.embed import STEMS, PatchEmbed
+from mamba.models.heads import HEADS, MeanPool
+from mamba.models.model import Architecture, MambaModel
+from mamba.models.ssm import MIXERS, Mixer, ScanPath
+from mamba.runs import checkpoint as ckpt
+from mamba.train.distributed import Process
+from mamba.train.trainer import fit
+from pruning.components import COMPONENTS, Component
+from pruning.cut import cut, prune_component
+from pruning.importance import SCORES, Score
+from pruning.masks import Masks
+from pruning.penalty import NORMS, SCHEDULES
+from pruning.refill import REFILL_SCORES, RefillScore, refill_masks
+from pruning.rounds import METHODS, Engine, Method, run_rounds
+from ray_jobs.sweep.space import expand, load_space
+
+
+def registries() -> dict[str, Registry]:
+    """Every registry of the packages, by the key that chooses from it."""
+    found: dict[str, Registry] = {}
+    for top in (mamba, pruning):
+        for about in pkgutil.walk_packages(top.__path__, f"{top.__name__}."):
+            if "triton" in about.name:
+                continue
+            module: ModuleType = importlib.import_module(about.name)
+            found |= {value.key: value for value in vars(module).values() if isinstance(value, Registry)}
+    return found
+
+
+def words(key: str) -> set[str]:
+    return set(words_of(dotted_keys()[key].model_fields[key.rpartition(".")[2]].annotation))
+
+
+def test_keys_list_what_registries_have():
+    found = registries()
+    assert {
+        *("data.dataset", "data.augment", "model.name", "model.stem", "model.mixer", "model.head"),
+        *("prune.method", "prune.score", "prune.schedule", "cut.criterion"),
+    } <= set(found)
+    for key, registry in found.items():
+        assert set(registry.shipped) | set(registry.besides) == words(key), key
+        assert not set(registry.shipped) & set(registry.besides), key
+
+
+def test_keys_list_what_tables_have():
+    assert words("penalty.kind") == {"off", *NORMS}
+    ones = {name: 0.5 for name in COMPONENTS if name in CutConfig.model_fields}
+    assert CutConfig(**ones).rates == ones and len(ones) == 8
+    assert {name for name, component in COMPONENTS.items() if component.refused is None} <= set(CutConfig.model_fields)
+    assert set(DATASET_SIDES) == set(DATASETS)
+
+
+@dataclass
+class Inverted:
+    """A toy policy: some images are inverted."""
+
+    slots: int = 1
+
+    def draw(self, rng, n):
+        return rng.integers(0, 2, (n, 1)), np.zeros((n, 1))
+
+    def apply(self, images, code, arguments):
+        return 255 - images
+
+
+class ToyHead(MeanPool):
+    """The last token."""
+
+    def forward(self, x, norm):
+        return norm(x[:, -1])
+
+
+def signed(model, parameters, calibration, seed):
+    return {name: p.detach().float() for name, p in parameters.items()}
+
+
+def keep_two_thirds(model, masks, target, fillback_rate, score, calibration, seed, among) -> Masks:
+    return refill_masks(model, masks, target, 2 / 3, "l2", calibration, seed, among)
+
+
+@pytest.fixture
+def toys(monkeypatch, small_data):
+    """A toy of each kind, as a module of a user's would add it; gone after the test."""
+    entries = [
+        (DATASETS, Source(8, lambda config, seed: small_data, 3)),
+        (POLICIES, lambda side, mean, magnitude, deviation: Inverted()),
+        (MIXERS, Mixer((ScanPath(), ScanPath("_b", reverse=True), ScanPath("_2", scale=2)))),
+        (STEMS, PatchEmbed),
+        (HEADS, ToyHead),
+        (MODEL_SIZES, (16, 1)),
+        (SCORES, Score(signed)),
+        (REFILL_SCORES, RefillScore("toy")),
+        (SCHEDULES, lambda epoch, epochs, exponent: float(epoch == epochs)),
+        (METHODS, Method(keep_two_thirds, shrinks=True)),
+    ]
+    for registry, entry in entries:
+        registry["toy"] = entry
+    monkeypatch.setitem(COMPONENTS, "toy", Component(groups={"channel": "d_inner"}, structured="channel"))
+    monkeypatch.setitem(PRESETS, "toy", lambda: RunConfig(name="toy"))
+    yield {registry.key for registry, _ in entries}
+    for registry, _ in entries:
+        del registry["toy"]
+
+
+def test_every_registry_takes_a_toy(toys):
+    assert toys == set(registries())
+    for key in toys:
+        assert choices(key)[-1] == "toy"
+        assert parse_train_args([f"--{key}", "toy"]).config.flat()[key] == "toy"
+
+
+def test_toys_train_and_come_back(toys, small_config, tmp_path, recwarn):
+    class Launched(Process):
+        """A toy launcher's process."""
+
+    seen = []
+    told = Launched()
+    told.report = lambda metrics, checkpoint: seen.append(metrics)
+    config = small_config(
+        data__dataset="toy", data__augment="toy", model__mixer="toy", model__stem="toy", model__head="toy",
+        model__name="toy", data__img_size=8, optim__epochs=2,
+    )  # fmt: skip
+    assert describe(config.data, 0)[0] == 3
+    result = fit(config, told, tmp_path / "run", load_data(config.data, 0))
+    assert result["status"] == "finished" and len(seen) == 2
+    model, description = ckpt.load_model(tmp_path / "run")
+    assert isinstance(model.pool, ToyHead) and model.architecture.blocks[0].mixer == "toy"
+    assert description["config"]["model"]["mixer"] == "toy"
+    assert not [w for w in recwarn if "serializ" in str(w.message).lower()]
+    pruned = cut(model, {"linear_out": 0.5}, score="toy", shrink=True).model
+    assert pruned(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+
+
+def test_a_toy_component_is_cut(toys):
+    architecture = Architecture.from_config(RunConfig().with_values({"model.name": "toy"}).model, 3, 8)
+    model = MambaModel(architecture)
+    smaller = prune_component(model, "toy", 0.5, shrink=True)
+    assert smaller.architecture.blocks[0].d_inner == model.architecture.blocks[0].d_inner // 2
+
+
+def test_a_toy_method_prunes_in_rounds(toys, small_config, small_data, tmp_path):
+    config = small_config(name="toys", prune__method="toy", prune__score="toy", prune__rounds=1, optim__epochs=1)
+
+    def train(own, folder):
+        return fit(own, Process(), folder, small_data)
+
+    def measure(own, folder):
+        size = float(sum(p.numel() for p in ckpt.load_model(folder)[0].parameters()))
+        names = ("model/nonzero", "model/macs", "test/accuracy", "bench/images_per_s", "bench/latency_ms")
+        return {"model/params": size, **dict.fromkeys(names, 1.0)}
+
+    folder = tmp_path / "runs" / "toys"
+    folder.mkdir(parents=True)
+    rows = run_rounds(config, folder, small_data, Engine(train, measure, print))
+    assert rows is not None and rows[1]["params"] < rows[0]["params"]
+
+
+def test_a_toy_preset_and_a_toy_sweep(toys, tmp_path):
+    assert parse_train_args(["--preset", "toy"]).config.name == "toy"
+    file = tmp_path / "toy.yaml"
+    file.write_text(
+        "question: Which?\ncost: nothing\nkind: train\ngrids:\n- model.mixer: [forward, toy]\n  data.dataset: [toy]\n"
+    )
+    assert [t.values["model.mixer"] for t in expand(load_space(file), 1)] == ["forward", "toy"]
+
+
+def test_what_is_not_registered_is_refused_with_what_is(toys):
+    with pytest.raises(ConfigError, match="model.mixer: should be 'forward',.* or 'multiscale', or 'toy', got 'toi'"):
+        RunConfig().with_values({"model.mixer": "toi"})
+    with pytest.raises(ConfigError, match="optim.warmup: should be 'linear' or 'exponential', got 'toy'"):
+        RunConfig().with_values({"optim.warmup": "toy"})
+
+
+def test_toys_are_gone():
+    with pytest.raises(ConfigError, match="model.mixer: should be"):
+        RunConfig().with_values({"model.mixer": "toy"})
+
+
+def test_a_data_set_without_a_side_asks_for_one(toys):
+    config = RunConfig().with_values({"data.dataset": "toy"})
+    with pytest.raises(ConfigError, match="data.img_size is needed: data.dataset 'toy' has no side of its own"):
+        config.resolve()
+
+
+def test_help_with_a_toy(toys, capsys):
+    for page in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse_train_args(["--data.dataset", "toy", page])
+        assert "default: toy" in capsys.readouterr().out
+
+
+def test_plugins_are_imported_before_a_config_is_made(tmp_path, monkeypatch):
+    (tmp_path / "my_toys.py").write_text(
+        "from pruning.importance import SCORES\nSCORES['from_a_plugin'] = SCORES['l1']\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(PLUGINS, "my_toys")
+    load_plugins.cache_clear()
+    try:
+        assert parse_train_args(["--cut.criterion", "from_a_plugin"]).config.cut.criterion == "from_a_plugin"
+        monkeypatch.setenv(PLUGINS, "my_toys,no_such_module")
+        load_plugins.cache_clear()
+        with pytest.raises(ConfigError, match="MAMBA_FORGE_PLUGINS: no_such_module cannot be imported"):
+            RunConfig()
+    finally:
+        load_plugins.cache_clear()
+        SCORES.pop("from_a_plugin", None)
+        config_choices._added.get("cut.criterion", []).clear()
+        sys.modules.pop("my_toys", None)
