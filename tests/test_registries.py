@@ -30,6 +30,8 @@ from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import MIXERS, Mixer, ScanPath
 from mamba.runs import checkpoint as ckpt
 from mamba.train.distributed import Process
+from mamba.train.optim import OPTIMIZERS, make_adamw
+from mamba.train.schedule import SCHEDULES as LR_SCHEDULES
 from mamba.train.trainer import fit
 from pruning.components import COMPONENTS, Component
 from pruning.cut import cut, prune_component
@@ -61,7 +63,7 @@ def test_keys_list_what_registries_have():
     found = registries()
     assert {
         *("data.dataset", "data.augment", "model.name", "model.stem", "model.mixer", "model.head"),
-        *("prune.method", "prune.score", "prune.schedule", "cut.criterion"),
+        *("optim.optimizer", "optim.schedule", "prune.method", "prune.score", "prune.schedule", "cut.criterion"),
     } <= set(found)
     for key, registry in found.items():
         assert set(registry.shipped) | set(registry.besides) == words(key), key
@@ -114,6 +116,8 @@ def toys(monkeypatch, small_data):
         (STEMS, PatchEmbed),
         (HEADS, ToyHead),
         (MODEL_SIZES, (16, 1)),
+        (OPTIMIZERS, lambda model, config: make_adamw(model, config)),
+        (LR_SCHEDULES, lambda config, step, steps: 0.5),
         (SCORES, Score(signed)),
         (REFILL_SCORES, RefillScore("toy")),
         (SCHEDULES, lambda epoch, epochs, exponent: float(epoch == epochs)),
@@ -144,7 +148,8 @@ def test_toys_train_and_come_back(toys, small_config, tmp_path, recwarn):
     told.report = lambda metrics, checkpoint: seen.append(metrics)
     config = small_config(
         data__dataset="toy", data__augment="toy", model__mixer="toy", model__stem="toy", model__head="toy",
-        model__name="toy", data__img_size=8, optim__epochs=2,
+        model__name="toy", data__img_size=8, optim__epochs=2, optim__optimizer="toy",
+        optim__schedule="toy",
     )  # fmt: skip
     assert describe(config.data, 0)[0] == 3
     result = fit(config, told, tmp_path / "run", load_data(config.data, 0))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from mamba.config.choices import Registry
 from mamba.config.schema import OptimConfig
 from mamba.models.model import MambaModel
 from mamba.ops.update.muon import Muon
@@ -87,7 +88,9 @@ def make_muon(model: MambaModel, config: OptimConfig) -> Muon:
     return Muon(groups, parts, config.lr, (config.beta1, config.beta2), config.muon_momentum)
 
 
-OPTIMIZERS: dict[str, Callable[[MambaModel, OptimConfig], torch.optim.AdamW]] = {"adamw": make_adamw, "muon": make_muon}
+OPTIMIZERS: Registry[Callable[[MambaModel, OptimConfig], torch.optim.AdamW]] = Registry(
+    "optim.optimizer", {"adamw": make_adamw, "muon": make_muon}
+)
 """`optim.optimizer`. Each is made of AdamW's groups and state, which checkpoints and pruning know."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from mamba.config.choices import Registry
 from mamba.config.schema import OptimConfig
 
 
@@ -43,7 +44,9 @@ def warmup_stable_decay(config: OptimConfig, step: int, steps_per_epoch: int) ->
     return 1 - _progress(total - round(config.decay_epochs * steps_per_epoch) - 1, step, total - 1)
 
 
-SCHEDULES: dict[str, Callable[[OptimConfig, int, int], float]] = {"cosine": cosine, "wsd": warmup_stable_decay}
+SCHEDULES: Registry[Callable[[OptimConfig, int, int], float]] = Registry(
+    "optim.schedule", {"cosine": cosine, "wsd": warmup_stable_decay}
+)
 """`optim.schedule`: (config, step, steps an epoch) -> 1 at `lr`, 0 at `min_lr`; called after the warm-up."""
 
 
