@@ -239,14 +239,17 @@ class SelectiveSSM(nn.Module):
         """`transposition`: places of the tokens in the order of a transposed image (`mamba.models.embed`), which some
         directions need."""
         direction = DIRECTIONS[self.direction]
-        if not direction.transposed:
-            return self._scanned(x.flip(1)).flip(1) if direction.reverse else self._scanned(x)
-        if transposition is None:
+        if direction.transposed and transposition is None:
             raise ValueError(f"a mixer that scans {self.direction} needs the transposition of its sequence")
-        x = permute(x, transposition)
-        return permute(self._scanned(x.flip(1)).flip(1) if direction.reverse else self._scanned(x), transposition)
+        across = transposition if direction.transposed else None
+        if across is not None:
+            x = permute(x, across)
+        y = self._scanned(x.flip(1)).flip(1) if direction.reverse else self._scanned(x)
+        # back in order before out_proj, whose inputs meet the residual stream's tokens (pruning/repair.py)
+        return self.out_proj(y if across is None else permute(y, across))
 
     def _scanned(self, x: Tensor) -> Tensor:
+        """All paths' outputs, merged: (batch, length, columns of out_proj)."""
         length = x.shape[1]
         pieces = self.in_proj(x).chunk(len(self.segments()["in_proj.weight"]), dim=-1)
         pairs = [pieces] * len(self.paths) if self.shared else list(zip(pieces[::2], pieces[1::2], strict=True))
@@ -254,8 +257,8 @@ class SelectiveSSM(nn.Module):
         outputs = both_scans(*inputs) if self.paths[-1].reverse else tuple(one_scan(one) for one in inputs)
         ys = [upsample(y.transpose(1, 2), path.scale, length) for path, y in zip(self.paths, outputs, strict=True)]
         if self.shared:
-            return self.out_proj(sum(ys) / len(ys))
-        return self.out_proj(ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1))
+            return sum(ys[1:], ys[0]) / len(ys)
+        return ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1)
 
     def _scan_inputs(self, path: ScanPath, x: Tensor, z: Tensor) -> ScanInputs:
         """The arguments of a path's scan, from its x and z: (batch, length, d_inner)."""
