@@ -21,40 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         args = parse_train_args(argv, description=(__doc__ or "").split("\n")[0])
-        return dry_run(args) if args.dry_run else _train(args)
+        if args.dry_run:
+            from ray_jobs.launch.dry_run import dry_run
+
+            return dry_run(args.config)
+        return _train(args)
 
     return exit_code(work, "stopped at once; continue from the last checkpoint with --resume")
-
-
-def dry_run(args: TrainArgs) -> int:
-    """Also prune.py's: what a run, or each of its rounds, would train."""
-    from mamba.config.help import quiet_pipe
-    from mamba.data.loader import check_batch_size
-    from mamba.data.registry import describe
-    from mamba.models.model import parameters_of
-    from mamba.runs.checkpoint import parameters_in
-    from mamba.runs.start import check_start
-    from ray_jobs.launch.run import check_early
-
-    config = args.config.resolve()
-    check_early(config)
-    classes, train_images = describe(config.data, config.seed)
-    check_batch_size(train_images, config.data)
-    assert config.data.img_size is not None  # resolved
-    steps = train_images // config.data.batch_size
-    if config.model.checkpoint is None:
-        parameters = parameters_of(config.model, classes, config.data.img_size)
-    else:
-        check_start(config.model.checkpoint, classes, config.data.img_size)
-        parameters = parameters_in(config.model.checkpoint)
-    if config.distill.teacher is not None:
-        check_start(config.distill.teacher, classes, config.data.img_size, "distill.teacher")
-    with quiet_pipe():
-        print(config.to_yaml(), end="")
-        print(f"# parameters: {parameters:,}")
-        print(f"# training images: {train_images:,} in {classes} classes")
-        print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
-    return 0
 
 
 def _train(args: TrainArgs) -> int:

@@ -143,10 +143,12 @@ def test_config_and_errors_know_nothing_heavy():
 
 
 def test_commands_wire():
-    """At the root of ray_jobs lie commands alone."""
+    """At the root of ray_jobs lie commands alone, short ones, none of which is made of another."""
     for file in (ROOT / "ray_jobs").glob("*.py"):
         if file.name != "__init__.py":
             text = file.read_text()
+            assert len(text.splitlines()) < 100, file
+            assert not [module for module in imports(file) if room_of(module) == "ray_jobs" and module != "ray_jobs"]
             assert "def main(argv: Sequence[str] | None = None) -> int:" in text and "sys.exit(main())" in text, file
 
 

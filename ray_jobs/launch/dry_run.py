@@ -1,0 +1,39 @@
+"""What would be trained, without training it: the resolved config, parameters, images, steps."""
+
+from __future__ import annotations
+
+from mamba.config.help import quiet_pipe
+from mamba.config.schema import RunConfig
+from mamba.data.loader import check_batch_size
+from mamba.data.registry import describe
+from mamba.models.model import parameters_of
+from mamba.runs.checkpoint import parameters_in
+from mamba.runs.start import check_start
+from ray_jobs.launch.run import check_early
+
+
+def dry_run(config: RunConfig) -> int:
+    """Print what a run of a config, or each of its rounds, would train; returns 0.
+
+    Raises:
+        ForgeError: what can be found wrong without starting anything.
+    """
+    config = config.resolve()
+    check_early(config)
+    classes, train_images = describe(config.data, config.seed)
+    check_batch_size(train_images, config.data)
+    assert config.data.img_size is not None  # resolved
+    steps = train_images // config.data.batch_size
+    if config.model.checkpoint is None:
+        parameters = parameters_of(config.model, classes, config.data.img_size)
+    else:
+        check_start(config.model.checkpoint, classes, config.data.img_size)
+        parameters = parameters_in(config.model.checkpoint)
+    if config.distill.teacher is not None:
+        check_start(config.distill.teacher, classes, config.data.img_size, "distill.teacher")
+    with quiet_pipe():
+        print(config.to_yaml(), end="")
+        print(f"# parameters: {parameters:,}")
+        print(f"# training images: {train_images:,} in {classes} classes")
+        print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
+    return 0

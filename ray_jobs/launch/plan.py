@@ -1,0 +1,54 @@
+"""One pruning plan from the command line: applied once to a trained model, and measured before and after."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from mamba.config.cli import PruneArgs
+from mamba.data import load_data
+from mamba.errors import ConfigError
+from mamba.runs import checkpoint as ckpt
+from mamba.runs.files import write_json
+from mamba.runs.folder import create_run, exclusive
+from pruning.lite import describe
+from pruning.plans import apply_plan, get_plan
+from pruning.report import before_after_table
+from pruning.rounds import calibration_batches
+from pruning.store import masks_of, save_pruned
+from ray_jobs.launch.cluster import connected_if
+from ray_jobs.launch.measure import compare
+from ray_jobs.launch.run import preflight
+
+
+def run_plan(args: PruneArgs) -> int:
+    """Cut a trained model by a plan, write it as a run, and print what it cost and bought; returns 0.
+
+    Raises:
+        ForgeError: with a sentence for the user.
+    """
+    assert args.plan is not None
+    plan = get_plan(args.plan)
+    config = args.config.resolve()
+    if config.model.checkpoint is None:
+        raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
+    model, description = ckpt.load_model(config.model.checkpoint)
+    preflight(config)
+    images = calibration_batches(load_data(config.data, config.seed), config.seed) if config.cut.repair else None
+    masks = masks_of(config.model.checkpoint)
+    pruned = apply_plan(model, args.plan, calibration=images, seed=config.seed, masks=masks, repair=config.cut.repair)
+    folder = create_run(config.with_values({"prune.method": "none"}))
+    with exclusive(folder):
+        description = {**description, "plan": args.plan}
+        path = save_pruned(folder / "checkpoints" / "best-00000", pruned.model, pruned.masks, description)
+        console = Console(highlight=False, soft_wrap=True)
+        with connected_if(config.scaling.num_workers != 0, lambda text: console.print(text, markup=False)):
+            before, after = compare(config, [config.model.checkpoint, path])
+        write_json(folder / "pruned.json", {"plan": args.plan, "before": before, "after": after})
+    console.print(f"{args.plan}: {plan.purpose}", markup=False)
+    console.print(
+        f"before: {describe(model.architecture)}\nafter:  {describe(pruned.model.architecture)}", markup=False
+    )
+    console.print(before_after_table(before, after))
+    console.print(f"pruned model: {path}", markup=False)
+    console.print(f"fine-tune it: python ray_jobs/train.py --model.checkpoint {path} ...", markup=False)
+    return 0

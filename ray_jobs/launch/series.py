@@ -1,0 +1,71 @@
+"""Rounds of pruning from the command line: the folder, a display for each training, table and figure at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mamba.config.cli import PruneArgs
+from mamba.config.schema import RunConfig
+from mamba.data.registry import load_data
+from mamba.errors import ForgeError
+from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
+from mamba.runs.start import prepare_resume
+from pruning.report import rounds_figure, rounds_table
+from pruning.rounds import Engine, check_rounds, check_series, run_rounds
+from ray_jobs.launch.cluster import connected_if
+from ray_jobs.launch.console import Display, stop_on_signal
+from ray_jobs.launch.measure import measure
+from ray_jobs.launch.run import preflight, run
+
+
+def run_series(args: PruneArgs, command: str) -> int:
+    """Run or continue a series of rounds, and say what came out. `command` is how the user calls it.
+
+    Returns:
+        0, or 130 where it was interrupted.
+
+    Raises:
+        ForgeError: with a sentence for the user.
+    """
+    config = args.config.resolve()
+    if args.resume is None:
+        check_rounds(config)
+        preflight(config)
+        folder = create_run(config)
+    else:
+        folder = args.resume.absolute()
+        check_series(folder, config)
+        start = folder / "start"  # a series is complete by itself, wherever its model came from
+        preflight(config.with_values({"model.checkpoint": start if start.exists() else config.model.checkpoint}))
+    console = Console(highlight=False, soft_wrap=True)
+    say = lambda text: console.print(text, markup=False)  # noqa: E731
+    say(f"folder: {folder}")
+    try:
+        with exclusive(folder), connected_if(config.scaling.num_workers != 0, say):
+            data = load_data(config.data, config.seed)
+            rows = run_rounds(config, folder, data, Engine(_train, measure, say))
+    except ForgeError:
+        if args.resume is None:
+            discard_if_unused(folder)
+        raise
+    if rows is None:
+        say(f"interrupted; continue with\n  python {command} --resume {folder}")
+        return 130
+    console.print(rounds_table(rows))
+    say(f"table: {folder / 'rounds.csv'}\nfigure: {rounds_figure(folder, rows)}")
+    last = folder / f"round-{config.prune.rounds:02d}" / "pruned"
+    say(f"pruned model: {last}\ntrain it on: python ray_jobs/train.py --model.checkpoint {last} ...")
+    return 0
+
+
+def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """One round's training, with its progress shown and the first Ctrl-C turned into a checkpoint."""
+    done = finished_result(folder)
+    if done is not None:
+        return done
+    prepare_resume(folder)
+    with Display(folder) as display, stop_on_signal(folder, display):
+        return run(config, folder, lambda text: display.say(f"{folder.name}: {text}"))
