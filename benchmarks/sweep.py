@@ -24,7 +24,8 @@ from pruning import measure
 from pruning.cut import cut
 from ray_jobs.ablate import GRIDS
 from ray_jobs.ablate import main as ablate
-from ray_jobs.sweep.space import expand, load_space
+from ray_jobs.sweep.grid import expand
+from ray_jobs.sweep.space import load_space
 
 
 def main() -> int:

@@ -39,19 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _experiment(args: AblateArgs) -> Experiment:
     from mamba.models.model import Architecture
     from mamba.runs import checkpoint as ckpt
-    from ray_jobs.sweep.experiment import FILE, Experiment, taken
-    from ray_jobs.sweep.space import expand, load_space
+    from ray_jobs.sweep.checks import check
+    from ray_jobs.sweep.experiment import FILE, Experiment, absolute, taken
+    from ray_jobs.sweep.grid import expand
+    from ray_jobs.sweep.space import load_space
 
     chosen = list(GRIDS) if args.grid == "all" else [args.grid]
     if not set(chosen) <= set(GRIDS):
         raise ConfigError(f"unknown grid '{args.grid}'; valid: {', '.join(GRIDS)}, all")
-    config = args.config.resolve()
+    config, resolved = absolute(args.config), args.config.resolve()
     folder = config.out / config.name
     if (folder / FILE).exists():
         raise taken(folder)  # before a baseline is trained for it
-    checkpoint, depth = config.model.checkpoint, config.model.depth or 0
+    checkpoint, depth = config.model.checkpoint, resolved.model.depth or 0
     if checkpoint is None and not args.dry_run:
-        checkpoint = _baseline(config, folder)
+        checkpoint = _baseline(resolved, folder)
     if checkpoint is not None:
         description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
         depth = len(Architecture.from_dict(description["architecture"]).blocks)
@@ -60,8 +62,10 @@ def _experiment(args: AblateArgs) -> Experiment:
     trials = [t for n, s in zip(chosen, spaces, strict=True) for t in expand(s, depth, f"{n}-" if many else "")]
     question = spaces[0].question if not many else "What does each cut cost: components, blocks, combinations?"
     cost = " ".join(space.cost for space in spaces)
-    space = spaces[0].model_copy(update={"question": question, "cost": cost, "fixed": {}})
+    grids = [{**{key: [value] for key, value in s.fixed.items()}, **grid} for s in spaces for grid in s.grids]
+    space = spaces[0].model_copy(update={"question": question, "cost": cost, "fixed": {}, "grids": grids})
     config = config.with_values({"model.checkpoint": None})
+    check(space, trials, config)
     return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, None, len(trials))
 
 

@@ -3,13 +3,15 @@
 python ray_jobs/tune.py --space quickstart
 python ray_jobs/tune.py --space search_spaces/recipe.yaml --preset v2 --optim.epochs 30 --trials 40
 python ray_jobs/tune.py --space pruning --checkpoint runs/v2/TRIAL --gpus-per-trial 0.25
-python ray_jobs/tune.py --resume runs/search
+python ray_jobs/tune.py --resume runs/search --trials 40
+python ray_jobs/tune.py --space recipe --name again --warm-start runs/search
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba.config.cli import SweepArgs, parse_sweep_args
@@ -27,29 +29,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         args = parse_sweep_args(argv, description=(__doc__ or "").split("\n")[0], recipe_of=recipe_of)
         from ray_jobs.report.outcome import perform  # after the words: imports ray
+        from ray_jobs.sweep.experiment import more_trials
 
+        if args.resume is not None and args.trials is not None and not args.dry_run:
+            before = more_trials(args.resume.absolute(), args.trials)
+            print(f"{args.trials} trials in all, {args.trials - before} more than before")
         return perform(args, lambda: _experiment(args), "ray_jobs/tune.py")
 
     return exit_code(work, "stopped; continue with --resume and the experiment's folder")
 
 
 def _experiment(args: SweepArgs) -> Experiment:
-    from ray_jobs.sweep.experiment import Experiment
-    from ray_jobs.sweep.space import expand, load_space
+    from ray_jobs.sweep.checks import check
+    from ray_jobs.sweep.experiment import Experiment, absolute
+    from ray_jobs.sweep.grid import expand
+    from ray_jobs.sweep.space import MOST_TRIALS, load_space
+    from ray_jobs.sweep.study import best_of
 
     if args.space is None:
         raise ConfigError("--space is missing: a YAML file, or the name of one in search_spaces/")
     space = load_space(args.space)
-    config = args.config.resolve()
-    checkpoint = config.model.checkpoint
-    if space.kind == "measure" and checkpoint is None:
-        raise ConfigError("a space of kind measure cuts a trained model: give --checkpoint")
-    trials = expand(space, config.model.depth or 0) if space.grids else []
+    config = absolute(args.config)
+    checkpoint = config.model.checkpoint if space.kind == "measure" else None
+    if space.kind == "measure":
+        if checkpoint is None:
+            raise ConfigError("a space of kind measure cuts a trained model: give --checkpoint")
+        config = config.with_values({"model.checkpoint": None})
+    trials = expand(space, _depth(checkpoint)) if space.grids else []
+    if trials and (args.trials is not None or args.storage is not None or args.warm_start is not None):
+        raise ConfigError("--trials, --storage and --warm-start are of searches; this space has grids, with "
+                          f"{len(trials)} trials")  # fmt: skip
     count = len(trials) or (space.trials if args.trials is None else args.trials)
-    if count < 1:
-        raise ConfigError(f"--trials {count} draws nothing; at least 1")
-    config = config.with_values({"model.checkpoint": None}) if space.kind == "measure" else config
-    return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, args.storage, count)
+    if not 1 <= count <= MOST_TRIALS:
+        raise ConfigError(f"--trials {count} is not possible; valid: 1 to {MOST_TRIALS:,}")
+    warm = best_of(args.warm_start.absolute(), space)[:count] if args.warm_start else None
+    check(space, trials, config)
+    return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, args.storage, count, warm_start=warm)
+
+
+def _depth(checkpoint: Path | None) -> int:
+    """Blocks of the model that is cut; 0 where none is."""
+    from mamba.models.model import Architecture
+    from mamba.runs import checkpoint as ckpt
+
+    if checkpoint is None:
+        return 0
+    description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
+    return len(Architecture.from_dict(description["architecture"]).blocks)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from mamba.errors import ConfigError
 
 BESIDE_CHECKPOINT = ("model.new_head", "model.new_size", "model.drop_path", "model.sync_batchnorm")
 """Of model.*, the keys that count beside a checkpoint."""
-EXTENDS = ("optim.epochs",)
-"""Keys that a run may be continued with: more epochs than it had."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,13 @@ class SweepArgs(TrainArgs):
     space: str | None = None
     """The search space: a YAML file, or the name of one in search_spaces/."""
     trials: int | None = None
-    """Trials of a search in all; None: what the space says."""
+    """Trials of a search in all, also of one that is continued; None: what the space says."""
     gpus_per_trial: float | None = None
     """GPUs that a trial holds, fractions allowed; None: 1 to train, 0.25 to measure."""
     storage: str | None = None
     """URL of the Optuna study; None: a SQLite file in the experiment's folder."""
+    warm_start: Annotated[Path | None, arg(metavar="EXPERIMENT")] = None
+    """Begin a search with the best of the search in this folder, as far as it is within this space."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class Command(Generic[Args]):
     """Values of keys where they are not the preset's."""
     short: Mapping[str, str] = field(default_factory=dict)
     """Names of keys that it also takes: short -> dotted key."""
+    with_resume: Sequence[str] = ("scaling",)
+    """Options and groups of keys that go with --resume."""
 
 
 WHERE = ("name", "out", "scaling.num_workers")
@@ -104,6 +106,7 @@ TRAIN = Command(
         "training": ("optim.epochs", "optim.lr", "data.batch_size"),
         "run": WHERE,
     },
+    with_resume=("scaling", "optim.epochs"),  # a finished run takes more epochs
 )
 PRUNE = Command(
     PruneArgs,
@@ -127,6 +130,7 @@ TUNE = Command(
     },
     {"name": "search", "trial": None},
     {"checkpoint": "model.checkpoint"},
+    ("trials",),
 )
 ABLATE = Command(
     AblateArgs,
@@ -138,6 +142,7 @@ ABLATE = Command(
     },
     {"name": "ablation", "trial": None},
     {"checkpoint": "model.checkpoint"},
+    (),
 )
 
 Recipe = Callable[[Path], RunConfig]
@@ -208,9 +213,8 @@ def _config(
     """The config that a command line asks for, and the preset below it."""
     preset = given.get("preset", "quickstart")
     if "resume" in given:
-        goes = EXTENDS if command is TRAIN else ()
-        extra = [f"--{key}" for key in values if not key.startswith("scaling.") and key not in goes]
-        extra += [f"--{key}" for key in given if key not in ("resume", "dry_run", "help", "help_all")]
+        fine = ("resume", "dry_run", "help", "help_all", *command.with_resume)
+        extra = [f"--{key}" for key in (*values, *given) if key not in fine and key.split(".")[0] not in fine]
         if extra:
             raise ConfigError(f"--resume continues a run as it was: leave out {', '.join(extra)}")
         return stored_config(Path(given["resume"])).with_values(values), preset
@@ -263,10 +267,12 @@ def _prog(script: str) -> str:
     return called if called.startswith("mamba-") else script
 
 
-def _typed(kind: type[TrainArgs], key: str, text: str) -> int | float | str:
+def _typed(kind: type[TrainArgs], key: str, text: str) -> int | float | str | Path:
     """An option's text as the type that it is declared with."""
     declared = next(str(field.type) for field in fields(kind) if field.name == key)
     try:
+        if "Path" in declared:
+            return Path(text)
         return int(text) if declared.startswith("int") else float(text) if declared.startswith("float") else text
     except ValueError:
         what = "a whole number" if declared.startswith("int") else "a number"

@@ -6,6 +6,7 @@ It reads the run's folder, so it shows the same whether training happens here or
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import threading
@@ -106,9 +107,9 @@ EPOCH_COLUMNS = {"val/accuracy": "val", "val/ema_accuracy": "val (ema)"}
 class SweepDisplay:
     """The state of a sweep: one live line on a terminal, a line for each ended trial elsewhere."""
 
-    def __init__(self, total: int, rows: list[dict[str, Any]], objective: str) -> None:
+    def __init__(self, total: int, rows: list[dict[str, Any]], objective: str, mode: str = "max") -> None:
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        self.total, self.objective = total, objective
+        self.total, self.objective, self.best = total, objective, max if mode == "max" else min
         self.ended = {row["trial"]: row for row in rows}
         self.running: set[str] = set()
         self.live = Progress(
@@ -143,9 +144,13 @@ class SweepDisplay:
             if not self.console.is_terminal or result["status"] == "failed":
                 self.console.print("  ".join(words), markup=False)
         failed = sum(r["status"] == "failed" for r in self.ended.values())
-        scores = [r["metrics"][self.objective] for r in self.ended.values() if self.objective in r["metrics"]]
+        scores = [
+            r["metrics"][self.objective]
+            for r in self.ended.values()
+            if r["status"] == "finished" and math.isfinite(r["metrics"].get(self.objective, math.nan))
+        ]
         now = f"{len(self.running)} running  {failed} failed"
-        now += f"  best {self.objective} {max(scores):.4g}" if scores else ""
+        now += f"  best {self.objective} {self.best(scores):.4g}" if scores else ""
         self.live.update(self.task, completed=len(self.ended), now=now)
 
 

@@ -14,6 +14,7 @@ from ray_jobs.report.findings import findings, ranked
 from ray_jobs.report.page import write_report
 from ray_jobs.report.table import show, write_results
 from ray_jobs.sweep import experiment
+from ray_jobs.sweep.run import run
 
 SHOWN = 10
 """Trials in the table at the end."""
@@ -55,7 +56,7 @@ def conclude(folder: Path, script: str) -> int:
     def write_table() -> None:
         write_results(folder / "results.csv", experiment.rows(folder))
 
-    ended, rows = experiment.run(folder, say, write_table)
+    ended, rows = run(folder, say, write_table)
     write_table()
     failed = [row for row in rows if row["status"] == "failed"]
     told = experiment.load(folder)

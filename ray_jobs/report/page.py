@@ -192,7 +192,7 @@ def _importances(folder: Path, told: experiment.Experiment) -> dict[str, float]:
 
     import optuna
 
-    from ray_jobs.sweep.search import open_study
+    from ray_jobs.sweep.study import open_study
 
     sign = -1 if next(iter(told.space.objectives.values())) == "max" else 1  # Optuna's evaluator takes low for good
     study = open_study(told.space, folder, told.storage, told.config.seed)

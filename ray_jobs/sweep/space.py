@@ -1,33 +1,47 @@
-"""Sweeps as data: YAML files checked against the run config, and what they expand to.
+"""Sweeps as data: YAML files checked against the run config.
 
 question: what the sweep answers                    cost: what it takes
 kind: measure (cut a trained model, evaluate it) | train
 set: {dotted key: value}                            the same for every trial
 grids: [{dotted key: [values]}, ...]                each a product; together their union; cut.layer: all
 search: {dotted key: {low, high, log, one_minus} | {choices}}       drawn by Optuna
+        with when: {other key: value | [values] | {above: number}}  drawn only where the others are so
 objectives: {metric: max | min}                     of a search; two make a Pareto front
-trials: how many a search draws                     seeds: [...] repeats every trial
+trials: how many a search draws                     seeds: [...] repeats every trial of a grid
 early_stop: {grace_epochs, reduction}               ASHA, for one objective and training trials
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from mamba.config.keys import current
+from mamba.config.files import read_yaml
+from mamba.config.keys import current, dotted_keys, unknown_key
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "search_spaces"
+MOST_TRIALS = 10_000
+"""Of one experiment: each leaves a folder, and no report could show more."""
+LARGEST = 2.0**53
+"""Up to here a float holds every whole number."""
+SHOWN_ERRORS = 3
 Scalar = bool | int | float | str | None
+
+
+class Above(BaseModel):
+    """A condition on a number: strictly above another."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    above: float
 
 
 class Range(BaseModel):
@@ -41,6 +55,8 @@ class Range(BaseModel):
     one_minus: bool = False
     """The value is one minus what is drawn: for decays close to 1 on a log scale."""
     choices: list[Scalar] | None = None
+    when: dict[str, Scalar | list[Scalar] | Above] = Field(default_factory=dict)
+    """Conditions on other keys: without them the value is not drawn, and is what the experiment's config says."""
 
     def distribution(self) -> BaseDistribution:
         if self.choices is not None:
@@ -75,6 +91,16 @@ class Range(BaseModel):
         """The values that decide whether all are valid."""
         return list(self.choices) if self.choices is not None else [self.value(self.low), self.value(self.high)]
 
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether the conditions hold where the other keys have these values."""
+        return all(_holds(condition, values[key]) for key, condition in self.when.items())
+
+
+def _holds(condition: Any, value: Any) -> bool:
+    if isinstance(condition, Above):
+        return isinstance(value, int | float) and value > condition.above
+    return value in condition if isinstance(condition, list) else value == condition
+
 
 class EarlyStop(BaseModel):
     """ASHA (https://arxiv.org/abs/1810.05934): after grace_epochs, and each time `reduction` times as many, only the
@@ -82,8 +108,8 @@ class EarlyStop(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    grace_epochs: int = Field(1, ge=1)
-    reduction: int = Field(3, ge=2)
+    grace_epochs: int = Field(1, ge=1, le=10**6)
+    reduction: int = Field(3, ge=2, le=1000)
 
 
 class Space(BaseModel):
@@ -98,7 +124,7 @@ class Space(BaseModel):
     grids: list[dict[str, list[Scalar] | Literal["all"]]] = Field(default_factory=list)
     search: dict[str, Range] = Field(default_factory=dict)
     objectives: dict[str, Literal["max", "min"]] = Field(default_factory=dict)
-    trials: int = Field(0, ge=0)
+    trials: int = Field(0, ge=0, le=MOST_TRIALS)
     seeds: list[int] = Field(default_factory=list)
     early_stop: EarlyStop | None = None
 
@@ -110,14 +136,6 @@ class Space(BaseModel):
         return current(given, "the search space") if isinstance(given, dict) else given
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One point of a grid: the folder's name and the values that differ from the experiment's config."""
-
-    name: str
-    values: dict[str, Any]
-
-
 def load_space(path: str | Path) -> Space:
     """Read and check a space: a file's path, or the name of one that ships.
 
@@ -125,91 +143,172 @@ def load_space(path: str | Path) -> Space:
         ConfigError: the file, the key, what was wrong, what is valid.
     """
     file = Path(path)
-    if not file.is_file() and (FOLDER / f"{path}.yaml").exists():
-        file = FOLDER / f"{path}.yaml"
     try:
-        tree = yaml.safe_load(file.read_text())
+        if not file.is_file() and (FOLDER / f"{path}.yaml").exists():
+            file = FOLDER / f"{path}.yaml"
+        if not file.exists():
+            shipped = ", ".join(sorted(f.stem for f in FOLDER.glob("*.yaml")))
+            raise ConfigError(f"there is no search space {path}; a file, or one of those that ship: {shipped}")
+    except OSError as error:
+        raise ConfigError(f"--space {str(path)[:80]} cannot be read: {error.strerror}") from None
+    tree = read_yaml(file, "a search space")
+    try:
         space = Space.model_validate(tree)
-    except FileNotFoundError:
-        shipped = ", ".join(sorted(f.stem for f in FOLDER.glob("*.yaml")))
-        raise ConfigError(f"there is no search space {path}; a file, or one of those that ship: {shipped}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ConfigError(f"{file}: {_sentence(error)}") from None
     try:
-        _check(space)
+        return checked(space)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-    return space
 
 
-def expand(space: Space, depth: int, prefix: str = "") -> list[Trial]:
-    """Every trial of a space's grids, in order, each once.
+def checked(space: Space) -> Space:
+    """A space whose values are of their keys' types, each checked against the config's own bounds, and the parts
+    against each other; what depends on the experiment's config is checked by `ray_jobs.sweep.checks`.
 
-    Args:
-        space: with grids.
-        depth: blocks of the model, for `cut.layer: all`.
-        prefix: of the trials' names.
+    Raises:
+        ConfigError: the key, what was wrong, what is valid.
     """
-    trials: dict[str, Trial] = {}
-    for grid in space.grids:
-        lists = {key: list(range(depth)) if values == "all" else values for key, values in grid.items()}
-        for point in product(*lists.values()):
-            values = {**space.fixed, **dict(zip(lists, point, strict=True))}
-            seeds: list[int | None] = [*space.seeds] or [None]
-            for seed in seeds:
-                own = values if seed is None else {**values, "seed": seed}
-                varied = {k: v for k, v in own.items() if k in lists and (len(space.grids) > 1 or len(lists[k]) > 1)}
-                name = prefix + (_slug(varied) or "one") + (f"-seed{seed}" if seed is not None else "")
-                trials[name] = Trial(name, own)
-    return list(trials.values())
-
-
-def _slug(values: dict[str, Any]) -> str:
-    words = []
-    for key, value in values.items():
-        leaf = key.rpartition(".")[2]
-        words.append(f"{leaf}-{value:02d}" if isinstance(value, int) and leaf == "layer" else f"{leaf}-{value}")
-    return "_".join(words)
-
-
-def _check(space: Space) -> None:
-    """Every key and every extreme value against the config's own bounds, and the parts against each other."""
     if bool(space.grids) == bool(space.search):
         raise ConfigError("a space has either grids or search, one of them and not empty")
-    base = RunConfig().with_values(space.fixed)
-    for grid in space.grids:
-        if not grid:
-            raise ConfigError("grids: an empty grid has no trial")
-        for key, values in grid.items():
-            if values == "all":
-                if key != "cut.layer":
-                    raise ConfigError(f"grids: '{key}: all' means nothing; only cut.layer takes all")
-                continue
-            if not values:
-                raise ConfigError(f"grids: {key} lists no value")
-            for value in values:
-                base.with_values({key: value})
-    for key, where in space.search.items():
-        if (where.choices is None) == (where.low is None or where.high is None):
-            raise ConfigError(f"search: {key} needs low and high, or choices")
-        if where.choices is None:
-            assert where.low is not None and where.high is not None
-            if where.low >= where.high or (where.log and where.low <= 0):
-                raise ConfigError(f"search: {key} needs low < high, and low above 0 on a log scale")
-        elif not where.choices:
-            raise ConfigError(f"search: {key} lists no choice")
-        for value in where.extremes():
-            base.with_values({key: value})
-    if space.search and not (space.objectives and space.trials):
-        raise ConfigError("a search needs objectives and a number of trials")
+    fixed = {key: typed(key, value) for key, value in space.fixed.items()}
+    grids = [_checked_grid(grid, fixed) for grid in space.grids]
+    search = {key: _checked_range(key, where) for key, where in space.search.items()}
+    for key in fixed:
+        if key in search or any(key in grid for grid in grids):
+            raise ConfigError(f"set: {key} varies too; leave it out of one of both")
+    for key, where in search.items():
+        _check_conditions(key, where, fixed, search)
+    for seed in space.seeds:
+        typed("seed", seed)
+    if len(set(space.seeds)) < len(space.seeds):
+        raise ConfigError("seeds: one is given twice")
+    if space.seeds and ("seed" in fixed or any("seed" in grid for grid in grids)):
+        raise ConfigError("seeds: seed is given as a key too; leave one out")
+    if space.search:
+        if space.seeds:
+            raise ConfigError("seeds repeat the trials of grids and have no effect on a search; leave them out")
+        if not (space.objectives and space.trials):
+            raise ConfigError("a search needs objectives and a number of trials")
+    else:
+        for part in ("objectives", "trials", "early_stop"):
+            if getattr(space, part):
+                raise ConfigError(f"{part} is of a search; a space with grids has none")
+        _check_count(grids, len(space.seeds) or 1)
     if len(space.objectives) > 2:
         raise ConfigError("objectives: one or two")
     if space.early_stop and (space.kind != "train" or len(space.objectives) != 1):
         raise ConfigError("early_stop needs kind train and one objective")
+    return space.model_copy(update={"fixed": fixed, "grids": grids, "search": search})
+
+
+@cache
+def _default() -> RunConfig:
+    return RunConfig()
+
+
+def typed(key: str, value: Any) -> Any:
+    """A value as the type that its key has in the config; paths as text.
+
+    Raises:
+        ConfigError: an unknown key, a value of another type or out of bounds.
+    """
+    return _default().with_values({key: value}).flat()[key]
+
+
+def number_type(key: str) -> type[int] | type[float] | None:
+    """What numbers a key takes; None: no numbers."""
+    if key not in dotted_keys():
+        raise unknown_key(key)
+    annotation = dotted_keys()[key].model_fields[key.rpartition(".")[2]].annotation
+    kinds = {annotation, *get_args(annotation)}
+    return float if float in kinds else int if int in kinds else None
+
+
+def _checked_grid(grid: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    if not grid:
+        raise ConfigError("grids: an empty grid has no trial")
+    found: dict[str, Any] = {}
+    for key, values in grid.items():
+        if values == "all":
+            if key != "cut.layer":
+                raise ConfigError(f"grids: '{key}: all' means nothing; only cut.layer takes all")
+            found[key] = values
+            continue
+        if not values:
+            raise ConfigError(f"grids: {key} lists no value")
+        if len(values) > MOST_TRIALS:
+            raise ConfigError(f"grids: {key} lists {len(values):,} values; at most {MOST_TRIALS:,} trials can be run")
+        found[key] = [typed(key, value) for value in values]
+        if _twice(found[key]):
+            raise ConfigError(f"grids: {key} lists a value twice")
+    return found
+
+
+def _check_count(grids: list[dict[str, Any]], seeds: int) -> None:
+    count = seeds * sum(math.prod(1 if v == "all" else len(v) for v in grid.values()) for grid in grids)
+    if count > MOST_TRIALS:
+        raise ConfigError(f"grids: {count:,} trials, and at most {MOST_TRIALS:,} can be run")
+
+
+def _checked_range(key: str, where: Range) -> Range:
+    if (where.choices is None) == (where.low is None or where.high is None):
+        raise ConfigError(f"search: {key} needs low and high, or choices")
+    if where.choices is not None:
+        if not where.choices:
+            raise ConfigError(f"search: {key} lists no choice")
+        if where.log or where.one_minus or where.low is not None or where.high is not None:
+            raise ConfigError(f"search: {key} has choices, with which low, high, log and one_minus have no effect")
+        choices = [typed(key, value) for value in where.choices]
+        if _twice(choices):
+            raise ConfigError(f"search: {key} lists a choice twice")
+        return where.model_copy(update={"choices": choices})
+    low, high, kind = where.low, where.high, number_type(key)
+    assert low is not None and high is not None
+    if kind is None:
+        raise ConfigError(f"search: {key} is no number and needs choices")
+    if not (abs(low) < LARGEST and abs(high) < LARGEST):
+        raise ConfigError(f"search: {key} needs ends between -2^53 and 2^53")
+    if kind is int:
+        if low != int(low) or high != int(high):
+            raise ConfigError(f"search: {key} takes whole numbers, got {low:g} to {high:g}")
+        low, high = int(low), int(high)
+    else:
+        low, high = float(low), float(high)
+    if low >= high or (where.log and low <= 0):
+        raise ConfigError(f"search: {key} needs low < high, and low above 0 on a log scale")
+    for value in where.extremes():
+        typed(key, value)
+    return where.model_copy(update={"low": low, "high": high})
+
+
+def _check_conditions(key: str, where: Range, fixed: Mapping[str, Any], search: Mapping[str, Range]) -> None:
+    earlier = list(search)[: list(search).index(key)]
+    for other, condition in where.when.items():
+        if other not in dotted_keys():
+            raise unknown_key(other)
+        if other in search and other not in earlier:
+            raise ConfigError(f"search: {key} depends on {other}, which has to stand before it")
+        for value in condition if isinstance(condition, list) else [] if isinstance(condition, Above) else [condition]:
+            if typed(other, value) != value:
+                raise ConfigError(f"search: {key} when {other} is {value!r}: it cannot be")
+        if other in fixed and not _holds(condition, fixed[other]):
+            raise ConfigError(f"search: {key} is never drawn: {other} is {fixed[other]}")
+        if other in search:
+            ends = search[other].extremes()
+            if not any(_holds(condition, value) for value in ends) and search[other].choices is not None:
+                raise ConfigError(f"search: {key} is never drawn: {other} is one of {ends}")
+
+
+def _twice(values: list[Any]) -> bool:
+    return len({(type(value), value) for value in values}) < len(values)
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        items = (f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors(include_url=False))
-        return f"{'; '.join(items)}; valid keys: {', '.join('set' if f == 'fixed' else f for f in Space.model_fields)}"
+        found = error.errors(include_url=False, include_input=False)
+        items = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in found[:SHOWN_ERRORS]]
+        more = [f"and {len(found) - SHOWN_ERRORS} more"] if len(found) > SHOWN_ERRORS else []
+        valid = ", ".join("set" if f == "fixed" else f for f in Space.model_fields)
+        return f"{'; '.join([*items, *more])}; valid keys: {valid}"
     return " ".join(str(error).split())

@@ -1,16 +1,17 @@
 """What one trial of a sweep does, in its own folder: cut and measure a trained model, or train one.
 
-Runs inside a Ray Tune actor that is used for many trials; what they share (data, the trained model) comes out of Ray's
-object store and is kept by the process.
+Runs inside a Ray Tune actor that is used for many trials. What they share, data and the trained model, is loaded once a
+process; everything else is as it was before the trial when it ends.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -21,27 +22,24 @@ from typing import Any
 
 import torch
 
-from mamba.config.schema import RunConfig
+from mamba.config.schema import DataConfig, RunConfig
 from mamba.data.images import ImageData
-from mamba.errors import CheckpointError, ConfigError, ForgeError
-from mamba.models.model import MambaModel
-from mamba.runs import checkpoint as ckpt
-from mamba.runs.environment import environment
+from mamba.data.registry import load_data
+from mamba.errors import ConfigError, ForgeError, TrainingError
+from mamba.runs.files import write_json
 from mamba.runs.folder import epochs_of, finished_result, request_stop
-from mamba.runs.tracking import FIRST_HPARAMS, Tracker, write_hparams
+from mamba.runs.metrics import best_accuracy
+from mamba.runs.start import prepare_resume
+from mamba.runs.tracking import FIRST_HPARAMS, write_hparams
 from mamba.train.distributed import Process, own_device
-from mamba.train.trainer import fit, resolve_amp
-from pruning import measure as meter
-from pruning.cut import cut
-from pruning.importance import SCORES
-from pruning.masks import Masks
-from pruning.rounds import calibration_batches, hooks_for
-from pruning.shrink import Shrunk
-from pruning.store import masks_of, save_pruned
-from ray_jobs.sweep.results import baseline_of, read_trial, write_baseline, write_trial
+from mamba.train.trainer import fit
+from pruning.rounds import hooks_for
+from ray_jobs.launch.run import await_orphans
+from ray_jobs.sweep.checks import data_identity
+from ray_jobs.sweep.process import restored
+from ray_jobs.sweep.results import read_trial, write_trial
 
 Report = Callable[[Mapping[str, float]], None]
-BENCH_SECONDS = 0.4
 LOG = "trial.log"
 
 
@@ -52,8 +50,7 @@ class Shared:
     kind: str
     folder: Path
     config: dict[str, Any]
-    """The experiment's resolved config, as plain values."""
-    data: ImageData
+    """The experiment's config, as plain values."""
     checkpoint: Path | None
     """The trained model that measure trials cut."""
     threads: int
@@ -64,6 +61,8 @@ class Shared:
     """Whether the cluster has GPUs."""
     compared: tuple[str, ...] = ()
     """The keys in which trials differ: TensorBoard's first columns."""
+    objectives: tuple[str, ...] = ()
+    """Metrics without which a trial has failed."""
 
 
 class TrialProcess(Process):
@@ -87,20 +86,23 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
     Returns:
         trial.json's content: status finished or failed, metrics, the reason of a failure.
     """
+    from ray_jobs.sweep.measure import measure_trial
+
     folder = shared.folder / name
     done = read_trial(folder)
     if done is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(shared.threads)
     began = time.perf_counter()
-    with own_log(folder):
+    with own_log(folder), restored(shared.threads, trains=shared.kind == "train"):
         print(f"{datetime.now():%F %T} {platform.node()}, process {os.getpid()}: {values}")
         try:
+            _claim(folder)
             config = trial_config(shared, name, values)
             (folder / "config.yaml").write_text(config.to_yaml())
             work = measure_trial if shared.kind == "measure" else train_trial
             result = work(shared, config, folder, report)
+            result = check_finite(result, shared.objectives)
         except (ForgeError, torch.OutOfMemoryError) as error:
             result = {"status": "failed", "reason": str(error).splitlines()[0], "metrics": {}}
             traceback.print_exc()
@@ -116,11 +118,34 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
     return result
 
 
+def check_finite(result: dict[str, Any], objectives: tuple[str, ...]) -> dict[str, Any]:
+    """A trial's result, failed where it diverged: where its loss, its accuracy or an objective is not a number.
+
+    What it reached before it diverged is kept among its metrics, and ranks nowhere.
+    """
+    metrics = result["metrics"]
+    for key in dict.fromkeys((*objectives, "train/loss", "val/loss", "val/accuracy")):
+        if key in metrics and not math.isfinite(metrics[key]):
+            return {**result, "status": "failed", "reason": f"it diverged: {key} is {metrics[key]} at its end"}
+        if key in objectives and key not in metrics:
+            return {**result, "status": "failed", "reason": f"{key}, an objective, is not among its metrics"}
+    return result
+
+
 @contextmanager
 def own_log(folder: Path) -> Iterator[None]:
     """What is printed and warned of in a trial goes to `trial.log` in its folder; attempts follow each other there."""
     with (folder / LOG).open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         yield
+
+
+def _claim(folder: Path) -> None:
+    """Wait for a process of a killed sweep that still works on this trial, then say that it is this one's."""
+    mark = folder / ".ray" / "worker-trial.json"
+    mark.parent.mkdir(exist_ok=True)
+    with suppress(OSError, ValueError, KeyError):  # a damaged mark names no process
+        await_orphans(folder)
+    write_json(mark, {"pid": os.getpid(), "host": platform.node()})
 
 
 def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunConfig:
@@ -139,126 +164,67 @@ def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str
     write_hparams(shared.folder / name, config, status, shared.compared or FIRST_HPARAMS)
 
 
-@lru_cache(maxsize=1)
-def trained_model(path: Path, device: torch.device) -> tuple[MambaModel, dict[str, Any], Masks]:
-    """The model of a checkpoint, its description and its masks, loaded once a process. Cuts copy them."""
-    return *ckpt.load_model(path, device=device), masks_of(path)
+def data_of(shared: Shared, config: RunConfig) -> ImageData:
+    """The images that a trial's config asks for, loaded once a process. The validation split is the experiment's: of
+    trials that differ in their seed all are validated on the same images."""
+    return _loaded(data_identity(config.data), RunConfig(**shared.config).seed)
 
 
-def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk:
-    """The trained model, cut as `cut.*` says; what its checkpoint had masked stays masked."""
-    assert shared.checkpoint is not None
-    model, _, masks = trained_model(shared.checkpoint, device)
-    how = config.cut
-    batches = None
-    if how.repair or SCORES[how.criterion].calibrated:
-        batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(shared.data, config.seed)]
-    return cut(
-        model,
-        how.rates,
-        shrink=how.structured,
-        scope=how.scope,
-        score=how.criterion,
-        calibration=batches,
-        layers=None if how.layer is None else [how.layer],
-        repair=how.repair,
-        seed=config.seed,
-        masks=masks,
-    )
-
-
-def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, float]]:
-    """Speed of the dense model and of each trial's, one after the other with nothing beside them: dense first."""
-    assert shared.checkpoint is not None
-    device = own_device()
-    dense, *_ = trained_model(shared.checkpoint, device)
-    configs = [trial_config(shared, name, values) for name, values in trials]
-    models = (dense, *(cut_model(shared, config, device).model for config in configs))
-    amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
-    batch_size = meter.usual_batch(device)
-    return meter.speeds(models, batch_size, BENCH_SECONDS, amp)
-
-
-_baselines: dict[Path, dict[str, float]] = {}
-
-
-def measured_baseline(shared: Shared, device: torch.device) -> dict[str, float]:
-    """Validation accuracy and size of the model that is cut: measured once a process, by the process's first trial, so
-    that no sweep waits for it, and kept in the experiment's folder."""
-    path = shared.folder
-    if path not in _baselines:
-        baseline = baseline_of(path)
-        if "val/accuracy" not in baseline:
-            assert shared.checkpoint is not None and shared.data.val is not None
-            config = RunConfig(**shared.config)
-            model, *_ = trained_model(shared.checkpoint, device)
-            amp = resolve_amp(config.optim.amp, device)
-            accuracy = meter.accuracy(model, shared.data, shared.data.val, config.eval.batch_size, amp)
-            images = float(len(shared.data.val))
-            measured = {"val/accuracy": accuracy, "val/images": images, **meter.size(model)}
-            baseline = write_baseline(path, measured)
-        _baselines[path] = baseline
-    return _baselines[path]
-
-
-def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
-    """Cut the trained model as `cut.*` says, fine-tune it if asked to, and measure what is left."""
-    assert shared.checkpoint is not None
-    device = own_device()
-    _, description, _ = trained_model(shared.checkpoint, device)
-    data, epochs = shared.data, config.cut.finetune_epochs
-    assert data.val is not None
-    if not config.cut.rates:
-        raise ConfigError("cut.*: nothing is cut; set at least one component's rate above 0")
-    baseline = measured_baseline(shared, device)
-    pruned = cut_model(shared, config, device)
-    smaller = pruned.model
-    if epochs:
-        start = save_pruned(folder / "start", smaller, pruned.masks, description)
-        tuning = config.with_values({"model.checkpoint": start, "optim.epochs": epochs})
-        tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
-        process = TrialProcess(device, shared.threads, report)
-        result = finished_run(folder) or fit(tuning.resolve(), process, folder, data, hooks_for(tuning))
-        smaller, _ = ckpt.load_model(folder, device=device)
-        metrics = dict(result["metrics"])
-    else:
-        metrics = {}
-    amp = resolve_amp(config.optim.amp, device)
-    accuracy = meter.accuracy(smaller, data, data.val, config.eval.batch_size, amp)
-    metrics |= meter.size(smaller)
-    metrics |= {"val/accuracy": accuracy, "val/drop": baseline["val/accuracy"] - accuracy}
-    result = {"status": "finished", "metrics": metrics, "seed": config.seed, **environment(device)}
-    if not epochs:
-        tracker = Tracker(folder, config, 0, 0)
-        tracker.scalars(metrics, 0)
-        tracker.close()
-    return result
+@lru_cache(maxsize=2)
+def _loaded(config: DataConfig, seed: int) -> ImageData:
+    return load_data(config, seed)
 
 
 def finished_run(folder: Path) -> dict[str, Any] | None:
     """What the training in a trial's folder left, if the trial was ended between it and its own result."""
     try:
         return finished_result(folder)
-    except CheckpointError:  # damaged: the trainer writes it again, from its last checkpoint
+    except ForgeError:  # damaged: the trainer writes it again, from its last checkpoint
         return None
 
 
 def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
     """Train as train.py would, from the folder's newest checkpoint if there is one; reports every epoch but the last,
-    which is reported with the result: a trial that is stopped there saves nothing and loses its test."""
+    which is reported with the result: a trial that is stopped there saves nothing and loses its test.
+
+    Raises:
+        TrainingError: an epoch's objective or validation loss is not a number; no later epoch could be compared.
+    """
 
     def report_epoch(metrics: Mapping[str, float]) -> None:
-        epochs = epochs_of(folder)
-        if metrics.get("epoch", epochs[-1]["epoch"]) < config.optim.epochs:
-            report({**metrics, "val/best_accuracy": max(map(best_accuracy, [metrics, *epochs]))})
+        epochs = reported_epochs(folder)
+        latest = {**epochs[-1], **metrics} if epochs else dict(metrics)
+        for key in dict.fromkeys((*shared.objectives, "val/loss")):
+            if not math.isfinite(latest.get(key, 0.0)):
+                raise TrainingError(f"it diverged: {key} is {latest[key]} in epoch {latest.get('epoch', '?')}")
+        if latest.get("epoch", 0) < config.optim.epochs:
+            report(latest)
 
     result = finished_run(folder)
-    if result is None and shared.workers > 1:
-        result = _train_nested(shared, config, folder, report_epoch)
-    elif result is None:
-        process = TrialProcess(own_device(), shared.threads, report_epoch)
-        result = fit(config, process, folder, shared.data, hooks_for(config))
-    return {**result, "metrics": {**result["metrics"], "val/best_accuracy": max(map(best_accuracy, epochs_of(folder)))}}
+    if result is None:
+        prepare_resume(folder)  # forgets the request to stop of a sweep that was interrupted
+        if shared.workers > 1:
+            result = _train_nested(shared, config, folder, report_epoch)
+        else:
+            process = TrialProcess(own_device(), shared.threads, report_epoch)
+            result = fit(config, process, folder, data_of(shared, config), hooks_for(config))
+    if result["status"] == "interrupted":  # asked to stop by someone: it goes on when the sweep is continued
+        raise InterruptedError(f"{folder} was asked to stop")
+    epochs = reported_epochs(folder)
+    last = {k: epochs[-1][k] for k in ("epoch", "val/best_accuracy") if epochs and k in epochs[-1]}
+    return {**result, "metrics": {**result["metrics"], **last}}
+
+
+def reported_epochs(folder: Path) -> list[dict[str, float]]:
+    """Every epoch of a run as a scheduler and a study see it: its metrics, `epoch`, and `val/best_accuracy` so far."""
+    best = -math.inf
+    found = []
+    for epoch in epochs_of(folder):
+        reached = best_accuracy(epoch)
+        best = max(best, reached) if math.isfinite(reached) else best
+        known = {key: value for key, value in epoch.items() if value is not None}
+        found.append({**known, **({"val/best_accuracy": best} if math.isfinite(best) else {})})
+    return found
 
 
 def _train_nested(shared: Shared, config: RunConfig, folder: Path, report_epoch: Report) -> dict[str, Any]:
@@ -268,7 +234,7 @@ def _train_nested(shared: Shared, config: RunConfig, folder: Path, report_epoch:
     def work() -> dict[str, Any]:
         return train_with_workers(config, folder, shared.workers, shared.gpu, shared.threads)
 
-    seen = 0
+    seen = len(epochs_of(folder))  # by the sweep that is continued
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(work)
         try:
@@ -282,8 +248,3 @@ def _train_nested(shared: Shared, config: RunConfig, folder: Path, report_epoch:
         except BaseException:  # Tune stops a trial where it reports
             request_stop(folder)
             raise
-
-
-def best_accuracy(metrics: Mapping[str, float]) -> float:
-    """The better of the raw and the averaged weights' validation accuracy; -1 where there is none."""
-    return max(metrics.get("val/accuracy", -1.0), metrics.get("val/ema_accuracy", -1.0))

@@ -23,7 +23,6 @@ import torch
 import yaml
 
 from mamba.config.schema import RunConfig
-from mamba.data.registry import load_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.tracking import HPARAM_METRICS
@@ -37,9 +36,13 @@ from ray_jobs.launch.cluster import Cluster
 from ray_jobs.report.findings import findings, front
 from ray_jobs.report.page import write_report
 from ray_jobs.sweep import experiment
-from ray_jobs.sweep.search import GridTrials, StudyTrials, Watcher, open_study
-from ray_jobs.sweep.space import expand, load_space
-from ray_jobs.sweep.trial import Shared, run_trial
+from ray_jobs.sweep.grid import expand
+from ray_jobs.sweep.run import resources
+from ray_jobs.sweep.searcher import GridTrials, StudyTrials
+from ray_jobs.sweep.space import load_space
+from ray_jobs.sweep.study import open_study
+from ray_jobs.sweep.trial import Shared, data_of, run_trial
+from ray_jobs.sweep.tuner import Watcher
 from ray_jobs.train import main as train
 from ray_jobs.tune import main as tune
 from tests.runs.test_tracking import hparams_table, shown_status
@@ -65,8 +68,7 @@ def trained(tmp_path_factory):
 
 def shared_of(trained, folder, kind="measure"):
     config = RunConfig.from_yaml(trained / "config.yaml")
-    data = load_data(config.data, config.seed)
-    return Shared(kind, folder, config.model_dump(mode="json"), data, trained, 1, 1, False)
+    return Shared(kind, folder, config.model_dump(mode="json"), trained, 1, 1, False)
 
 
 # --- without a cluster -----------------------------------------------------------------------------------------------
@@ -75,22 +77,23 @@ def shared_of(trained, folder, kind="measure"):
 def test_a_measure_trial_is_the_prune_done_by_hand(trained, tmp_path):
     shared = shared_of(trained, tmp_path / "runs" / "exp")
     model, _ = ckpt.load_model(trained)
-    assert shared.data.val is not None
-    dense = meter.accuracy(model, shared.data, shared.data.val)
+    data = data_of(shared, RunConfig(**shared.config).resolve())
+    assert data.val is not None
+    dense = meter.accuracy(model, data, data.val)
     for trial in expand(load_space("layer_sensitivity"), 2) + expand(load_space("joint_pruning"), 2):
         result = run_trial(shared, trial.name, trial.values, lambda _: None)
         rates = {k.removeprefix("cut."): v for k, v in trial.values.items() if isinstance(v, float)}
         layer = trial.values.get("cut.layer")
         layers = None if layer is None else [layer]
         by_hand = prune_multiple(model, rates, shrink="cut.structured" in trial.values, layers=layers)
-        drop = dense - meter.accuracy(by_hand, shared.data, shared.data.val)
+        drop = dense - meter.accuracy(by_hand, data, data.val)
         assert result["metrics"]["val/drop"] == pytest.approx(drop, abs=1e-6)
         assert result["metrics"]["model/params"] == sum(p.numel() for p in by_hand.parameters())
         assert "bench/images_per_s" not in result["metrics"], "measured beside other trials"
     baseline = experiment.baseline_of(shared.folder)
     assert baseline["val/accuracy"] == pytest.approx(dense, abs=1e-6)
     assert baseline["model/params"] == sum(p.numel() for p in model.parameters())
-    assert baseline["val/images"] == len(shared.data.val)
+    assert baseline["val/images"] == len(data.val)
 
 
 def test_a_trial_that_is_done_is_read_not_run(trained, tmp_path):
@@ -166,7 +169,7 @@ def test_a_trial_of_several_workers_is_followed_and_stopped(trained, tmp_path, m
     ended = []
 
     def workers(config, folder, *_):
-        ended.append(fit(config, local_process(), folder, shared.data))
+        ended.append(fit(config, local_process(), folder, data_of(shared, config)))
         return ended[-1]
 
     monkeypatch.setattr("ray_jobs.launch.run.train_with_workers", workers)
@@ -213,7 +216,7 @@ def test_concurrent_trials_never_hold_more_than_there_is(small_config):
     def held(cluster, kind="train", workers=0, share=None, cpus=None):
         config = small_config(scaling__num_workers=workers, scaling__cpus_per_worker=cpus)
         space = load_space("quickstart" if kind == "train" else "component_ablation")
-        return experiment.resources(experiment.Experiment(space, [], config, None, share, None, 1), cluster)
+        return resources(experiment.Experiment(space, [], config, None, share, None, 1), cluster)
 
     two = held(Cluster(2, 0, "here"), workers=2, cpus=1)
     assert two.concurrent == 1 and two.cpus == 0, "two nested runs of two workers would wait for each other"
@@ -376,7 +379,7 @@ def test_the_report_of_a_search_with_one_objective(tmp_path):
         (tune, ["--space", "nowhere"], "no search space nowhere"),
         (tune, ["--space", "pruning"], "give --checkpoint"),
         (tune, ["--space", "quickstart", "--trials", "many"], "--trials many: a whole number is needed"),
-        (tune, ["--space", "quickstart", "--trials", "0"], "--trials 0 draws nothing; at least 1"),
+        (tune, ["--space", "quickstart", "--trials", "0"], "--trials 0 is not possible; valid: 1 to 10,000"),
         (ablate, ["--gpus-per-trial", "half"], "--gpus-per-trial half: a number is needed"),
         (
             ablate,
@@ -483,7 +486,8 @@ def test_a_trial_trains_with_two_workers_on_all_cpus_there_are(tmp_path):
     assert done.returncode == 0, out
     results = [json.loads(p.read_text()) for p in sorted((tmp_path / "search").glob("trial-*/trial.json"))]
     assert len(results) == 1
-    assert all(r["status"] == "stopped early" or r["world_size"] == 2 for r in results)
+    runs = [json.loads(p.read_text()) for p in (tmp_path / "search").glob("trial-*/result.json")]
+    assert all(r["world_size"] == 2 for r in runs) and len(runs) == sum(r["status"] == "finished" for r in results)
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from optuna.distributions import FloatDistribution, IntDistribution
 
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
-from ray_jobs.sweep.space import FOLDER, expand, load_space
+from ray_jobs.sweep.grid import expand
+from ray_jobs.sweep.space import FOLDER, Space, load_space
 
 SHIPPED = sorted(f.stem for f in FOLDER.glob("*.yaml"))
 
@@ -62,6 +64,13 @@ def test_one_minus_turns_a_log_scale_towards_one():
     assert where.place(1 - 10**-3.5) == pytest.approx(0.5), "half way on the scale that it is drawn on"
 
 
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text("question: q\ncost: c\nkind: train\ngrids:\n  - optim.lr: [0.1]\n    optim.lr: [0.2]\n")
+    with pytest.raises(ConfigError, match=r"optim\.lr is given twice"):
+        load_space(path)
+
+
 def write(tmp_path, **parts):
     tree = {"question": "?", "cost": "no trial", "kind": "measure", **parts}
     path = tmp_path / "space.yaml"
@@ -88,6 +97,37 @@ SEARCH = {"objectives": {"val/accuracy": "max"}, "trials": 3}
         ({"search": {"optim.lr": {"low": 0.1, "high": 0.2, "step": 3}}, **SEARCH}, "search.optim.lr.step"),
         ({"search": {"optim.lr": {"low": 0.1, "high": 0.2}}}, "needs objectives and a number of trials"),
         ({"search": {"optim.lr": {"low": 0.1, "high": 0.2}}, **SEARCH, "early_stop": {}}, "needs kind train"),
+        ({"search": {"optim.lr": {"low": 0.1, "high": 0.2}}, **SEARCH, "seeds": [0, 1]}, "no effect on a search"),
+        ({"search": {"data.batch_size": {"low": 16.5, "high": 64}}, **SEARCH}, "data.batch_size takes whole numbers"),
+        ({"search": {"data.augment": {"low": 1, "high": 2}}, **SEARCH}, "data.augment is no number and needs choices"),
+        ({"search": {"optim.lr": {"low": 0.1, "high": float("inf")}}, **SEARCH}, "between -2^53 and 2^53"),
+        ({"search": {"optim.lr": {"choices": [0.1, 0.1]}}, **SEARCH}, "lists a choice twice"),
+        ({"search": {"optim.lr": {"choices": [0.1], "log": True}}, **SEARCH}, "have no effect"),
+        (
+            {"search": {"optim.lr": {"low": 0.1, "high": 0.2}}, "set": {"optim.lr": 0.1}, **SEARCH},
+            "optim.lr varies too",
+        ),
+        ({"search": {"optim.lr": {"low": 0.1, "high": 0.2, "when": {"optim.lrr": 1}}}, **SEARCH}, "unknown key"),
+        (
+            {
+                "search": {
+                    "optim.lr": {"low": 0.1, "high": 0.2, "when": {"data.mixup": 0.8}},
+                    "data.mixup": {"choices": [0.0, 0.8]},
+                },
+                **SEARCH,
+            },
+            "depends on data.mixup, which has to stand before it",
+        ),
+        ({"grids": [{"cut.mlp": [0.1]}], "objectives": {"val/accuracy": "max"}}, "objectives is of a search"),
+        ({"grids": [{"cut.mlp": [0.1]}], "trials": 3}, "trials is of a search"),
+        ({"grids": [{"cut.mlp": [0.1, 0.1]}]}, "cut.mlp lists a value twice"),
+        ({"grids": [{"cut.mlp": [0.1]}], "seeds": [-1]}, "seed: should be greater than or equal to 0"),
+        ({"grids": [{"cut.mlp": [0.1]}], "seeds": [1, 1]}, "seeds: one is given twice"),
+        ({"grids": [{"cut.mlp": [0.1], "seed": [1]}], "seeds": [1]}, "seed is given as a key too"),
+        (
+            {"grids": [{f"cut.{n}": [i / 200 for i in range(200)] for n in ("mlp", "conv1d", "linear_in")}]},
+            "8,000,000 trials, and at most 10,000 can be run",
+        ),
         ({"grid": [{"cut.mlp": [0.1]}]}, "valid keys: question, cost, kind, set, grids"),
         ({"kind": "guess", "grids": [{"cut.mlp": [0.1]}]}, "kind: Input should be 'measure' or 'train'"),
     ],
@@ -96,6 +136,42 @@ def test_bad_spaces_are_refused_by_name(tmp_path, parts, words):
     with pytest.raises(ConfigError) as error:
         load_space(write(tmp_path, **parts))
     assert words in str(error.value) and "space.yaml" in str(error.value)
+
+
+def test_ranges_have_the_type_of_their_key(tmp_path):
+    def drawn(key, **where):
+        return load_space(write(tmp_path, kind="train", search={key: where}, **SEARCH)).search[key].distribution()
+
+    assert isinstance(drawn("optim.weight_decay", low=0, high=1), FloatDistribution)
+    assert isinstance(drawn("optim.lr", low="1e-4", high="1e-2", log=True), FloatDistribution)
+    batch = drawn("data.batch_size", low=16.0, high=64.0)
+    assert isinstance(batch, IntDistribution) and (batch.low, batch.high) == (16, 64)
+    assert drawn("optim.compile", choices=["auto", True]).choices == ("auto", True)
+    assert drawn("model.drop_path", choices=["1e-1", 0]).choices == (0.1, 0.0), "as the config reads them"
+
+
+def test_grids_are_typed_and_hold_each_point_once(tmp_path):
+    trials = expand(
+        load_space(write(tmp_path, kind="train", grids=[{"optim.lr": ["1e-3", 1]}, {"optim.lr": [0.001]}])), 4
+    )
+    assert [t.values for t in trials] == [{"optim.lr": 0.001}, {"optim.lr": 1.0}]
+
+
+def test_conditions_say_when_a_key_is_drawn(tmp_path):
+    search = {
+        "data.mixup": {"choices": [0.0, 0.8]},
+        "data.mix_prob": {"low": 0.1, "high": 1.0, "when": {"data.mixup": {"above": 0}}},
+        "model.pos_embed": {
+            "choices": ["rope", "none"],
+            "when": {"model.class_token": ["none", None], "data.mixup": 0.8},
+        },
+    }
+    where = load_space(write(tmp_path, kind="train", search=search, **SEARCH)).search
+    assert not where["data.mix_prob"].holds({"data.mixup": 0.0}) and where["data.mix_prob"].holds({"data.mixup": 0.8})
+    assert where["model.pos_embed"].holds({"data.mixup": 0.8, "model.class_token": None})
+    assert not where["model.pos_embed"].holds({"data.mixup": 0.8, "model.class_token": "middle"})
+    assert Space.model_validate_json(load_space(write(tmp_path, kind="train", search=search, **SEARCH)).model_dump_json(
+        by_alias=True)).search == where  # fmt: skip
 
 
 def test_a_missing_space_lists_those_that_ship():

@@ -1,0 +1,251 @@
+"""What an experiment cannot be asked: keys that would have no effect, trials that are the same or cannot be, objectives
+that no trial has. Everything here is found before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mamba.config.cli import BESIDE_CHECKPOINT as BESIDE
+from mamba.config.keys import dotted_keys, unknown_key
+from mamba.config.schema import DataConfig, RunConfig
+from mamba.errors import ConfigError
+from ray_jobs.sweep.grid import Trial
+from ray_jobs.sweep.space import Range, Space
+
+TRAINING_DATA = frozenset(
+    {
+        *("batch_size", "augment", "magnitude", "magnitude_std", "crop", "crop_scale", "random_erasing", "cutout"),
+        *("repeats", "mixup", "cutmix", "mix_prob", "mix_off_epochs", "device", "loader_workers", "prefetch_factor"),
+    }
+)
+"""Keys of data.* that say how the training images are used; all others decide which images there are."""
+BESIDE_CHECKPOINT = ("model.checkpoint", *BESIDE)
+"""Keys of model.* that count where there is a checkpoint."""
+DRAWS = 64
+"""Points of a search that are tried before it starts."""
+
+EVERY_EPOCH = ("train/loss", "train/lr", "train/images_per_s", "train/data_wait_percent", "train/skipped_steps")
+VALIDATED = ("val/loss", "val/accuracy", "val/best_accuracy")
+SIZES = ("model/params", "model/macs")
+MEASURED = ("val/accuracy", "val/drop", "model/params", "model/nonzero", "model/macs", "model/sparsity")
+
+
+def check(space: Space, trials: Sequence[Trial], config: RunConfig) -> None:
+    """Refuse an experiment in which something asked for would have no effect or cannot be.
+
+    Args:
+        space: as `load_space` gives it.
+        trials: of its grids; none for a search.
+        config: of the experiment, before it is resolved.
+
+    Raises:
+        ConfigError: the key or the trial, what is wrong, what is valid.
+    """
+    _check_keys(space, config)
+    points = [t.values for t in trials] if trials else _drawn(space, config)
+    configs: list[RunConfig] = []
+    refusal: ConfigError | None = None
+    for i, values in enumerate(points):
+        try:
+            configs.append(config.with_values(values).resolve())
+        except ConfigError as error:
+            if trials:
+                raise ConfigError(f"grids: trial {trials[i].name} cannot be: {error}") from None
+            refusal = error
+    if refusal and not configs:
+        raise ConfigError(f"search: none of {DRAWS} points that were drawn can be: {refusal}")
+    if trials:
+        _check_different(space, trials, configs)
+    else:
+        _check_effects(space, config, points)
+    _check_objectives(space, config, configs)
+
+
+def idle(config: RunConfig, kind: str) -> set[str]:
+    """Keys that have no effect on a training or measurement with the other keys as they are."""
+    data, model = config.data, config.model
+    found: set[str] = set()
+
+    def when(off: bool, *keys: str) -> None:
+        if off:
+            found.update(keys)
+
+    when(not (data.mixup or data.cutmix), "data.mix_prob", "data.mix_off_epochs")
+    when(data.augment == "none", "data.crop", "data.crop_scale")
+    when(data.augment != "randaugment_inc", "data.magnitude", "data.magnitude_std")
+    when(data.crop != "resized", "data.crop_scale")
+    when(not config.ema.enabled, "ema.decay")
+    when(config.distill.teacher is None, "distill.temperature", "distill.alpha")
+    when(config.penalty.kind == "off", *(key for key in dotted_keys() if key.startswith("penalty.")))
+    when(model.stem == "patch", "model.sync_batchnorm")
+    if model.checkpoint is not None:
+        when(True, *(k for k in dotted_keys() if k.startswith("model.") and k not in BESIDE_CHECKPOINT))
+    if kind == "measure" and not config.cut.finetune_epochs:
+        when(config.cut.criterion in ("l1", "l2") and not config.cut.repair, "seed")
+    return found - {"penalty.kind"}
+
+
+def _check_keys(space: Space, config: RunConfig) -> None:
+    """Every key of a space by itself: whether it can vary, or be set, in a trial of this kind."""
+    possible = _possible(space, config, "cut.finetune_epochs")
+    finetuned = space.kind == "measure" and any(possible)
+    checkpoint = space.kind == "train" and any(_possible(space, config, "model.checkpoint"))
+    parts: list[tuple[str, Iterable[str]]] = [("set", space.fixed), ("search", space.search)]
+    for part, keys in [*parts, *(("grids", grid) for grid in space.grids)]:
+        for key in keys:
+            reason = _reason(key, space.kind, finetuned, checkpoint)
+            if reason:
+                raise ConfigError(f"{part}: {key} {reason}")
+    for key, where in space.search.items():
+        for other in where.when:
+            if other not in space.search and not _can_hold(where, other, _possible(space, config, other)):
+                raise ConfigError(f"search: {key} is never drawn: {other} is {config.flat()[other]}")
+
+
+def _reason(key: str, kind: str, finetuned: bool, checkpoint: bool) -> str | None:
+    """Why a key has no place in a space of this kind; None: it has."""
+    if key not in dotted_keys():
+        raise unknown_key(key)
+    group, _, leaf = key.partition(".")
+    if key in ("name", "out", "trial"):
+        return "is the experiment's own: give it on the command line"
+    if group == "scaling":
+        return "is the same for all trials: give it on the command line"
+    if group == "prune":
+        return "belongs to rounds of pruning (ray_jobs/prune.py) and has no effect in a space"
+    if kind == "train":
+        if group == "cut":
+            return "cuts a trained model, which only kind measure does"
+        if group == "model" and checkpoint and key not in BESIDE_CHECKPOINT:
+            return f"has no effect beside model.checkpoint, which brings its own; valid: {', '.join(BESIDE_CHECKPOINT)}"
+        return None
+    if group == "data" and leaf not in TRAINING_DATA:
+        return "decides the data set, and a trained model is measured on its own"
+    if key == "model.checkpoint":
+        return "is the model that all trials cut: give it on the command line"
+    if group == "model" and key not in BESIDE_CHECKPOINT:
+        return "has no effect: the checkpoint brings its own"
+    if key == "optim.epochs":
+        return "has no effect: cut.finetune_epochs says how long a cut model is trained"
+    if finetuned or group == "cut" or key in ("seed", "optim.amp", "eval.batch_size"):
+        return None
+    return "has no effect: a cut model is measured at once; set cut.finetune_epochs above 0 to train it"
+
+
+def _possible(space: Space, config: RunConfig, key: str) -> list[Any]:
+    """The values that a key has in an experiment's trials, of ranges the ends."""
+    if key in space.search:
+        ends = space.search[key].extremes()
+        return [*ends, config.flat()[key]] if space.search[key].when else ends
+    if key in space.fixed:
+        return [space.fixed[key]]
+    own = config.flat()[key]
+    found = [grid.get(key, [own]) for grid in space.grids] or [[own]]
+    return [value for values in found for value in values]
+
+
+def _can_hold(where: Range, key: str, values: Iterable[Any]) -> bool:
+    alone = where.model_copy(update={"when": {key: where.when[key]}})
+    return any(alone.holds({key: value}) for value in values)
+
+
+def _drawn(space: Space, config: RunConfig) -> list[dict[str, Any]]:
+    """Points of a search, as its study could draw them, the same each time."""
+    rng = random.Random(0)
+    flat = config.flat()
+    points = []
+    for _ in range(DRAWS):
+        values = dict(space.fixed)
+        for key, where in space.search.items():
+            if not where.holds({**flat, **values}):
+                continue
+            if where.choices is not None:
+                values[key] = rng.choice(where.choices)
+            else:
+                assert where.low is not None and where.high is not None
+                share = rng.random()
+                low, high = where.low, where.high
+                at = low * (high / low) ** share if where.log else low + (high - low) * share
+                at = min(max(at, low), high)
+                values[key] = where.value(round(at) if isinstance(low, int) else at)
+        points.append(values)
+    return points
+
+
+def _check_effects(space: Space, config: RunConfig, points: Sequence[Mapping[str, Any]]) -> None:
+    """Of a search: every key is drawn in some trial where it counts."""
+    counts: set[str] = set()
+    for values in points:
+        try:
+            counts |= values.keys() - idle(config.with_values(dict(values)), space.kind)
+        except ConfigError:
+            continue
+    for key in space.search:
+        if key not in counts:
+            raise ConfigError(f"search: {key} has no effect with the other keys as they are; leave it out")
+    if "model.name" in space.search and config.model.d_model is not None and config.model.depth is not None:
+        raise ConfigError("search: model.name has no effect beside model.d_model and model.depth")
+
+
+def _check_different(space: Space, trials: Sequence[Trial], configs: Sequence[RunConfig]) -> None:
+    """Of grids: no two trials are the same but for keys that have no effect in them."""
+    seen: dict[str, tuple[Trial, RunConfig]] = {}
+    for trial, config in zip(trials, configs, strict=True):
+        flat = config.flat()
+        flat["model.name"] = config.model.is_vim  # the widths that it stands for are filled in
+        unused = idle(config, space.kind) & flat.keys()
+        counted = str({key: value for key, value in flat.items() if key not in unused})
+        other, others = seen.setdefault(counted, (trial, config))
+        if others != config:
+            keys = [k for k in {**other.values, **trial.values} if other.values.get(k, ...) != trial.values.get(k, ...)]
+            raise ConfigError(
+                f"grids: trials {other.name} and {trial.name} are the same: {', '.join(keys)} has no effect in them; "
+                "list what makes sense in a grid of its own"
+            )
+
+
+def metrics_of(space: Space, config: RunConfig, configs: Sequence[RunConfig]) -> tuple[str, ...]:
+    """The metrics that every finished trial of an experiment will have, and that may be an objective."""
+    if space.kind == "measure":
+        finetuned = all(c.cut.finetune_epochs for c in configs) and bool(configs)
+        return (*MEASURED, *(EVERY_EPOCH if finetuned else ()))
+    validated = all(c.data.val_fraction > 0 for c in configs or [config])
+    averaged = validated and all(c.ema.enabled for c in configs or [config])
+    return (*(VALIDATED if validated else ()), *(["val/ema_accuracy"] if averaged else ()), *EVERY_EPOCH, *SIZES)
+
+
+def _check_objectives(space: Space, config: RunConfig, configs: Sequence[RunConfig]) -> None:
+    valid = metrics_of(space, config, configs)
+    for objective in space.objectives:
+        if objective.startswith("test/"):
+            raise ConfigError(
+                f"objectives: {objective}: what is chosen by the test set cannot be tested on it any more; "
+                f"valid: {', '.join(valid)}"
+            )
+        if objective.startswith("bench/"):
+            raise ConfigError(
+                f"objectives: {objective} is measured after the last trial, since trials side by side would measure "
+                f"each other; valid: {', '.join(valid)}"
+            )
+        if objective.startswith("val/") and objective in (*VALIDATED, "val/ema_accuracy") and objective not in valid:
+            why = (
+                "ema.enabled is False in some trials"
+                if "val/loss" in valid
+                else "data.val_fraction 0 leaves no image to validate on"
+            )
+            raise ConfigError(f"objectives: {objective}: {why}; valid: {', '.join(valid)}")
+        if objective not in valid:
+            near = difflib.get_close_matches(objective, valid, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"objectives: {objective} is no metric of these trials{hint} (valid: {', '.join(valid)})")
+        if space.early_stop and objective not in (*VALIDATED, "val/ema_accuracy", *EVERY_EPOCH):
+            raise ConfigError(f"early_stop: {objective} is known at the end alone, and nothing can be stopped by it")
+
+
+def data_identity(data: DataConfig) -> DataConfig:
+    """A data config without what does not decide which images there are: equal for trials on the same data."""
+    defaults = {key: field.default for key, field in DataConfig.model_fields.items() if key in TRAINING_DATA}
+    return data.model_copy(update=defaults)

@@ -1,0 +1,134 @@
+"""Trials that cut a trained model: cutting, fine-tuning, measuring, and timing what became smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba.config.schema import RunConfig
+from mamba.errors import ConfigError
+from mamba.models.model import MambaModel
+from mamba.runs import checkpoint as ckpt
+from mamba.runs.environment import environment
+from mamba.runs.tracking import Tracker
+from mamba.train.distributed import own_device
+from mamba.train.trainer import fit, resolve_amp
+from pruning import measure as meter
+from pruning.cut import cut
+from pruning.importance import SCORES
+from pruning.masks import Masks
+from pruning.rounds import calibration_batches, hooks_for
+from pruning.shrink import Shrunk
+from pruning.store import masks_of, save_pruned
+from ray_jobs.sweep.results import baseline_of, write_baseline
+from ray_jobs.sweep.trial import Report, Shared, TrialProcess, data_of, finished_run, trial_config
+
+BENCH_SECONDS = 0.4
+
+
+@lru_cache(maxsize=1)
+def trained_model(path: Path, device: torch.device) -> tuple[MambaModel, dict[str, Any], Masks]:
+    """The model of a checkpoint, its description and its masks, loaded once a process. Cuts copy them."""
+    return *ckpt.load_model(path, device=device), masks_of(path)
+
+
+def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk:
+    """The trained model, cut as `cut.*` says; what its checkpoint had masked stays masked."""
+    assert shared.checkpoint is not None
+    model, _, masks = trained_model(shared.checkpoint, device)
+    how = config.cut
+    batches = None
+    if how.repair or SCORES[how.criterion].calibrated:
+        data = data_of(shared, config)
+        batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(data, config.seed)]
+    return cut(
+        model,
+        how.rates,
+        shrink=how.structured,
+        scope=how.scope,
+        score=how.criterion,
+        calibration=batches,
+        layers=None if how.layer is None else [how.layer],
+        repair=how.repair,
+        seed=config.seed,
+        masks=masks,
+    )
+
+
+def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
+    """Cut the trained model as `cut.*` says, fine-tune it if asked to, and measure what is left."""
+    assert shared.checkpoint is not None
+    device = own_device()
+    _, description, _ = trained_model(shared.checkpoint, device)
+    data, epochs = data_of(shared, config), config.cut.finetune_epochs
+    assert data.val is not None
+    if not config.cut.rates:
+        raise ConfigError("cut.*: nothing is cut; set at least one component's rate above 0")
+    baseline = measured_baseline(shared, device)
+    pruned = cut_model(shared, config, device)
+    smaller = pruned.model
+    metrics: dict[str, float] = {}
+    if epochs:
+        start = save_pruned(folder / "start", smaller, pruned.masks, description)
+        tuning = config.with_values({"model.checkpoint": start, "optim.epochs": epochs})
+        tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
+        process = TrialProcess(device, shared.threads, report)
+        result = finished_run(folder) or fit(tuning.resolve(), process, folder, data, hooks_for(tuning))
+        smaller, _ = ckpt.load_model(folder, device=device)
+        metrics |= result["metrics"]
+    amp = resolve_amp(config.optim.amp, device)
+    accuracy = meter.accuracy(smaller, data, data.val, config.eval.batch_size, amp)
+    metrics |= meter.size(smaller)
+    metrics |= {"val/accuracy": accuracy, "val/drop": baseline["val/accuracy"] - accuracy}
+    if not epochs:
+        tracker = Tracker(folder, config, 0, 0)
+        tracker.scalars(metrics, 0)
+        tracker.close()
+    return {"status": "finished", "metrics": metrics, "seed": config.seed, **environment(device)}
+
+
+_baselines: dict[Path, dict[str, float]] = {}
+
+
+def measured_baseline(shared: Shared, device: torch.device) -> dict[str, float]:
+    """Validation accuracy and size of the model that is cut: measured once a process, by the process's first trial, so
+    that no sweep waits for it, and kept in the experiment's folder."""
+    path = shared.folder
+    if path not in _baselines:
+        baseline = baseline_of(path)
+        if "val/accuracy" not in baseline:
+            config = RunConfig(**shared.config).resolve()
+            data = data_of(shared, config)
+            assert shared.checkpoint is not None and data.val is not None
+            model, *_ = trained_model(shared.checkpoint, device)
+            amp = resolve_amp(config.optim.amp, device)
+            accuracy = meter.accuracy(model, data, data.val, config.eval.batch_size, amp)
+            images = float(len(data.val))
+            baseline = write_baseline(path, {"val/accuracy": accuracy, "val/images": images, **meter.size(model)})
+        _baselines[path] = baseline
+    return _baselines[path]
+
+
+def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, float]]:
+    """Speed of the dense model and of each trial's with nothing beside them, dense first. The models wait on the CPU:
+    on a GPU there is one at a time."""
+    assert shared.checkpoint is not None
+    device = own_device()
+    dense, *_ = trained_model(shared.checkpoint, device)
+    models = [deepcopy(dense).cpu()]  # the one that is kept stays where it is
+    for name, values in trials:
+        models.append(cut_model(shared, trial_config(shared, name, values), device).model.cpu())
+    amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
+    batch_size = meter.usual_batch(device)
+    if device.type == "cpu":
+        return meter.speeds(models, batch_size, BENCH_SECONDS, amp)
+    found = []
+    for model in models:
+        found += meter.speeds([model.to(device)], batch_size, BENCH_SECONDS, amp)
+        model.cpu()
+    return found

@@ -1,0 +1,178 @@
+"""Running an experiment to its end, or on from where it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mamba.config.schema import RunConfig
+from mamba.data.loader import check_batch_size
+from mamba.data.registry import load_data
+from mamba.errors import ConfigError, DataError
+from mamba.runs.folder import exclusive
+from mamba.runs.start import check_start
+from ray_jobs.launch.cluster import Cluster, connected
+from ray_jobs.launch.console import SweepDisplay
+from ray_jobs.sweep.checks import data_identity
+from ray_jobs.sweep.experiment import Experiment, load
+from ray_jobs.sweep.measure import time_trials
+from ray_jobs.sweep.results import read_trial, rows, write_baseline, write_trial
+from ray_jobs.sweep.searcher import GridTrials, StudyTrials
+from ray_jobs.sweep.study import open_study
+from ray_jobs.sweep.trial import Shared
+from ray_jobs.sweep.tuner import Resources, run_sweep
+
+MEASURES_PER_GPU = 4
+"""Measure trials that share a GPU unless told otherwise."""
+SCORE = "val/best_accuracy"
+"""What a line of progress shows of a grid of training trials."""
+
+
+def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -> tuple[bool, list[dict[str, Any]]]:
+    """Run what is left of the experiment in `folder`; `settled` is called whenever a trial has left its result.
+
+    Returns:
+        whether it ran to its end (False: interrupted), and a row for every trial that has a result.
+
+    Raises:
+        ForgeError: with a sentence for the user, before trials start.
+    """
+    experiment = load(folder)
+    config, space = experiment.config, experiment.space
+    check_data(experiment)
+    with exclusive(folder):
+        search = _search(experiment, folder)
+        with connected(say) as cluster:
+            held = resources(experiment, cluster)
+            shared = Shared(
+                space.kind,
+                folder,
+                config.with_values(space.fixed).model_dump(mode="json"),
+                experiment.checkpoint,
+                int(held.cpus) or config.scaling.cpus_per_worker or 1,
+                config.scaling.num_workers or 1,
+                cluster.gpus > 0,
+                compared(experiment),
+                tuple(space.objectives),
+            )
+            done = len(rows(folder))
+            kind = f"{held.gpus:g} GPU" if held.gpus else f"{int(held.cpus)} CPU"
+            kind = kind if held.cpus else f"{shared.workers} workers"
+            say(f"{space.question}\n{experiment.count} trials, {done} done, {held.concurrent} at once ({kind} each)")
+            default = ("val/accuracy" if space.kind == "measure" else SCORE, "max")
+            objective, mode = next(iter(space.objectives.items()), default)
+            with SweepDisplay(experiment.count, rows(folder), objective, mode) as display:
+
+                def changed(name: str, result: dict[str, Any]) -> None:
+                    display.changed(name, result)
+                    if result["status"] != "running":
+                        settled()
+
+                def stopping() -> None:
+                    say(f"stopping; results so far are kept: continue with --resume {folder}")
+
+                ended = run_sweep(shared, space, search, held, experiment.count, changed, stopping)
+            if ended and space.kind == "measure":
+                _time(shared, say)
+    return ended, rows(folder)
+
+
+def check_data(experiment: Experiment) -> None:
+    """Load what the trials ask for, each data set once, and see that they can train and be measured on it.
+
+    Raises:
+        ForgeError: missing or unreadable data, batches that it does not fill, a checkpoint of other data.
+    """
+    base, kind = experiment.config, experiment.space.kind
+    points = [{**experiment.space.fixed, **trial.values} for trial in experiment.trials] or [experiment.space.fixed]
+    configs = [base.with_values(dict(values)).resolve() for values in points]
+    for identity in dict.fromkeys(data_identity(config.data) for config in configs):
+        data = load_data(identity, base.seed)
+        own = [config for config in configs if data_identity(config.data) == identity]
+        starts = {(c.model.checkpoint, "model.checkpoint", c.model.new_head, c.model.new_size) for c in own}
+        starts |= {(c.distill.teacher, "distill.teacher", False, False) for c in own}
+        for checkpoint, key, new_head, new_size in {*starts, (experiment.checkpoint, "--checkpoint", False, False)}:
+            if checkpoint is not None:
+                check_start(checkpoint, len(data.classes), data.side, key, new_head, new_size)
+        if kind == "measure" and data.val is None:
+            raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
+        for config in own if kind == "train" else ():
+            try:
+                check_batch_size(len(data.train), config.data)
+            except DataError as error:
+                raise ConfigError(str(error)) from None
+
+
+def resources(experiment: Experiment, cluster: Cluster) -> Resources:
+    """What a trial holds, so that concurrent ones never wait for each other's workers.
+
+    Raises:
+        ConfigError: more than the cluster has.
+    """
+    workers = experiment.config.scaling.num_workers or 1
+    share = experiment.gpus_per_trial
+    if experiment.space.kind == "train" and workers > 1:
+        needed = workers if cluster.gpus else workers * (experiment.config.scaling.cpus_per_worker or 1)
+        there = cluster.gpus or cluster.cpus
+        if needed > there:
+            raise ConfigError(f"scaling.num_workers {workers} needs {needed} GPUs or CPUs and the cluster has {there}")
+        return Resources(0, 0.0, there // needed)  # only as many as have all their workers
+    if cluster.gpus:
+        default = 1.0 / MEASURES_PER_GPU if experiment.space.kind == "measure" else 1.0
+        share = default if share is None else share
+        if not 0 < share <= cluster.gpus:
+            raise ConfigError(f"--gpus-per-trial {share:g} is not within the cluster's {cluster.gpus} GPUs")
+        fit = int(1 / share) * cluster.gpus if share <= 1 else cluster.gpus // math.ceil(share)
+        cpus = max(1, cluster.cpus // fit) if experiment.space.kind == "train" else 1
+        return Resources(min(cpus, cluster.cpus), share, max(1, min(fit, cluster.cpus)))
+    if share:
+        raise ConfigError(f"--gpus-per-trial {share:g}: the cluster has no GPU")
+    return Resources(1, 0.0, cluster.cpus)
+
+
+def compared(experiment: Experiment) -> tuple[str, ...]:
+    """The keys in which an experiment's trials differ."""
+    if experiment.space.search:
+        return tuple(experiment.space.search)
+    values = [trial.values for trial in experiment.trials]
+    keys = dict.fromkeys(key for own in values for key in own)
+    return tuple(key for key in keys if any(own.get(key, ...) != values[0].get(key, ...) for own in values))
+
+
+def _search(experiment: Experiment, folder: Path) -> GridTrials:
+    """Where the trials that are left come from."""
+    if not experiment.space.search:
+        return GridTrials([t for t in experiment.trials if read_trial(folder / t.name) is None])
+    study = open_study(experiment.space, folder, experiment.storage, experiment.config.seed, experiment.id)
+    if experiment.warm_start and not study.get_trials(deepcopy=False):
+        for params in experiment.warm_start:
+            study.enqueue_trial(params)
+    return StudyTrials(experiment.space, study, folder, experiment.count, experiment.config.flat())
+
+
+def _time(shared: Shared, say: Callable[[str], None]) -> None:
+    """Measure the speed of the trials that changed it, alone on one GPU or in this process, and add it to their
+    results. Trials that ran side by side would have measured each other."""
+    import ray
+
+    base = RunConfig(**shared.config)
+    changed = [
+        (row["trial"], row["values"])
+        for row in rows(shared.folder)
+        if row["status"] == "finished" and row["values"].get("cut.structured", base.cut.structured)
+    ]
+    timed = [row for row in rows(shared.folder) if "bench/images_per_s" in row["metrics"]]
+    if not changed or len(timed) == len(changed):
+        return
+    say(f"timing {len(changed)} smaller models and the dense one, one after the other")
+    if shared.gpu:
+        speeds = ray.get(ray.remote(num_gpus=1)(time_trials).remote(shared, changed))
+    else:
+        speeds = time_trials(shared, changed)
+    write_baseline(shared.folder, speeds[0])
+    for (name, _), speed in zip(changed, speeds[1:], strict=True):
+        result = read_trial(shared.folder / name)
+        assert result is not None
+        write_trial(shared.folder / name, {**result, "metrics": {**result["metrics"], **speed}})

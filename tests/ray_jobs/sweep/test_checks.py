@@ -1,0 +1,164 @@
+"""Before anything starts: what would have no effect, what is the same, what cannot be, what no trial has."""
+
+from __future__ import annotations
+
+import pytest
+
+from mamba.config.presets import get_preset
+from mamba.config.schema import RunConfig
+from mamba.errors import ConfigError
+from ray_jobs.sweep.checks import TRAINING_DATA, check, data_identity
+from ray_jobs.sweep.grid import expand
+from ray_jobs.sweep.space import FOLDER, Space, checked, load_space
+
+ONE = {"optim.lr": {"low": 1e-4, "high": 1e-2}}
+
+
+def space(kind="train", **parts):
+    if "search" in parts:
+        parts = {"objectives": {"val/accuracy": "max"}, "trials": 3, **parts}
+    return checked(Space(question="q", cost="c", kind=kind, **parts))
+
+
+def verify(kind="train", config=None, **parts):
+    own = space(kind, **parts)
+    config = config or RunConfig().with_values({"data.dataset": "digits", "optim.warmup_epochs": 0})
+    check(own, expand(own, 2), config)
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in FOLDER.glob("*.yaml")))
+@pytest.mark.parametrize("preset", ["quickstart", "v2"])
+def test_what_ships_is_possible(name, preset):
+    own = load_space(name)
+    check(own, expand(own, 2), get_preset(preset))
+
+
+@pytest.mark.parametrize(
+    "kind, key, value, words",
+    [
+        ("train", "name", "x", "name is the experiment's own"),
+        ("train", "out", "x", "out is the experiment's own"),
+        ("train", "trial", "x", "trial is the experiment's own"),
+        ("train", "scaling.num_workers", 2, "the same for all trials"),
+        ("train", "prune.rate", 0.5, "belongs to rounds of pruning"),
+        ("measure", "prune.rate", 0.5, "belongs to rounds of pruning"),
+        ("train", "cut.mlp", 0.5, "which only kind measure does"),
+        ("measure", "data.val_fraction", 0.5, "decides the data set"),
+        ("measure", "data.root", "x", "decides the data set"),
+        ("measure", "model.depth", 3, "the checkpoint brings its own"),
+        ("measure", "optim.lr", 0.1, "measured at once; set cut.finetune_epochs"),
+        ("measure", "data.augment", "none", "measured at once"),
+        ("measure", "ema.decay", 0.5, "measured at once"),
+        ("measure", "model.checkpoint", "x", "on the command line"),
+    ],
+)
+def test_a_key_without_effect_is_refused_wherever_it_stands(kind, key, value, words):
+    cut = {"cut.mlp": [0.1, 0.2]} if kind == "measure" else {"optim.lr": [0.1, 0.2]}
+    search = {"cut.mlp": {"low": 0.1, "high": 0.2}} if kind == "measure" else ONE
+    for parts in (
+        {"set": {key: value}, "grids": [cut]},
+        {"grids": [{**cut, key: [value]}]} if key not in cut else {"grids": [{key: [value]}]},
+        {"search": {**search, key: {"choices": [value]}}},
+    ):
+        with pytest.raises(ConfigError, match=words):
+            verify(kind, **parts)
+
+
+def test_fine_tuning_gives_training_keys_an_effect():
+    verify("measure", grids=[{"cut.mlp": [0.5], "optim.lr": [0.1, 0.2]}], set={"cut.finetune_epochs": 1})
+    with pytest.raises(ConfigError, match=r"optim\.epochs has no effect"):
+        verify("measure", grids=[{"cut.mlp": [0.5], "cut.finetune_epochs": [1], "optim.epochs": [2]}])
+
+
+def test_a_checkpoint_brings_its_own_model(tmp_path):
+    """26 trials trained one model under 26 names."""
+    config = RunConfig().with_values({"data.dataset": "digits", "optim.warmup_epochs": 0})
+    verify(grids=[{"model.checkpoint": ["a", "b"], "model.drop_path": [0.0, 0.1]}], config=config)
+    with pytest.raises(ConfigError, match=r"model\.pos_embed has no effect beside model\.checkpoint"):
+        verify(grids=[{"model.pos_embed": ["rope", "none"]}], config=config.with_values({"model.checkpoint": tmp_path}))
+    with pytest.raises(ConfigError, match=r"model\.depth has no effect"):
+        verify(grids=[{"model.checkpoint": ["a"], "model.depth": [1, 2]}])
+
+
+@pytest.mark.parametrize(
+    "grid, key",
+    [
+        ({"data.mix_prob": [0.1, 0.9]}, "data.mix_prob"),
+        ({"data.mixup": [0.0, 0.8], "data.mix_prob": [0.1, 0.9]}, "data.mix_prob"),
+        ({"ema.enabled": [True, False], "ema.decay": [0.9, 0.99]}, "ema.decay"),
+        ({"penalty.strength": [0.1, 0.9]}, "penalty.strength"),
+        ({"distill.alpha": [0.1, 0.9]}, "distill.alpha"),
+        ({"model.sync_batchnorm": [True, False]}, "model.sync_batchnorm"),
+    ],
+)
+def test_trials_that_differ_in_a_key_without_effect_are_refused(grid, key):
+    with pytest.raises(ConfigError, match=f"are the same: {key} has no effect in them"):
+        verify(grids=[grid])
+
+
+def test_model_names_beside_widths_are_one_model():
+    config = RunConfig().with_values({"data.dataset": "digits", "model.d_model": 8, "model.depth": 2})
+    with pytest.raises(ConfigError, match=r"model\.name has no effect"):
+        verify(grids=[{"model.name": ["mamba_tiny", "mamba_small"]}], config=config)
+    with pytest.raises(ConfigError, match=r"model\.name has no effect"):
+        verify(search={"model.name": {"choices": ["mamba_tiny", "mamba_small"]}}, config=config)
+    verify(grids=[{"model.name": ["mamba_tiny", "mamba_small"]}])
+
+
+def test_seeds_of_a_measurement_without_chance_are_refused():
+    with pytest.raises(ConfigError, match="seed has no effect"):
+        verify("measure", grids=[{"cut.mlp": [0.5]}], seeds=[0, 1])
+    verify("measure", grids=[{"cut.mlp": [0.5], "cut.criterion": ["random"]}], seeds=[0, 1])
+
+
+def test_a_searched_key_that_never_counts_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.mix_prob has no effect"):
+        verify(search={"data.mix_prob": {"low": 0.1, "high": 0.9}})
+    mix = {"low": 0.1, "high": 0.9, "when": {"data.mixup": {"above": 0}}}
+    verify(search={"data.mixup": {"choices": [0.0, 0.8]}, "data.mix_prob": mix})
+    with pytest.raises(ConfigError, match=r"data\.mix_prob is never drawn: data\.mixup is 0\.0"):
+        verify(search={"data.mix_prob": mix})
+
+
+def test_trials_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match=r"trial batch_size-7 cannot be: data\.batch_size 7 is not divisible"):
+        verify(grids=[{"data.batch_size": [8, 7]}], set={"optim.accumulate": 2})
+    with pytest.raises(ConfigError, match=r"none of 64 points that were drawn can be: optim\.min_lr"):
+        verify(search=ONE, set={"optim.min_lr": 1.0})
+
+
+@pytest.mark.parametrize(
+    "objective, words",
+    [
+        ("val/acc", r"val/acc is no metric of these trials; did you mean val/accuracy\?"),
+        ("test/accuracy", "what is chosen by the test set"),
+        ("bench/images_per_s", "measured after the last trial"),
+        ("val/drop", "val/drop is no metric of these trials"),
+    ],
+)
+def test_objectives_are_what_trials_measure(objective, words):
+    with pytest.raises(ConfigError, match=words):
+        verify(search=ONE, objectives={objective: "max"})
+
+
+def test_objectives_need_what_they_measure():
+    with pytest.raises(ConfigError, match=r"data\.val_fraction 0 leaves no image"):
+        verify(search=ONE, set={"data.val_fraction": 0.0})
+    with pytest.raises(ConfigError, match=r"ema\.enabled is False in some trials"):
+        verify(search=ONE, set={"ema.enabled": False}, objectives={"val/ema_accuracy": "max"})
+    with pytest.raises(ConfigError, match="known at the end alone"):
+        verify(search={"model.depth": {"low": 1, "high": 4}}, objectives={"model/macs": "min"}, early_stop={})
+    verify(
+        "measure", search={"cut.mlp": {"low": 0.1, "high": 0.9}}, objectives={"val/drop": "min", "model/macs": "min"}
+    )
+
+
+def test_trials_on_the_same_images_are_known_by_their_data_keys():
+    base = RunConfig().with_values({"data.dataset": "digits"}).resolve()
+
+    def identity(**values):
+        return data_identity(base.with_values({f"data.{k}": v for k, v in values.items()}).data)
+
+    assert identity(batch_size=3, augment="none", mixup=0.5, device="cpu") == identity()
+    assert len({identity(), identity(img_size=16), identity(val_fraction=0.3), identity(root="elsewhere")}) == 4
+    assert {"dataset", "root", "img_size", "val_fraction"}.isdisjoint(TRAINING_DATA)
