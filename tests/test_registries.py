@@ -29,6 +29,7 @@ from mamba.models.heads import HEADS, MeanPool
 from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import MIXERS, Mixer, ScanPath
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.metrics import METRICS, Metric, metric
 from mamba.train.distributed import Process
 from mamba.train.optim import OPTIMIZERS, make_adamw
 from mamba.train.schedule import SCHEDULES as LR_SCHEDULES
@@ -126,6 +127,7 @@ def toys(monkeypatch, small_data):
     for registry, entry in entries:
         registry["toy"] = entry
     monkeypatch.setitem(COMPONENTS, "toy", Component(groups={"channel": "d_inner"}, structured="channel"))
+    monkeypatch.setitem(METRICS, "val/toy", Metric("val/toy", "toys found", "%", "{:.1f}", "down"))
     monkeypatch.setitem(PRESETS, "toy", lambda: RunConfig(name="toy"))
     yield {registry.key for registry, _ in entries}
     for registry, _ in entries:
@@ -193,6 +195,17 @@ def test_a_toy_preset_and_a_toy_sweep(toys, tmp_path):
         "question: Which?\ncost: nothing\nkind: train\ngrids:\n- model.mixer: [forward, toy]\n  data.dataset: [toy]\n"
     )
     assert [t.values["model.mixer"] for t in expand(load_space(file), 1)] == ["forward", "toy"]
+
+
+def test_a_toy_metric(toys):
+    assert metric("val/toy").text(12.34) == "12.3 %" and metric("val/toy").rank(1.0) < metric("val/toy").rank(2.0)
+    assert metric("val/unlisted").title == "val/unlisted"
+
+
+def test_metrics_are_listed_once():
+    """By their own keys, each under the name that it is found by."""
+    assert all(key == listed.key and "/" in key and listed.label for key, listed in METRICS.items())
+    assert len({listed.label for listed in METRICS.values()}) == len(METRICS)
 
 
 def test_what_is_not_registered_is_refused_with_what_is(toys):

@@ -8,9 +8,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
+from mamba.config.choices import PLUGINS
 from mamba.errors import ConfigError
 
 RAY_SETTINGS = {
@@ -52,7 +54,9 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if plugins := os.environ.get(PLUGINS):  # every process knows the same registries
+        quiet["runtime_env"] = {"env_vars": {PLUGINS: plugins}}
     where = "the running cluster"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     global _current
