@@ -16,7 +16,9 @@ from mamba.errors import ConfigError
 from mamba.models.block import MambaBlock
 from mamba.models.model import MambaModel
 from mamba.models.ssm import BlockShape
+from mamba.ops.update.muon import Muon
 from mamba.train.ema import ModelEma
+from mamba.train.optim import matrix_parts
 from pruning.components import GROUPS, block_prefix, named_blocks, parts_of, tensors_of, units_of
 from pruning.masks import Masks, apply_mask_mamba, check_masks, gone_units
 
@@ -126,6 +128,8 @@ def shrink_ema(ema: ModelEma[MambaModel], shrunk: Shrunk) -> ModelEma[MambaModel
 def shrink_optimizer(optimizer: torch.optim.AdamW, model: MambaModel, shrunk: Shrunk) -> torch.optim.AdamW:
     """An optimizer of the smaller model with the larger one's groups, rates and moments.
 
+    AdamW goes on as with masks. Muon's steps grow with the square root of a matrix's longer side, so they get smaller.
+
     Args:
         optimizer: of `model`.
         model: the larger model.
@@ -145,7 +149,11 @@ def shrink_optimizer(optimizer: torch.optim.AdamW, model: MambaModel, shrunk: Sh
         left = [heir[p][1] for p in group["params"] if p in heir]
         if left:
             groups.append({**group, "params": left})
-    result = torch.optim.AdamW(groups, fused=optimizer.defaults["fused"])
+    result: torch.optim.AdamW
+    if isinstance(optimizer, Muon):
+        result = Muon(groups, matrix_parts(shrunk.model), momentum=optimizer.momentum)
+    else:
+        result = torch.optim.AdamW(groups, fused=optimizer.defaults["fused"])
     for parameter, values in optimizer.state.items():
         if parameter in heir:
             new, mine = heir[parameter]

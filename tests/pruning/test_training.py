@@ -34,12 +34,13 @@ def data(steps, seed=0):
 
 
 class Loop:
-    """The trainer's step, with nothing else: backward, hooks, AdamW with decay, average."""
+    """The trainer's step, with nothing else: backward, hooks, the optimizer with decay, average."""
 
-    def __init__(self, model, masks):
+    def __init__(self, model, masks, optimizer="adamw"):
         self.model = model.train()
         self.ema = ModelEma(model, 0.9)
-        self.optimizer = make_optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.1, layer_decay=0.8))
+        config = OptimConfig(optimizer=optimizer, lr=1e-2, weight_decay=0.1, layer_decay=0.8)
+        self.optimizer = make_optimizer(model, config)
         self.hook = MaskHook(masks)
         self.hook.attach(model, self.ema, self.optimizer, 0)
 
@@ -52,13 +53,16 @@ class Loop:
             self.ema.update()
 
 
-def test_cut_weights_stay_zero_everywhere(model):
-    loop = Loop(model, prune_mamba_unstructured(model, {"mlp": 0.6, "linear_gate": 0.5}))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_cut_weights_stay_zero_everywhere(model, optimizer):
+    loop = Loop(model, prune_mamba_unstructured(model, {"mlp": 0.6, "linear_gate": 0.5}), optimizer)
     loop.run(data(5))
     parameters, averaged = dict(model.named_parameters()), dict(loop.ema.model.named_parameters())
     for name, keep in loop.hook.masks.items():
         state = loop.optimizer.state[parameters[name]]
-        for values in (parameters[name], averaged[name], state["exp_avg"], state["exp_avg_sq"]):
+        moments = [values for values in state.values() if values.shape == keep.shape]
+        assert len(moments) == (2 if optimizer == "adamw" else 1)
+        for values in (parameters[name], averaged[name], *moments):
             assert bool((values[~keep] == 0).all()) and bool((values[keep] != 0).any())
 
 
@@ -90,6 +94,32 @@ def test_masked_and_shrunk_train_alike_and_the_optimizer_shrinks_along(model, im
     for a, b in ((long.model, short.model), (long.ema.model, short.ema.model)):
         assert float((a.eval()(images) - b.eval()(images)).detach().abs().max()) < 1e-7
     assert float(long.ema.updates) == float(short.ema.updates) == before + after
+
+
+def test_muon_shrinks_along(model, images):
+    """Momenta are sliced with their weights, matrices are those of the smaller model, and it trains on."""
+    masks = cut(model, CUTS).masks
+    loop = Loop(copy.deepcopy(model), masks, "muon")
+    loop.run(data(3))
+    result = shrink(loop.model, masks)
+    optimizer = shrink_optimizer(loop.optimizer, loop.model, result)
+    larger, smaller = dict(loop.model.named_parameters()), dict(result.model.named_parameters())
+    for name, p in smaller.items():
+        old = loop.optimizer.state[larger[result.slices.entries[name][0]]]
+        assert set(optimizer.state[p]) == set(old) and float(optimizer.state[p]["step"]) == 3
+        if "momentum_buffer" in old:
+            assert torch.equal(optimizer.state[p]["momentum_buffer"], result.slices.take(name, old["momentum_buffer"]))
+    parts = {name: optimizer.parts.get(p) for name, p in smaller.items()}
+    assert all(sum(rows) == len(smaller[name]) for name, rows in parts.items() if rows)
+    assert len(parts["blocks.0.ssm.in_proj.weight"]) == 2
+    before = copy.deepcopy(result.model.state_dict())
+    loop.model, loop.ema, loop.optimizer = result.model.train(), shrink_ema(loop.ema, result), optimizer
+    loop.hook = MaskHook(result.masks)
+    loop.hook.attach(result.model, loop.ema, optimizer, 0)
+    loop.run(data(2, seed=1))
+    after = result.model.state_dict()
+    assert all(not torch.equal(after[name], before[name]) for name in smaller)
+    assert all(bool(t.isfinite().all()) for t in after.values())
 
 
 def test_every_kind_of_model_trains_alike_masked_and_shrunk(member, images):

@@ -60,7 +60,7 @@ class MatrixUpdate:
     ) -> None:
         self.params, self.momentum = list(params), momentum
         self.device = self.params[0].device
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else self.params[0].dtype
         views = [p.detach().split(list(rows)) for p, rows in zip(params, parts, strict=True)]
         self.momenta = [m.split(list(rows)) for m, rows in zip(momenta, parts, strict=True)]
         self.weights, self.parts = views, parts
