@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mamba.config.schema import RunConfig
 from mamba.data.images import ImageData, ImageSet
 from mamba.data.split import split_validation
 from mamba.train.distributed import local_process
+from mamba.train.hooks import TrainHook
 from mamba.train.trainer import fit
 
 SMALL = {
@@ -66,8 +68,10 @@ def small_data() -> ImageData:
 def small_fit(small_config, small_data, tmp_path):
     """Train in this process: (folder name, overrides) -> the result; the same name again continues the run."""
 
-    def run(name: str = "run", data: ImageData = small_data, **values: Any) -> dict[str, Any]:
-        return fit(small_config(**values), local_process(), tmp_path / name, data)
+    def run(
+        name: str = "run", data: ImageData = small_data, hooks: Sequence[TrainHook] = (), **values: Any
+    ) -> dict[str, Any]:
+        return fit(small_config(**values), local_process(), tmp_path / name, data, hooks)
 
     (tmp_path / "run").mkdir()
     return run

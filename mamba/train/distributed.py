@@ -45,7 +45,8 @@ class Process:
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        """Called on every rank after each epoch, with the same metrics; `checkpoint` is the newest folder, if any."""
+        """Called on every rank after each epoch, with the same metrics; their `epoch` is how many are completed.
+        `checkpoint` is the folder of the training state, where one was saved."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks."""

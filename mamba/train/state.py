@@ -49,6 +49,7 @@ def saved(trainer: Trainer) -> dict[str, Saved]:
 
 def save(trainer: Trainer) -> Path:
     """Write the whole training state; every rank calls it."""
+    trainer.alive.enter("saving a checkpoint")
     state = {name: thing.read() for name, thing in saved(trainer).items()}
     folder = write_checkpoint(trainer, f"step-{trainer.global_step:08d}", state)
     if trainer.process.rank == 0:  # a best is dropped only once no training state can lead back to before the next

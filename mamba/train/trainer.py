@@ -31,6 +31,7 @@ from mamba.train.compilation import compile_blocks, should_compile
 from mamba.train.distributed import Process
 from mamba.train.ema import ModelEma
 from mamba.train.evaluate import Score, evaluate
+from mamba.train.heartbeat import Heartbeat
 from mamba.train.hooks import TrainHook
 from mamba.train.loss import TrainingLoss
 from mamba.train.monitor import Monitor
@@ -56,8 +57,8 @@ def fit(
         ForgeError: data, checkpoint or training errors, each a sentence for the user.
     """
     data = data if data is not None else load_data(config.data, config.seed)
-    with out_of_memory_told():
-        trainer = Trainer(config, process, folder, data, hooks)
+    with out_of_memory_told(), Heartbeat(folder, process) as alive:
+        trainer = Trainer(config, process, folder, data, hooks, alive)
         try:
             return trainer.run()
         finally:
@@ -68,10 +69,17 @@ class Trainer:
     """A rank's model, optimizer and position, and the loop over them."""
 
     def __init__(
-        self, config: RunConfig, process: Process, folder: Path, data: ImageData, hooks: Sequence[TrainHook] = ()
+        self,
+        config: RunConfig,
+        process: Process,
+        folder: Path,
+        data: ImageData,
+        hooks: Sequence[TrainHook] = (),
+        alive: Heartbeat | None = None,
     ) -> None:
         config.check_workers(process.world_size, process.device.type == "cuda")
         self.config, self.process, self.folder, self.data, self.hooks = config, process, folder, data, hooks
+        self.alive = alive or Heartbeat(folder, process)
         optim, classes, side = config.optim, len(data.classes), data.side
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = initial_model(config, folder, classes, side, process).to(process.device)
@@ -131,6 +139,7 @@ class Trainer:
     def train_epoch(self) -> bool:
         """Train what is left of the current epoch. Returns whether it was finished, which it is unless the run was
         asked to stop."""
+        self.alive.enter(f"training epoch {self.epoch + 1} of {self.config.optim.epochs}")
         self.model.train()
         for hook in self.hooks:
             hook.begin_epoch(self.epoch, self.config.optim.epochs)
@@ -154,9 +163,11 @@ class Trainer:
         for step in range(self.step, self.steps_per_epoch):
             micro = []
             for _ in range(self.config.optim.accumulate):
+                self.alive.reading = True
                 with self.waiting.running():
                     images, labels = next(batches)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                self.alive.reading = False
                 micro.append(self.mix(images, labels, self.epoch, step))
             if self.tracker and self.epoch == 0 and step == 0:
                 self.tracker.samples(micro[0][0], self.data.mean, self.data.std)
@@ -167,6 +178,7 @@ class Trainer:
 
         Both may be overwritten by the next step.
         """
+        self.alive.steps += 1
         rate = learning_rate(self.config.optim, self.global_step, self.steps_per_epoch)
         return self.optimizer_step(micro_batches, rate, stop=self.monitor.stop_requested())
 
@@ -178,7 +190,7 @@ class Trainer:
         seconds, waiting = self.seconds["epoch"], self.seconds["waiting"]
         self.seconds = {"epoch": 0.0, "run": self.seconds["run"] + seconds, "waiting": 0.0}
         metrics = {
-            "train/loss": loss_sum / max(1.0, finite_steps),
+            "train/loss": loss_sum / finite_steps if finite_steps else math.nan,
             "train/lr": self.optimizer.param_groups[-1]["lr"],
             "train/images_per_s": self.steps_per_epoch * self.config.data.batch_size / max(seconds, 1e-9),
             "train/data_wait_percent": 100 * waiting / max(seconds, 1e-9),
@@ -186,21 +198,28 @@ class Trainer:
         }
         if self.process.device.type == "cuda":  # the most that tensors have taken in this process so far
             metrics["train/peak_memory_mib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**20
+        if self.best["epoch"]:
+            metrics["val/best_accuracy"] = self.best["accuracy"]
         for hook in self.hooks:
             metrics |= hook.end_epoch(self.epoch)
         return metrics
 
     def validate(self, split: ImageSet) -> None:
-        """Validate raw and averaged weights, and keep the best of both so far."""
+        """Validate raw and averaged weights, and keep the better of both if nothing was as good so far.
+
+        `val/best_accuracy` is that of the weights that are kept. NaN is never better.
+        """
+        self.alive.enter(f"validating epoch {self.epoch}")
         self.metrics["val/loss"], self.metrics["val/accuracy"] = self.evaluate(self.model, split)
         accuracies = {"raw": self.metrics["val/accuracy"]}
         if self.ema:
             _, accuracies["ema"] = self.evaluate(self.ema.model, split)
             self.metrics["val/ema_accuracy"] = accuracies["ema"]
-        weights = max(accuracies, key=lambda k: accuracies[k])
+        weights = max(accuracies, key=lambda k: -math.inf if math.isnan(accuracies[k]) else accuracies[k])
         eligible = all(hook.may_be_best(self.epoch - 1) for hook in self.hooks)
         if eligible and accuracies[weights] > self.best["accuracy"]:
             self.best = {"accuracy": accuracies[weights], "epoch": self.epoch, "weights": weights}
+            self.metrics["val/best_accuracy"] = accuracies[weights]
             write_checkpoint(self, f"best-{self.epoch:05d}", None)
 
     def evaluate(self, model: nn.Module, split: ImageSet, views: int = 1) -> Score:
@@ -218,7 +237,7 @@ class Trainer:
         good = self.optimizer_step.skipped[1].item() == 0
         due = self._due(self.config.checkpoint.every) and (good or self.epoch == self.config.optim.epochs)
         saved = save(self) if due else None
-        self.process.report(self.metrics, saved)
+        self.process.report({"epoch": self.epoch, **self.metrics}, saved)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -229,7 +248,15 @@ class Trainer:
         if best is not None:
             model, _ = ckpt.load_model(best, device=self.process.device)
         views = self.config.eval.tta_views
+        self.alive.enter("testing")
         test_loss, test_accuracy = self.evaluate(model, self.data.test, views)
+        if math.isnan(test_loss):
+            skipped = int(self.optimizer_step.skipped[0].item())
+            raise TrainingError(
+                f"the run diverged: after {self.epoch} epochs no weights are left whose outputs are finite ({skipped} "
+                "optimizer steps were skipped); lower optim.lr, set optim.grad_clip or try --preset unstable",
+                every_rank=True,
+            )
         metrics = {
             **self.metrics,
             "test/loss": test_loss,
@@ -284,10 +311,14 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def out_of_memory_told() -> Iterator[None]:
-    """Turn a GPU that is out of memory into a sentence."""
+    """Turn a device that is out of memory into a sentence."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        if not gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise TrainingError(
-            f"out of GPU memory ({str(error).splitlines()[0]}); lower data.batch_size or raise optim.accumulate"
+            f"out of {'GPU ' if gpu else ''}memory ({(str(error) or type(error).__name__).splitlines()[0]}); lower "
+            "data.batch_size, raise optim.accumulate or choose a smaller model"
         ) from None

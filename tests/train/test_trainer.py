@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +20,12 @@ from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import BlockShape
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.folder import request_stop
+from mamba.runs.folder import epochs_of, request_stop
 from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
 from mamba.train.distributed import Process, local_process
+from mamba.train.evaluate import Score
 from mamba.train.gradients import FlatGradients
+from mamba.train.hooks import TrainHook
 from mamba.train.record import can_record
 from mamba.train.state import save
 from mamba.train.trainer import Trainer, fit, initial_model
@@ -232,6 +235,130 @@ def test_weights_gone_bad_do_not_replace_the_last_good_checkpoint(small_fit, tmp
     with pytest.raises(TrainingError, match=r"last good checkpoint: .*step-00000004"):
         small_fit(optim__max_skipped=5)
     assert weights(tmp_path / "run")["head.weight"].abs().max() < 10
+
+
+def diverge_from(monkeypatch, step_at):
+    """Let the weights be not finite from a step on, as a rate that is far too high leaves them."""
+    original = Trainer.train_step
+
+    def step(self, micro_batches):
+        if self.global_step == step_at:
+            with torch.no_grad():
+                self.model.head.weight.fill_(float("nan"))
+                if self.ema:
+                    self.ema.model.head.weight.fill_(float("nan"))
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+
+
+def test_an_epoch_without_a_finite_step_has_no_loss_and_is_never_best(small_fit, tmp_path, monkeypatch):
+    """Its model has no accuracy either: an argmax over NaN counts one class as right."""
+    diverge_from(monkeypatch, 4)
+    result = small_fit()
+    first, *others = epochs_of(tmp_path / "run")
+    assert math.isfinite(first["train/loss"]) and first["val/accuracy"] > 0
+    for line in others:
+        for key in ("train/loss", "val/loss", "val/accuracy", "val/ema_accuracy"):
+            assert line[key] is None or math.isnan(line[key]), key
+    assert result["tested"]["epoch"] == 1
+    best = max(first["val/accuracy"], first["val/ema_accuracy"])
+    assert [line["val/best_accuracy"] for line in (first, *others)] == [best] * 3
+    assert result["metrics"]["val/best_accuracy"] == best and math.isfinite(result["metrics"]["test/accuracy"])
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_run_that_only_diverges_fails_with_the_reason(small_fit, small_data, tmp_path, monkeypatch, split):
+    diverge_from(monkeypatch, 2)
+    data = small_data if split else replace(small_data, val=None)
+    with pytest.raises(TrainingError, match=r"diverged: after 3 epochs no weights .* \(10 optimizer steps were"):
+        small_fit(data=data)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert ckpt.best_checkpoint(tmp_path / "run") is None
+
+
+def test_finite_averaged_weights_are_best_where_the_raw_ones_are_not(small_fit, monkeypatch):
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, views=1):
+        return Score(math.nan, math.nan) if model is self.model else original(self, model, split, views)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    assert small_fit(optim__epochs=1)["tested"]["weights"] == "ema"
+
+
+def test_a_gradient_that_is_not_finite_is_told_from_a_loss(small_fit, monkeypatch):
+    class Explode(TrainHook):
+        def attach(self, model, *_):
+            self.model = model
+
+        def gradients(self):
+            self.model.head.weight.grad.fill_(float("inf"))
+
+    with pytest.raises(TrainingError, match="the gradient was not finite in 3 steps in a row"):
+        small_fit(optim__max_skipped=3, hooks=[Explode()])
+
+
+def test_the_best_accuracy_does_not_come_from_the_log(small_fit, tmp_path, monkeypatch):
+    """A run that lost lines of metrics.jsonl ends with the same result: what counts is in the training state."""
+    whole = small_fit()
+    restore = interrupt_after(monkeypatch, 9)
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        small_fit("parts")
+    restore()
+    (tmp_path / "parts" / "metrics.jsonl").write_text("")
+    parts = small_fit("parts")
+    assert parts["metrics"]["val/best_accuracy"] == whole["metrics"]["val/best_accuracy"]
+    assert parts["tested"] == whole["tested"]
+
+
+def test_epochs_are_reported_by_number(small_config, small_data, tmp_path, monkeypatch):
+    """Also by a run that was resumed: who counts reports counts too few."""
+    reported = []
+
+    class Reporting(Process):
+        def report(self, metrics, checkpoint):
+            reported.append((metrics["epoch"], metrics["val/best_accuracy"], checkpoint is not None))
+
+    restore = interrupt_after(monkeypatch, 9)
+    with pytest.raises(KeyboardInterrupt):
+        fit(small_config(), Reporting(), tmp_path, small_data)
+    restore()
+    fit(small_config(), Reporting(), tmp_path, small_data)
+    assert [epoch for epoch, *_ in reported] == [1, 2, 3] and all(saved for *_, saved in reported)
+
+
+def test_what_fails_in_training_is_told_by_what_it_was(small_config, small_data, tmp_path, monkeypatch):
+    """A file of the data that cannot be read is no run folder that cannot be written."""
+    original = Trainer.train_step
+
+    def step(self, micro_batches):
+        if self.global_step == 2:
+            raise FileNotFoundError(2, "No such file or directory", "images/7.png")
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(FileNotFoundError, match="images/7.png"):
+        fit(small_config(), local_process(), tmp_path, small_data)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), r"out of GPU memory \(CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), r"out of memory \(DefaultCPU"),
+        (MemoryError(), r"out of memory \(MemoryError\); lower data.batch_size"),
+    ],
+)
+@pytest.mark.parametrize("where", ["__init__", "train_step"])
+def test_out_of_memory_is_the_same_sentence_wherever(small_fit, monkeypatch, where, error, words):
+    def full(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr("mamba.train.trainer.Trainer." + where, full)
+    with pytest.raises(TrainingError, match=words):
+        small_fit()
 
 
 def test_a_skipped_step_leaves_the_average_alone(small_config, small_data, tmp_path):
