@@ -15,7 +15,7 @@ SHIPPED = sorted(f.stem for f in FOLDER.glob("*.yaml"))
 
 
 def test_what_ships():
-    names = "component_ablation joint_pruning layer_sensitivity model_family pruning quickstart recipe"
+    names = "component_ablation joint_pruning layer_sensitivity model_family pruning quickstart recipe stage_a stage_b"
     assert names.split() == SHIPPED
     for name in SHIPPED:
         space = load_space(name)
