@@ -118,6 +118,10 @@ GROUPS: dict[str, Group] = {
 
 BLOCK = "block"
 """The granularity's and group's name for whole blocks: one unit a block, every parameter of it."""
+STEM = "stem"
+"""The component's and group's name for the inner channels of a stem of convolutions; its last convolution makes the
+residual stream, whose width no cut changes, and patches have no inner channels."""
+STEM_PREFIX = "patch_embed."
 
 COMPONENTS: dict[str, Component] = {
     "linear_out": Component(
@@ -178,9 +182,10 @@ COMPONENTS: dict[str, Component] = {
         refused="one skip gain a channel, under 0.1 % of the parameters; it goes with its channel, as in "
         "linear_in:expand"
     ),
-    "stem": Component(
-        refused="the patch embedding or convolutional stem makes the residual stream, whose width no cut changes; "
-        "under 2 % of the parameters"
+    STEM: Component(groups={"channel": STEM}, structured="channel"),
+    "head": Component(
+        refused="attention pooling's score and the classifier read the residual stream, whose width no cut changes, "
+        "and the classifier writes the classes"
     ),
     "embeddings": Component(
         refused="positions and class tokens have the width of the residual stream, which no cut changes"
@@ -251,6 +256,27 @@ def tensors_of(block: MambaBlock) -> dict[str, Tensor]:
     return dict(block.named_parameters()) | dict(block.named_buffers())
 
 
+def stem_layers(model: nn.Module) -> list[list[Found]]:
+    """Of each convolution of a model's stem but the last, what goes with an output channel of it, by names within the
+    stem; none for patches.
+
+    Raises:
+        ConfigError: the model is not one of ours.
+    """
+    blocks_of(model)
+    stem = cast(MambaModel, model).patch_embed
+    tensors = dict(stem.named_parameters()) | dict(stem.named_buffers())
+    layers: list[list[Found]] = []
+    while f"conv{len(layers) + 2}.weight" in tensors:
+        i = len(layers) + 1
+        parts = [Part(f"conv{i}.weight", 0), Part(f"norm{i}.weight", 0), Part(f"norm{i}.bias", 0)]
+        parts += [Part(f"norm{i}.running_{what}", 0, scored=False) for what in ("mean", "var")]
+        parts += [Part(f"conv{i + 1}.weight", 1)]
+        width = tensors[parts[0].tensor].shape[0]
+        layers.append([(part, tensors[part.tensor], slice(0, width)) for part in parts if part.tensor in tensors])
+    return layers
+
+
 def units_of(block: MambaBlock, group: Group) -> int:
     """How many units of a group a block has; 0 where it has none of its parts."""
     for _, _, span in parts_of(block, group):
@@ -307,6 +333,12 @@ def get_prunable_layers(model: nn.Module) -> dict[str, list[str]]:
 
 def covered(model: nn.Module, component: str, layers: list[int] | None = None) -> Iterator[tuple[str, Tensor, slice]]:
     """(full parameter name, parameter, rows) that a component covers, in all blocks or the given ones."""
+    if component == STEM:
+        for parts in stem_layers(model) if layers is None else []:
+            for part, tensor, rows in parts:
+                if part.axis == 0 and part.tensor.startswith("conv"):
+                    yield STEM_PREFIX + part.tensor, tensor, rows
+        return
     for i, (prefix, block) in enumerate(named_blocks(model)):
         if layers is not None and i not in layers:
             continue

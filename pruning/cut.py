@@ -23,6 +23,7 @@ from pruning.components import (
     COMPONENTS,
     ELEMENT,
     GROUPS,
+    STEM,
     blocks_of,
     check_rate,
     covered,
@@ -247,10 +248,14 @@ def _unit_choice(
     model: nn.Module, group: str, rate: float, how: How, elements: dict[str, Tensor], layers: list[int] | None
 ) -> list[Tensor | None]:
     """Which units of a group stay, block by block; None for a block that is left alone."""
+    if group == STEM and layers is not None:
+        raise ConfigError("layers are blocks, and the stem is none; cut it without")
     scores = unit_scores(model, group, elements, how.score)
     depth = len(scores)
     picked = [i for i in range(depth) if (layers is None or i in layers) and len(scores[i])]
     keep: list[Tensor | None] = [None] * depth
+    if not picked and group == STEM:
+        raise ConfigError("the model's stem has no inner channels: it is patches, or a single convolution")
     if not picked:
         raise ConfigError(f"no block to be cut has a {GROUPS[group].unit}; cut another granularity")
     if group == BLOCK:  # the blocks themselves are the units of one layer
@@ -258,8 +263,9 @@ def _unit_choice(
         for i, stays in zip(picked, choose_units([flat], rate, "global", how.floor, 1, "blocks")[0], strict=True):
             keep[i] = stays[None]
         return keep
-    unit, ranked = f"{GROUPS[group].unit}s", [scores[i].cpu() for i in picked]
-    multiple = 1 if GROUPS[group].order == "first" else how.multiple
+    unit = "stem channels" if group == STEM else f"{GROUPS[group].unit}s"
+    ranked = [scores[i].cpu() for i in picked]
+    multiple = 1 if group != STEM and GROUPS[group].order == "first" else how.multiple
     chosen = choose_units(ranked, rate, how.scope, how.floor, multiple, unit)
     if multiple > 1 and round(rate * sum(map(len, ranked))) and all(bool(keep.all()) for keep in chosen):
         raise ConfigError(f"rounding to multiple {multiple} keeps all {unit}: lower the multiple or raise the rate")

@@ -12,8 +12,9 @@ taylor and wanda need calibration batches: `calibration`, an iterable of (images
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from mamba.config.choices import Registry
 from mamba.errors import ConfigError
-from pruning.components import BLOCK, GROUPS, named_blocks, parts_of, units_of
+from mamba.models.model import MambaModel
+from pruning.components import BLOCK, GROUPS, STEM, STEM_PREFIX, Found, named_blocks, parts_of, stem_layers, units_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Parameters = dict[str, nn.Parameter]
@@ -42,7 +44,8 @@ class Score:
 def element_scores(
     model: nn.Module, score: str = "l1", calibration: Batches | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
-    """A score of every element of every parameter of the blocks, by full name; float32, on the model's device.
+    """A score of every element of every parameter that can be cut, those of the blocks and of a stem of convolutions,
+    by full name; float32, on the model's device.
 
     The model is not changed. l2 gives squares, so that sums over elements are sums of squares.
 
@@ -54,6 +57,8 @@ def element_scores(
     if SCORES[score].calibrated and calibration is None:
         raise ConfigError(f"score '{score}' needs calibration batches (images and labels of the training set)")
     parameters = {prefix + name: p for prefix, block in named_blocks(model) for name, p in block.named_parameters()}
+    for parts in stem_layers(model):
+        parameters |= {STEM_PREFIX + part.tensor: p for part, p, _ in parts if isinstance(p, nn.Parameter)}
     with torch.no_grad():
         return SCORES[score].elements(model, parameters, calibration, seed)
 
@@ -63,8 +68,12 @@ def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score
     units are the ones to go (taps), a unit's score is its place.
 
     Returns:
-        one tensor of shape (units,) a block; for `block` one of shape (1,).
+        one tensor of shape (units,) a block; for `block` one of shape (1,); for `stem` one for each convolution but
+        the last.
     """
+    if group == STEM:
+        in_stem = [_unit_sums(parts, STEM_PREFIX, elements) for parts in stem_layers(model)]
+        return [SCORES[score].of_unit(sums) for sums in in_stem]
     per_block = []
     for prefix, block in named_blocks(model):
         if group == BLOCK:
@@ -74,14 +83,7 @@ def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score
             per_block.append(torch.arange(units_of(block, GROUPS[group]), dtype=torch.float64))
             continue
         else:
-            sums = torch.zeros(0)
-            for part, tensor, span in parts_of(block, GROUPS[group]):
-                values = elements.get(prefix + part.tensor)
-                if values is None or not part.scored:
-                    continue
-                rest = [axis for axis in range(tensor.ndim) if axis != part.axis]
-                values = values.double().sum(rest) if rest else values.double()
-                sums = values[span] if not len(sums) else sums + values[span]
+            sums = _unit_sums(parts_of(block, GROUPS[group]), prefix, elements)
         per_block.append(SCORES[score].of_unit(sums))
     return per_block
 
@@ -97,6 +99,19 @@ def _l2(model: nn.Module, parameters: Parameters, calibration: Batches | None, s
 def _random(model: nn.Module, parameters: Parameters, calibration: Batches | None, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in parameters.items()}
+
+
+def _unit_sums(parts: Sequence[Found], prefix: str, elements: dict[str, Tensor]) -> Tensor:
+    """Scores of the units of a group summed over its scored parts; float64."""
+    sums = torch.zeros(0)
+    for part, tensor, span in parts:
+        values = elements.get(prefix + part.tensor)
+        if values is None or not part.scored:
+            continue
+        rest = [axis for axis in range(tensor.ndim) if axis != part.axis]
+        values = values.double().sum(rest) if rest else values.double()
+        sums = values[span] if not len(sums) else sums + values[span]
+    return sums
 
 
 @torch.enable_grad()
@@ -127,6 +142,7 @@ def _wanda(model: nn.Module, parameters: Parameters, calibration: Batches | None
     def watch(name: str, module: nn.Module) -> None:
         def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].float()
+            x = x.movedim(1, -1) if x.ndim == 4 else x  # features last, as tokens have them
             squares[name] = squares.get(name, 0.0) + x.square().sum(tuple(range(x.ndim - 1)))
             tokens[name] = tokens.get(name, 0) + x.shape[:-1].numel()
 
@@ -136,6 +152,9 @@ def _wanda(model: nn.Module, parameters: Parameters, calibration: Batches | None
         for name, module in block.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv1d)):
                 watch(f"{prefix}{name}.weight", module)
+    for name, module in cast(MambaModel, model).patch_embed.named_modules():
+        if f"{STEM_PREFIX}{name}.weight" in parameters and isinstance(module, nn.Conv2d):
+            watch(f"{STEM_PREFIX}{name}.weight", module)
     training = model.training
     try:
         model.eval()
@@ -154,7 +173,7 @@ def _wanda(model: nn.Module, parameters: Parameters, calibration: Batches | None
             continue
         rms = (squares[name] / tokens[name]).sqrt()
         # a depthwise convolution's input feature is its output channel's
-        shape = (-1, 1, 1) if p.ndim == 3 else (1, -1)
+        shape = (-1, 1, 1) if p.ndim == 3 else (1, -1, *(1,) * (p.ndim - 2))
         scores[name] = p.abs().float() * rms.view(shape)
     return scores
 

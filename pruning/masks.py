@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from mamba.errors import CheckpointError, ConfigError
 from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
-from pruning.components import BLOCK, COMPONENTS, GROUPS, Found, covered, find_all, named_blocks, parts_of
+from pruning.components import (
+    BLOCK,
+    COMPONENTS,
+    GROUPS,
+    STEM,
+    STEM_PREFIX,
+    Found,
+    covered,
+    find_all,
+    named_blocks,
+    parts_of,
+    stem_layers,
+)
 
 Masks = dict[str, Tensor]
 FILE = "masks.safetensors"
@@ -80,6 +92,10 @@ def extract_mask_mamba(model: nn.Module) -> Masks:
             _cut(masks, prefix, parts, gone)
         if all(prefix + name in read and not read[prefix + name].any() for name in weights):
             masks |= {prefix + name: torch.zeros_like(p, dtype=torch.bool) for name, p in block.named_parameters()}
+    for parts in stem_layers(model):
+        weights_of = [found for found in parts if found[1].ndim > 1]
+        zeros = {STEM_PREFIX + part.tensor: tensor.detach() != 0 for part, tensor, _ in weights_of}
+        _cut(masks, STEM_PREFIX, parts, gone_units(zeros, STEM_PREFIX, weights_of))
     return masks
 
 
@@ -99,8 +115,14 @@ def gone_units(masks: Mapping[str, Tensor], prefix: str, parts: Sequence[Found])
 
 
 def unit_masks(model: nn.Module, group: str, keep: Sequence[Tensor | None]) -> Masks:
-    """Masks that take whole units: one keep-mask over the group's units a block, or None to leave the block alone."""
+    """Masks that take whole units: one keep-mask over the group's units a block (of `stem`, a convolution), or None to
+    leave it alone."""
     masks: Masks = {}
+    if group == STEM:
+        for parts, kept in zip(stem_layers(model), keep, strict=True):
+            if kept is not None:
+                _cut(masks, STEM_PREFIX, parts, ~kept.cpu())
+        return masks
     for (prefix, block), kept in zip(named_blocks(model), keep, strict=True):
         if kept is None:
             continue

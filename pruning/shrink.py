@@ -19,7 +19,16 @@ from mamba.models.ssm import BlockShape
 from mamba.ops.update.muon import Muon
 from mamba.train.ema import ModelEma
 from mamba.train.optim import matrix_parts
-from pruning.components import GROUPS, block_prefix, named_blocks, parts_of, tensors_of, units_of
+from pruning.components import (
+    GROUPS,
+    STEM_PREFIX,
+    block_prefix,
+    named_blocks,
+    parts_of,
+    stem_layers,
+    tensors_of,
+    units_of,
+)
 from pruning.masks import Masks, apply_mask_mamba, check_masks, gone_units
 
 Kept = dict[int, Tensor]
@@ -75,7 +84,8 @@ def shrink(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
     blocks = named_blocks(model)
     gone_blocks = [prefix for prefix, block in blocks if _is_gone(masks, prefix, block)][: len(blocks) - 1]
     state = model.state_dict()
-    entries: dict[str, tuple[str, Kept]] = {n: (n, {}) for n in outside_blocks(model)}
+    in_stem, channels = _kept_of_stem(masks, model)
+    entries: dict[str, tuple[str, Kept]] = {n: (n, in_stem.get(n, {})) for n in outside_blocks(model)}
     shapes: list[BlockShape] = []
     for prefix, block in blocks:
         if prefix in gone_blocks:
@@ -92,7 +102,7 @@ def shrink(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
                 entries[new_prefix + name] = (prefix + name, kept.get(name, {}))
         shapes.append(shape)
     slices = Slices(entries)
-    smaller = rebuild(model, shapes)
+    smaller = rebuild(model, shapes, channels)
     smaller.load_state_dict(slices.take_all(state))
     left = {name: keep for name, keep in slices.take_all(masks).items() if not keep.all()}
     apply_mask_mamba(smaller, left)
@@ -100,14 +110,17 @@ def shrink(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
 
 
 def outside_blocks(model: MambaModel) -> list[str]:
-    """Names in the state dict of what no cut changes: stem, positions, class tokens, last norm, head."""
+    """Names in the state dict of what no cut of blocks changes: stem, positions, class tokens, last norm, head."""
     return [name for name in model.state_dict() if not name.startswith(f"{model.stack_name}.")]
 
 
-def rebuild(model: MambaModel, shapes: list[BlockShape]) -> MambaModel:
-    """A model of other block shapes with new weights, on the same device, in the same mode; random state untouched."""
+def rebuild(model: MambaModel, shapes: list[BlockShape], stem_channels: tuple[int, ...] | None = None) -> MambaModel:
+    """A model of other block shapes, and of other inner widths of its stem if given, with new weights, on the same
+    device, in the same mode; random state untouched."""
+    own = model.architecture
+    channels = own.stem_channels if stem_channels is None else stem_channels
     with torch.random.fork_rng(devices=[]):
-        other = MambaModel(replace(model.architecture, blocks=tuple(shapes)))
+        other = MambaModel(replace(own, blocks=tuple(shapes), stem_channels=channels))
     return other.to(model.head.weight.device, model.head.weight.dtype).train(model.training)
 
 
@@ -197,6 +210,20 @@ def _kept(masks: Mapping[str, Tensor], prefix: str, block: MambaBlock) -> tuple[
         tensor: {axis: (~mark).nonzero().squeeze(1) for axis, mark in axes.items()} for tensor, axes in drop.items()
     }
     return kept, replace(block.shape, **counts)  # type: ignore[arg-type]
+
+
+def _kept_of_stem(masks: Mapping[str, Tensor], model: MambaModel) -> tuple[dict[str, Kept], tuple[int, ...]]:
+    """Tensor of the stem, by its full name -> what stays along each axis, and the inner widths that result."""
+    kept: dict[str, Kept] = {}
+    channels: list[int] = []
+    for parts in stem_layers(model):
+        gone = gone_units(masks, STEM_PREFIX, parts)
+        if gone.all():
+            gone[-1] = False
+        channels.append(int((~gone).sum()))
+        for part, _, _ in parts if gone.any() else []:
+            kept.setdefault(STEM_PREFIX + part.tensor, {})[part.axis] = (~gone).nonzero().squeeze(1)
+    return kept, tuple(channels)
 
 
 def _with_indices(model: MambaModel, shrunk: Shrunk) -> dict[str, Tensor]:

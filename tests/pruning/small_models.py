@@ -40,7 +40,9 @@ def family() -> dict[str, MambaModel]:
     """One model of each kind: every mixer, both names, class tokens, positions, stems."""
     return {
         "forward": build(),
-        "bidirectional": build(*(replace(PLAIN, mixer="bidirectional"),) * 3, stem="conv", class_token="start"),
+        "bidirectional": build(
+            *(replace(PLAIN, mixer="bidirectional"),) * 3, stem="conv", stem_channels=(5, 6), class_token="start"
+        ),
         "bidirectional_shared": build(*(replace(PLAIN, mixer="bidirectional_shared"),) * 3, pos_embed="none"),
         "multiscale": build(*(replace(PLAIN, mixer="multiscale"),) * 3, d_model=12, pos_embed="both"),
         "alternating": build(*turns("alternating", 3), stem="cct", stem_channels=(6,), head="attention"),

@@ -37,7 +37,7 @@ STRUCTURED = [
     (name, granularity)
     for name, component in COMPONENTS.items()
     for granularity in component.granularities
-    if granularity not in (ELEMENT, "rank")
+    if granularity not in (ELEMENT, "rank") and name != "stem"  # patches have no inner channels
 ]
 
 
@@ -143,13 +143,15 @@ def can_be_cut(model, name, granularity):
     shape = model.architecture.blocks[0]
     if granularity in ("rank", "low_rank"):
         return (granularity == "rank") == (shape.dt_rank is not None)
+    if name == "stem":
+        return bool(model.architecture.stem_channels)
     return name != "mlp" or shape.mlp_hidden > 0
 
 
-@pytest.mark.parametrize("name, granularity", [*STRUCTURED, ("linear_delta", "rank")])
+@pytest.mark.parametrize("name, granularity", [*STRUCTURED, ("linear_delta", "rank"), ("stem", "channel")])
 def test_masked_and_shrunk_compute_the_same_for_every_kind_of_model(member, images, name, granularity):
     if not can_be_cut(member, name, granularity):
-        with pytest.raises(ConfigError, match="has a neuron|low rank already|has a rank"):
+        with pytest.raises(ConfigError, match="has a neuron|low rank already|has a rank|no inner channels"):
             prune_component(member, name, 0.5, granularity)
         return
     masked = prune_component(member, name, 0.5, granularity)
@@ -279,7 +281,7 @@ def test_masks_compose_and_travel(model, tmp_path):
 
 
 @pytest.mark.parametrize("name, granularity", [(n, g) for n, c in COMPONENTS.items() for g in (ELEMENT, *c.groups)
-                                               if g in c.granularities and g != "rank"])  # fmt: skip
+                                               if g in c.granularities and g != "rank" and n != "stem"])  # fmt: skip
 def test_masks_are_read_off_a_pruned_model(model, images, name, granularity):
     pruned = cut(model, {f"{name}:{granularity}": 0.5})
     found = extract_mask_mamba(pruned.model)
