@@ -5,9 +5,12 @@ Keys are those of a run's metrics. Nothing is estimated: what cannot be measured
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,8 @@ from mamba.train.evaluate import evaluate
 from pruning.masks import check_sparsity_mamba
 
 TURNS = 5
-"""Of models whose speeds are compared on a CPU."""
+"""In which speeds that are to be compared are taken."""
+TIMED = ("bench/latency_ms", "bench/images_per_s")
 
 
 def size(model: MambaModel) -> dict[str, float]:
@@ -85,13 +89,72 @@ def speed(
 
 
 def speeds(
-    models: Sequence[MambaModel], batch_size: int = 1024, seconds: float = 1.0, amp: torch.dtype | None = None
+    models: Sequence[MambaModel],
+    batch_size: int = 1024,
+    seconds: float = 1.0,
+    amp: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> list[dict[str, float]]:
-    """`speed` of models that are to be compared. On a CPU they take `TURNS` turns and medians are returned, so that
-    what else the machine does hits all alike; a GPU that nothing else uses needs no turns."""
-    turns = TURNS if models[0].head.weight.device.type == "cpu" else 1
-    found = [[speed(model, batch_size, seconds / turns, amp) for model in models] for _ in range(turns)]
-    return [{key: median(row[key] for row in of_model) for key in of_model[0]} for of_model in zip(*found, strict=True)]
+    """`speed` of models that are to be compared, taken in `TURNS` turns so that what else the machine does hits all
+    alike: of each key the median over turns, of TIMED ones also the range, as `KEY_low` and `KEY_high`.
+
+    Args:
+        models: on any device; each is on `device` for its turn alone.
+        batch_size: as in `speed`.
+        seconds: of all turns of a model together.
+        amp: as in `speed`.
+        device: where they are timed; None: where each is.
+    """
+    found: list[list[dict[str, float]]] = [[] for _ in models]
+    for _ in range(TURNS):
+        for model, turns in zip(models, found, strict=True):
+            home = model.head.weight.device
+            turns.append(speed(model.to(device or home), batch_size, seconds / TURNS, amp))
+            model.to(home)
+    return [_over_turns(turns) for turns in found]
+
+
+def _over_turns(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    result = {key: median(turn[key] for turn in turns) for key in turns[0]}
+    for key in TIMED:
+        values = [turn[key] for turn in turns]
+        result |= {f"{key}_low": min(values), f"{key}_high": max(values)}
+    return result
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One measurement over another: of medians, and between the far ends of their ranges where those are known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the two ranges overlap: the turns do not tell which is more."""
+        return self.low is not None and self.high is not None and self.low <= 1 <= self.high
+
+    @property
+    def note(self) -> str:
+        """What is said behind the value."""
+        if self.low is None or self.high is None:
+            return ""
+        return ", within the noise" if self.within_noise else f" ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> Ratio | None:
+    """A metric of one model over that of another; None where one of the two is missing or 0."""
+
+    def known(metrics: Mapping[str, Any], name: str) -> float:
+        value = metrics.get(name)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+    over, under = known(after, key), known(before, key)
+    if not over or not under:
+        return None
+    ends = [known(metrics, f"{key}_{end}") for metrics in (after, before) for end in ("low", "high")]
+    return Ratio(over / under, ends[0] / ends[3], ends[1] / ends[2]) if all(ends) else Ratio(over / under)
 
 
 def _bytes(model: MambaModel) -> int:

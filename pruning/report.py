@@ -8,30 +8,31 @@ from typing import Any
 
 from rich.table import Table
 
-ROWS = {
-    "test/accuracy": ("test accuracy", "{:.2f} %"),
-    "model/params": ("parameters", "{:,.0f}"),
-    "model/nonzero": ("of them not zero", "{:,.0f}"),
-    "model/sparsity": ("zeros among prunable weights", "{:.1f} %"),
-    "model/macs": ("MACs per image, scan counted", "{:,.0f}"),
-    "bench/latency_ms": ("latency, one image", "{:.3f} ms"),
-    "bench/images_per_s": ("throughput", "{:,.0f} images/s"),
-    "bench/peak_memory_mib": ("peak memory", "{:,.0f} MiB"),
-}
+from mamba.runs.metrics import metric
+from pruning.measure import TIMED, ratio
+
+ROWS = (
+    *("val/accuracy", "test/accuracy", "model/params", "model/nonzero", "model/sparsity", "model/macs"),
+    *("bench/latency_ms", "bench/images_per_s", "bench/peak_memory_mib"),
+)
+"""Metrics of the table before and after."""
 
 
 def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """One metric a row: dense, pruned, ratio. What was not measured says so."""
+    """One metric a row: dense, pruned, ratio. What was not measured says so; a ratio of times has its range, or is
+    within the noise."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in ("before", "after", "ratio"):
         table.add_column(name, justify="right")
-    for key, (label, form) in ROWS.items():
+    for key in ROWS:
+        shown = metric(key)
         if key not in before:
-            table.add_row(label, "not measured", "", "")
+            table.add_row(shown.label, "not measured", "", "")
             continue
-        ratio = f"{after[key] / before[key]:.3f}" if before[key] else ""
-        table.add_row(label, form.format(before[key]), form.format(after[key]), ratio)
+        times = ratio(before, after, key)
+        words = "" if times is None else f"{times.value:.2f}{times.note}" if key in TIMED else f"{times.value:.3f}"
+        table.add_row(shown.label, shown.text(before[key]), shown.text(after.get(key)), words)
     return table
 
 

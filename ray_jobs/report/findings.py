@@ -2,186 +2,223 @@
 
 from __future__ import annotations
 
-import math
-import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-Row = TypeVar("Row", bound=Mapping[str, Any])
+from pruning.measure import ratio
+from ray_jobs.report.noise import error_of, images_in_words, images_of, standard_error
+from ray_jobs.report.rows import (
+    best_of,
+    by_component,
+    by_layer,
+    changed,
+    cut_of,
+    finished,
+    finite,
+    front,
+    joint,
+    measured,
+    over_seeds,
+    ranked,
+    same_models,
+    score,
+    varied,
+)
+
+__all__ = ["findings", "front", "ranked"]
+
 CHEAP, DEAR = 1.0, 5.0
 """Points of accuracy: what a cut may cost to be advised, and what makes one dear."""
 NOISE = 3
 """Images: a smaller difference is none, so that on a small split a cut may cost as many and still be advised."""
 
 
-def cut_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Component -> rate of a trial."""
-    rates = {k.removeprefix("cut."): v for k, v in row["values"].items() if k.startswith("cut.")}
-    return {k: float(v) for k, v in rates.items() if isinstance(v, float) and v > 0}
-
-
-def by_component(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, Mapping[str, Any]]]:
-    """Of the finished trials that cut one component in all blocks: component -> rate -> trial."""
-    found: dict[str, dict[float, Mapping[str, Any]]] = {}
-    for row in rows:
-        cuts = cut_of(row)
-        if row["status"] == "finished" and len(cuts) == 1 and row["values"].get("cut.layer") is None:
-            ((name, rate),) = cuts.items()
-            found.setdefault(name, {})[rate] = row
-    return found
-
-
-def by_layer(rows: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """Of the finished trials that cut one block: block -> trial."""
-    found = {}
-    for row in rows:
-        layer = row["values"].get("cut.layer")
-        if row["status"] == "finished" and layer is not None:
-            found[int(layer)] = row
-    return found
-
-
-def joint(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The finished trials that cut several components in all blocks."""
-    return [
-        row
-        for row in rows
-        if row["status"] == "finished" and len(cut_of(row)) > 1 and row["values"].get("cut.layer") is None
-    ]
-
-
-def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The finished trials that were repeated over seeds: name without seed -> trials."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["status"] == "finished" and "seed" in row["values"]:
-            found.setdefault(re.sub(r"-seed\d+$", "", row["trial"]), []).append(row)
-    return {name: trials for name, trials in found.items() if len(trials) > 1}
-
-
 def findings(
     rows: Sequence[Mapping[str, Any]],
     baseline: Mapping[str, float],
-    val_images: int = 0,
     objectives: Mapping[str, str] | None = None,
 ) -> str:
     """A short text: what to prune first, what not to touch; of a search, its best trials; means over seeds.
 
     Args:
-        rows: trials, as `ray_jobs.sweep.experiment.rows` gives them.
-        baseline: metrics of the dense model.
-        val_images: size of the validation split, to say how coarse its percents are.
+        rows: trials, as `ray_jobs.sweep.experiment.rows` gives them, of any space.
+        baseline: metrics of the dense model, its `val/images` among them.
         objectives: of a search, metric -> max or min; none for a grid.
     """
     counts = Counter(row["status"] for row in rows)
     lines = [f"{len(rows)} trials: {', '.join(f'{n} {status}' for status, n in counts.items())}"] if rows else []
-    if "val/accuracy" in baseline:
-        images = f" of {val_images} images, one of which is {100 / val_images:.2f} points" if val_images else ""
-        lines.append(f"baseline: {baseline['val/accuracy']:.2f} % on the validation split{images}")
+    images, dense = images_of(rows, baseline), finite(baseline.get("val/accuracy"))
+    split = f" of {images_in_words(images)}" if images else ""
+    if dense is not None:
+        error = f" ± {standard_error(dense, images):.2f} (standard error)" if images else ""
+        lines.append(f"baseline: {dense:.2f} %{error} on the validation split{split}")
+    elif images:
+        lines.append(f"accuracies are those of the validation split{split}")
     if objectives:
-        return "\n".join(lines + _searched(rows, baseline, objectives))
-    cheap_points = max(CHEAP, 100 * NOISE / val_images if val_images else 0.0)
-    components = by_component(rows)
-    drops = {name: {r: row["metrics"]["val/drop"] for r, row in points.items()} for name, points in components.items()}
-    cheap = {}
-    for name, points in drops.items():  # the highest rate up to which none costs more
-        dear = min((r for r, d in points.items() if d > cheap_points), default=float("inf"))
-        cheap[name] = max((r for r in points if r < dear), default=0.0)
-    for name, rate in sorted(cheap.items(), key=lambda item: -item[1]):
-        if rate:
-            kind = "removed" if components[name][rate]["values"].get("cut.structured") else "zeroed"
-            lines.append(f"prune first: {name} at {rate:g} costs {drops[name][rate]:.2f} points ({kind})")
-    for name, points in drops.items():
-        rate = min(points)
-        if points[rate] >= DEAR or not cheap[name]:
-            lines.append(f"careful: {name} costs {points[rate]:.2f} points already at {rate:g}")
-    layers = {layer: row["metrics"]["val/drop"] for layer, row in by_layer(rows).items()}
-    if layers:
-        order = sorted(layers, key=lambda layer: layers[layer])
-        words = [f"{layer} ({layers[layer]:.2f})" for layer in order]
-        named = min(3, max(1, len(words) // 2))  # none is in both lists
-        lines.append(f"blocks that matter least, points lost: {', '.join(words[:named])}")
-        last = [i for i, layer in enumerate(order) if i >= named and layers[layer] > cheap_points][-named:]
-        touchy = ", ".join(words[i] for i in reversed(last)) or f"none costs more than {cheap_points:.2f} alone"
-        lines.append(f"blocks not to touch, points lost: {touchy}")
-    for row in joint(rows):
-        m = row["metrics"]
-        words_of = ", ".join(f"{name} {rate:g}" for name, rate in cut_of(row).items())
-        speed = ""
-        if "bench/images_per_s" in m and baseline.get("bench/images_per_s"):
-            speed = f", {m['bench/images_per_s'] / baseline['bench/images_per_s']:.2f} times the throughput"
-        share = m["model/params"] / baseline["model/params"] if baseline.get("model/params") else float("nan")
-        kind = "units removed" if row["values"].get("cut.structured") else "weights zeroed"
-        lines.append(
-            f"together ({kind}): {words_of}: {m['val/drop']:.2f} points, {100 * share:.0f} % of the parameters{speed}"
-        )
+        return "\n".join(lines + _searched(rows, baseline, objectives, images))
+    limit = max(CHEAP, 100 * NOISE / images if images else 0.0)
+    lines += _components(rows, baseline, limit, images)
+    lines += _layers(rows, limit)
+    lines += _together(rows, baseline)
     lines += _means(over_seeds(rows))
     return "\n".join(lines)
 
 
+def _lost(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean points lost by trials that repeat each other."""
+    return statistics.fmean(row["metrics"]["val/drop"] for row in rows)
+
+
+def _components(
+    rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], limit: float, images: int
+) -> list[str]:
+    """Components in the order in which to prune them: by the highest rate up to which none of its rates costs more than
+    `limit`, then by the points lost there. Those that no difference beyond the noise sets apart share a place."""
+    components = by_component(rows)
+    if not components:
+        return []
+    drops = {name: {rate: _lost(some) for rate, some in points.items()} for name, points in components.items()}
+    reach = {}
+    for name, points in drops.items():
+        dear = min((rate for rate, lost in points.items() if lost > limit), default=float("inf"))
+        reach[name] = max((rate for rate in points if rate < dear), default=0.0)
+    order = sorted((n for n in reach if reach[n]), key=lambda n: (-reach[n], drops[n][reach[n]]))
+    noise = 100 * NOISE / images if images else 0.0
+    places: list[list[str]] = []
+    for name in order:
+        leader = places[-1][0] if places else name
+        alike = reach[name] == reach[leader] and drops[name][reach[name]] - drops[leader][reach[leader]] <= noise
+        if places and alike:
+            places[-1].append(name)
+        else:
+            places.append([name])
+    lines = []
+    if order:
+        of_images = f", {NOISE} images" if limit > CHEAP else ""
+        lines.append(
+            f"components by the highest rate that costs at most {limit:.2f} points{of_images}, and by its cost:"
+        )
+    if len(places) == 1 and len(order) > 1:
+        lines.append("none comes first: what sets these apart is within the noise")
+    for number, place in enumerate(places):
+        for name in place:
+            some = components[name][reach[name]]
+            kind = "units removed" if some[0]["values"].get("cut.structured") else "weights zeroed"
+            share = _nonzero_share(some, baseline)
+            first = "prune first: " if number == 0 and len(places) > 1 else f"{number + 1}. " if len(places) > 1 else ""
+            lines.append(
+                f"{first}{name} up to {reach[name]:g} costs {drops[name][reach[name]]:.2f} points ({kind}{share})"
+            )
+    for name, points in drops.items():
+        rate = min(points)
+        if not reach[name]:
+            lines.append(f"careful: {name} costs {points[rate]:.2f} points already at {rate:g}")
+    return lines
+
+
+def _nonzero_share(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> str:
+    left, whole = measured(rows[0], "model/nonzero"), finite(baseline.get("model/nonzero"))
+    return f", {100 * (1 - left / whole):.1f} % of the model's" if left is not None and whole else ""
+
+
+def _layers(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
+    lines = []
+    for setting, blocks in by_layer(rows).items():
+        layers = {layer: _lost(some) for layer, some in blocks.items()}
+        order = sorted(layers, key=lambda layer: layers[layer])
+        words = [f"{layer} ({layers[layer]:.2f})" for layer in order]
+        named = min(3, max(1, len(words) // 2))  # none is in both lists
+        where = f" [{setting}]" if setting else ""
+        lines.append(f"blocks that matter least, points lost{where}: {', '.join(words[:named])}")
+        last = [i for i, layer in enumerate(order) if i >= named and layers[layer] > limit][-named:]
+        touchy = ", ".join(words[i] for i in reversed(last)) or f"none costs more than {limit:.2f} alone"
+        lines.append(f"blocks not to touch, points lost{where}: {touchy}")
+    return lines
+
+
+def _together(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> list[str]:
+    lines = []
+    same = same_models(rows)
+    for row in joint(rows):
+        kind = "units removed" if row["values"].get("cut.structured") else "weights zeroed"
+        said = f"together ({kind}): {cut_in_words(row)}: "
+        if row["trial"] in same:
+            earlier = next(r for r in rows if r["trial"] == same[row["trial"]])
+            lines.append(f"{said}the same model as {cut_in_words(earlier)} (units of one group go together)")
+            continue
+        said += f"{row['metrics']['val/drop']:.2f} points"
+        params, whole = measured(row, "model/params"), finite(baseline.get("model/params"))
+        said += f", {100 * params / whole:.0f} % of the parameters" if params is not None and whole else ""
+        faster = ratio(baseline, row["metrics"], "bench/images_per_s")
+        said += f", {faster.value:.2f} times the throughput{faster.note}" if faster else ""
+        lines.append(said)
+    return lines
+
+
+def cut_in_words(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {rate:g}" for name, rate in cut_of(row).items())
+
+
 def _means(repeated: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Validation accuracy of each, best first, with its spread: differences within it say nothing."""
-    scores = {}
-    for name, trials in repeated.items():
-        metrics = [row["metrics"] for row in trials]
-        values = [m.get("val/best_accuracy", m.get("val/accuracy")) for m in metrics]
-        if None not in values:
-            scores[name] = sorted(values)
-    order = sorted(scores, key=lambda name: -statistics.mean(scores[name]))
-    width = max(map(len, scores), default=0)
-    return [
-        f"{name:<{width}}  {statistics.mean(scores[name]):.2f} % over {len(scores[name])} seeds"
-        f" ({scores[name][0]:.2f} to {scores[name][-1]:.2f})"
-        for name in order
-    ]
-
-
-def front(rows: Sequence[Mapping[str, Any]], objectives: Mapping[str, str]) -> list[Mapping[str, Any]]:
-    """The finished trials that no other beats: at least as good in every objective and better in one; best first by
-    the first objective. With one objective, its best trials."""
-    signs = {key: -1.0 if mode == "max" else 1.0 for key, mode in objectives.items()}
-    done = [r for r in rows if r["status"] == "finished" and all(key in r["metrics"] for key in signs)]
-    points = [tuple(sign * row["metrics"][key] for key, sign in signs.items()) for row in done]
-
-    def beaten(point: tuple[float, ...]) -> bool:
-        return any(q != point and all(b <= a for a, b in zip(point, q, strict=True)) for q in points)
-
-    best = [(point, row) for point, row in zip(points, done, strict=True) if not beaten(point)]
-    return [row for _, row in sorted(best, key=lambda item: item[0])]
-
-
-def ranked(rows: Sequence[Row], objective: str, mode: str) -> list[Row]:
-    """Trials from the best to the worst; last those that have no such metric."""
-    sign = -1 if mode == "max" else 1
-    return sorted(rows, key=lambda row: sign * row["metrics"].get(objective, sign * float("inf")))
+    scores = {name: sorted(s for row in trials if (s := score(row)) is not None) for name, trials in repeated.items()}
+    known = {name: some for name, some in scores.items() if some}
+    width = max(map(len, known), default=0)
+    lines = []
+    for name in sorted(
+        known, key=lambda name: (len(known[name]) < len(repeated[name]), -statistics.fmean(known[name]))
+    ):
+        some, missing = known[name], len(repeated[name]) - len(known[name])
+        spread = f" ± {statistics.stdev(some):.2f}" if len(some) > 1 else ""
+        without = f"; {missing} more without an accuracy" if missing else ""
+        lines.append(
+            f"{name:<{width}}  {statistics.fmean(some):.2f}{spread} % over {len(some)} seed{'s' * (len(some) != 1)} "
+            f"({some[0]:.2f} to {some[-1]:.2f}){without}"
+        )
+    return lines
 
 
 def _searched(
-    rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], objectives: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float], objectives: Mapping[str, str], images: int
 ) -> list[str]:
     """The best trial of a search, or its Pareto front."""
-    best, (first, *others) = front(rows, objectives), objectives
+    best, (first, *others) = best_of(rows, objectives, baseline), objectives
     lines = []
-    if others and best:
+    for key in objectives:
+        values = {measured(row, key) for row in finished(rows)} - {None}
+        if len(values) == 1 and len(finished(rows)) > 1:
+            lines.append(f"every trial has the same {key}, {short(values.pop())}: it sets none apart")
+    dense = len(finished(rows)) - len(changed(finished(rows), others, baseline)) if others else 0
+    if 0 < dense < len(finished(rows)):
+        lines.append(f"{dense} trials cost what the dense model costs and are on no front")
+    if others and len(best) > 1:
         words = " and ".join(f"{key} ({mode})" for key, mode in objectives.items())
         lines.append(f"Pareto front, {len(best)} trials; none is better in both {words}:")
     for row in best if others else best[:1]:
         reached = [f"{first} {short(row['metrics'][first])}"]
         for key in others:
-            value = row["metrics"][key]
-            share = f" ({100 * value / baseline[key]:.0f} % of the dense model's)" if baseline.get(key) else ""
+            value, whole = row["metrics"][key], finite(baseline.get(key))
+            share = f" ({100 * value / whole:.0f} % of the dense model's)" if whole else ""
             reached.append(f"{key} {short(value)}{share}")
-        values = {key.removeprefix("cut."): value for key, value in varied(rows, row).items()}
-        chosen = ", ".join(f"{key} {brief(value)}" for key, value in values.items())
-        lines.append(f"{'' if others else 'best: '}{row['trial']}: {', '.join(reached)} with {chosen}")
+        values_of = {key.partition(".")[2] if cut_of(row) else key: v for key, v in varied(rows, row).items()}
+        chosen = ", ".join(f"{key} {brief(value)}" for key, value in values_of.items())
+        with_ = f" with {chosen}" if chosen else ""
+        lines.append(f"{'' if len(best) > 1 and others else 'best: '}{row['trial']}: {', '.join(reached)}{with_}")
+    if best and not others and first.startswith("val/") and first.endswith("accuracy"):
+        lines += _close(rows, best[0], first, images)
     return lines
 
 
-def varied(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial's values, without those that are the same in all trials."""
-    return {k: v for k, v in row["values"].items() if any(r["values"].get(k, ...) != v for r in rows)}
+def _close(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], key: str, images: int) -> list[str]:
+    """How many other trials the best one's standard error does not tell apart from it."""
+    top, error = measured(best, key), error_of([best], images)
+    values = [measured(row, key) for row in finished(rows) if row["trial"] != best["trial"]]
+    if top is None or error is None:
+        return []
+    near = sum(value is not None and top - value <= error for value in values)
+    return [f"{near} other{'s' * (near != 1)} within its standard error, {error:.2f} points"] if near else []
 
 
 def brief(value: Any) -> str:
@@ -191,7 +228,7 @@ def brief(value: Any) -> str:
 
 def short(value: Any) -> str:
     """A value or metric: whole and large numbers whole, others in four significant digits, decays in six."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if finite(value) is None:
         return str(value)
     if 0.99 <= value < 1:  # a decay close to 1 must not become one
         return f"{value:.6g}"

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from mamba.config.cli import TrainArgs
 from mamba.config.help import quiet_pipe
-from ray_jobs.report.findings import findings, ranked
+from ray_jobs.report.findings import findings
 from ray_jobs.report.page import write_report
+from ray_jobs.report.rows import SCORE, ranked
 from ray_jobs.report.table import show, write_results
 from ray_jobs.sweep import experiment
 from ray_jobs.sweep.run import run
@@ -60,15 +61,14 @@ def conclude(folder: Path, script: str) -> int:
     write_table()
     failed = [row for row in rows if row["status"] == "failed"]
     told = experiment.load(folder)
-    objective, mode = next(iter(told.space.objectives.items()), ("val/accuracy", "max"))
+    objective, mode = next(iter(told.space.objectives.items()), (SCORE, "max"))
     best = ranked(rows, objective, mode)
     show(best[:SHOWN], first=list(told.space.objectives))
     if len(best) > SHOWN:
         console.print(f"the best {SHOWN} of {len(best)}; all of them: {folder / 'results.csv'}", markup=False)
     for row in failed:
         console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
-    measured = experiment.baseline_of(folder)
-    text = findings(rows, measured, int(measured.get("val/images", 0)), told.space.objectives)
+    text = findings(rows, experiment.baseline_of(folder), told.space.objectives)
     console.print(text, markup=False)
     if rows:
         console.print(f"report: {write_report(folder, rows, text)}", markup=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -33,8 +32,6 @@ from pruning import prune_multiple
 from ray_jobs.ablate import main as ablate
 from ray_jobs.compare import main as compare
 from ray_jobs.launch.cluster import Cluster
-from ray_jobs.report.findings import findings, front
-from ray_jobs.report.page import write_report
 from ray_jobs.sweep import experiment
 from ray_jobs.sweep.grid import expand
 from ray_jobs.sweep.run import resources
@@ -231,60 +228,6 @@ def test_concurrent_trials_never_hold_more_than_there_is(small_config):
         held(Cluster(2, 0, "here"), share=0.5)
 
 
-def test_findings_say_what_the_numbers_say():
-    def row(values, drop, **metrics):
-        return {
-            "status": "finished",
-            "values": values,
-            "metrics": {"val/drop": drop, "val/accuracy": 90 - drop, **metrics},
-        }
-
-    rows = [
-        row({"cut.mlp": 0.5}, 0.2),
-        row({"cut.mlp": 0.7}, 0.9),
-        row({"cut.mlp": 0.9}, 7.0),
-        row({"cut.conv1d": 0.3}, 6.0),
-        *(row({"cut.layer": i, "cut.mlp": 0.7}, float(i)) for i in range(6)),
-        row({"cut.mlp": 0.7, "cut.linear_out": 0.7}, 3.0, **{"model/params": 50, "bench/images_per_s": 30.0}),
-        {"status": "failed", "values": {"cut.mlp": 0.95}, "metrics": {}},
-    ]
-    text = findings(rows, {"val/accuracy": 90.0, "model/params": 100, "bench/images_per_s": 20.0})
-    assert "prune first: mlp at 0.7 costs 0.90 points" in text
-    assert "careful: conv1d costs 6.00 points already at 0.3" in text
-    assert "matter least, points lost: 0 (0.00), 1 (1.00), 2 (2.00)" in text
-    assert "not to touch, points lost: 5 (5.00), 4 (4.00), 3 (3.00)" in text
-    few = findings(rows[4:8], {}).splitlines()
-    assert few[1:] == ["blocks that matter least, points lost: 0 (0.00), 1 (1.00)",
-                       "blocks not to touch, points lost: 3 (3.00), 2 (2.00)"]  # fmt: skip
-    assert "3.00 points, 50 % of the parameters, 1.50 times the throughput" in text
-
-
-def test_findings_are_means_over_seeds_best_first():
-    def row(name, best, seed=0, status="finished", **metrics):
-        best = {} if best is None else {"val/best_accuracy": best}
-        return {"trial": name, "status": status, "values": {"seed": seed}, "metrics": {**best, **metrics}}
-
-    rows = [
-        row("slow-seed0", 71.0, **{"val/accuracy": 60.0}),
-        row("slow-seed1", 69.0, 1, **{"val/accuracy": 60.0}),
-        row("faster-seed9", 82.0, 9),
-        row("faster-seed10", 80.0, 10),
-        row("alone-seed0", 99.0),
-        row("stopped-seed0", 99.0, status="stopped early"),
-        row("stopped-seed1", 99.0, 1, status="stopped early"),
-        row("unmeasured-seed0", None),
-        row("unmeasured-seed1", 99.0, 1),
-        {**row("other-seed0", 99.0), "values": {}},
-        {**row("other-seed1", 99.0), "values": {}},
-    ]
-    assert findings(rows, {}).splitlines()[1:] == [
-        "faster  81.00 % over 2 seeds (80.00 to 82.00)",
-        "slow    70.00 % over 2 seeds (69.00 to 71.00)",
-    ]
-    plain = [row("only-seed0", None, **{"val/accuracy": 50.0}), row("only-seed1", None, 1, **{"val/accuracy": 51.0})]
-    assert findings(plain, {}).splitlines()[1] == "only  50.50 % over 2 seeds (50.00 to 51.00)"
-
-
 @pytest.mark.parametrize(
     "script, words, lines",
     [
@@ -300,76 +243,6 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(trained, tmp_path, cap
     said = capsys.readouterr().out
     assert all(line in said for line in lines), said
     assert not (tmp_path / "runs").exists()
-
-
-def test_the_pareto_front_by_hand():
-    def of(points, **modes):
-        rows = [{"trial": str(i), "status": "finished", "metrics": dict(zip("xy", p, strict=False))}
-                for i, p in enumerate(points)]  # fmt: skip
-        rows.append({"trial": "early", "status": "stopped early", "metrics": {"x": -99, "y": 99}})
-        return [tuple(row["metrics"].values()) for row in front(rows, modes)]
-
-    points = [(1, 5), (2, 7), (3, 6), (2, 4), (4, 7), (1,)]
-    assert of(points, y="max", x="min") == [(2, 7), (1, 5)]
-    assert of(points, y="max", x="max") == [(4, 7)]
-    assert of(points, y="min", x="min") == [(2, 4), (1, 5)]
-    assert of(points, x="min") == [(1, 5), (1,)]
-    assert of([], y="max") == []
-
-
-def searched(folder, space, rows):
-    """The folder that a search leaves, without the search."""
-    config = RunConfig(out=folder.parent, name=folder.name).resolve()
-    experiment.create(experiment.Experiment(space, [], config, None, None, None, len(rows)), ["tune.py"])
-    for i, (values, metrics) in enumerate(rows):
-        (folder / f"trial-{i:04d}").mkdir()
-        status = "finished" if metrics else "failed"
-        result = {"status": status, "reason": "" if metrics else "it could not be", "values": values}
-        (folder / f"trial-{i:04d}" / "trial.json").write_text(json.dumps({**result, "metrics": metrics}))
-    return experiment.rows(folder)
-
-
-def test_the_report_of_a_search_with_two_objectives(tmp_path):
-    space = load_space("pruning")
-    points = [(90.0, 400.0), (95.0, 500.0), (80.0, 450.0), (97.0, 900.0), None]
-    rows = searched(tmp_path / "exp", space, [
-        ({"cut.structured": True, **dict.fromkeys(space.search, 0.05 * (i + 1))},
-         {} if p is None else {"val/accuracy": p[0], "model/macs": p[1], "model/nonzero": 10.0 * i, "val/drop": 1.0})
-        for i, p in enumerate(points)
-    ])  # fmt: skip
-    baseline = {"val/accuracy": 98.0, "model/macs": 1000.0, "model/nonzero": 100.0}
-    (tmp_path / "exp" / "baseline.json").write_text(json.dumps(baseline))
-    text = findings(rows, baseline, 143, space.objectives)
-    assert "5 trials: 4 finished, 1 failed" in text and "Pareto front, 3 trials" in text
-    front_lines = [line for line in text.splitlines() if line.startswith("trial-")]
-    assert [line.split(":")[0] for line in front_lines] == ["trial-0003", "trial-0001", "trial-0000"]
-    assert "model/macs 900 (90 % of the dense model's) with linear_out 0.2" in front_lines[0]
-    assert "structured" not in text, "what is the same in all trials says nothing"
-    page = write_report(tmp_path / "exp", rows, text).read_text()
-    made = {p.stem for p in (tmp_path / "exp" / "report").glob("*.png")}
-    assert made == {"pareto", "model-nonzero", "importance", "parallel"}
-    assert re.findall(r'class="best"><td>(trial-\d+)', page) == ["trial-0003", "trial-0001", "trial-0000"]
-    assert "failed: trial-0004: it could not be" in page and "cut.structured True" in page
-    heads = re.findall(r"<th>(.*?)</th>", page)
-    for line in re.findall(r"<tr class=.*?</tr>", page):
-        cells = dict(zip(heads, re.findall(r"<td>(.*?)</td>", line), strict=True))
-        failed = cells["trial"] == "trial-0004"
-        assert cells["reason"] == ("it could not be" if failed else "")
-        assert cells["val/accuracy"] == ("" if failed else f"{points[int(cells['trial'][-1])][0]:.0f}")
-
-
-def test_the_report_of_a_search_with_one_objective(tmp_path):
-    space = load_space("recipe")
-    rows = searched(tmp_path / "exp", space, [
-        ({"model.drop_path": 0.1 * i, "optim.layer_decay": 0.7, "ema.decay": 0.999, "optim.lr": 1e-3},
-         {"val/best_accuracy": 90.0 + i, "model/macs": 1e6 * i})
-        for i in range(3)
-    ])  # fmt: skip
-    text = findings(rows, {}, 0, space.objectives)
-    assert text.splitlines()[1] == "best: trial-0002: val/best_accuracy 92 with model.drop_path 0.2"
-    page = write_report(tmp_path / "exp", rows, text)
-    assert {p.stem for p in page.parent.glob("*.png")} == {"importance", "parallel"}
-    assert page.read_text().count('class="best"') == 1
 
 
 @pytest.mark.parametrize(
