@@ -515,18 +515,31 @@ def test_average_can_be_turned_off(small_fit, tmp_path):
     assert not list((tmp_path / "run").rglob("ema.safetensors"))
 
 
-def test_bf16_and_compile_run(small_fit, tmp_path):
-    result = small_fit(optim__amp="bf16", optim__epochs=8)
-    assert result["amp"] == "bfloat16" and result["metrics"]["test/accuracy"] > 80
+@pytest.fixture
+def compiled_frames(monkeypatch):
+    """Let torch.compile run what it traced as it is; what it traced, with nothing left out."""
+    frames, compile_in_place = [], torch.nn.Module.compile
 
+    def backend(graph, _inputs):
+        frames.append(graph)
+        return graph.forward
 
-def test_compiled_run_keeps_names_and_follows_the_plain_one(small_fit, tmp_path, monkeypatch):
-    compile_in_place = torch.nn.Module.compile
-    options = {"backend": "eager", "fullgraph": True}
+    options = {"backend": backend, "fullgraph": True}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **mine: compile_in_place(self, **(mine | options)))
+    return frames
+
+
+def test_bf16_and_compile_learn_together(small_fit, compiled_frames):
+    result = small_fit(optim__amp="bf16", optim__compile=True, optim__epochs=4, optim__lr=2e-2)
+    assert result["amp"] == "bfloat16" and result["compiled"] and compiled_frames
+    assert result["metrics"]["test/accuracy"] > 90
+
+
+def test_compiled_run_keeps_names_and_follows_the_plain_one(small_fit, tmp_path, compiled_frames):
     for name, on in (("plain", False), ("compiled", True)):
         (tmp_path / name).mkdir()
-        small_fit(name, optim__compile=on, model__drop_path=0)
+        small_fit(name, optim__compile=on, model__drop_path=0, optim__epochs=2)
+        assert bool(compiled_frames) == on
     a, b = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     assert a.keys() == b.keys()
     torch.testing.assert_close(a["head.weight"], b["head.weight"], rtol=1e-4, atol=1e-5)
@@ -754,7 +767,8 @@ def test_a_set_with_one_image_left_over_in_a_batch(small_config, small_data, tmp
     result = fit(
         small_config(data__batch_size=9, data__cutmix=1.0, data__mix_prob=1.0), local_process(), tmp_path, small_data
     )
-    assert result["status"] == "finished"
+    assert result["status"] == "finished" and result["metrics"]["train/skipped_steps"] == 0
+    assert result["metrics"]["train/loss"] < 1.1
 
 
 def test_validation_each_second_epoch_and_after_the_last(small_fit, tmp_path):
