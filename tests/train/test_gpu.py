@@ -68,7 +68,7 @@ def last_weights(folder):
 
 @pytest.mark.parametrize("settings, rtol, atol", [(PLAIN, 1e-2, 1e-3), (RECORDED | {"optim__amp": "off"}, 1e-4, 1e-5)])
 def test_resumes(small_fit, tmp_path, monkeypatch, settings, rtol, atol):
-    """Close, not bit-equal: some of CUDA's sums are not in a fixed order. Drop path draws the same in a recorded step as
+    """Close, not bit-equal: some of CUDA's sums are in no fixed order. Drop path draws the same in a recorded step as
     in a plain one, and goes on where the checkpoint was."""
     (tmp_path / "whole").mkdir()
     small_fit("whole", **settings)
@@ -99,7 +99,7 @@ def test_fast_runs_follow_the_plain_one(small_fit, tmp_path, monkeypatch):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         curves[name] = [json.loads(line)[key] for line in lines for key in ("train/loss", "val/loss")]
         found[name] = torch.cat([w.flatten() for w in last_weights(tmp_path / name).values()])
-    assert curves["plain"][-1] < 0.6 * curves["plain"][1]
+    assert curves["plain"][-1] < 0.5, "a validation loss of 1.1 is chance"
     torch.manual_seed(0)
     start = initial_model(make_small_config(tmp_path, **settings), 3, 8, local_process())
     way = (found["plain"] - torch.cat([w.flatten() for w in start.state_dict().values()])).norm()
