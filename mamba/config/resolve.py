@@ -105,6 +105,8 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def _absolute(key: str, path: Path | None) -> Path | None:
+    if path and "\0" in str(path):
+        raise ConfigError(f"{key} {str(path)!r}: no path holds a null character")
     try:
         return path.expanduser().absolute() if path else None
     except RuntimeError:  # the home of a user who is none
