@@ -31,32 +31,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: TrainArgs) -> int:
+    print("loading PyTorch and the data ...", flush=True)  # seconds without a word look like a hang
     from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
-    from mamba.runs.start import prepare_resume
+    from mamba.runs.start import described, keep_start, prepare_resume
     from ray_jobs.launch.console import Display, result_table, stop_on_signal
+    from ray_jobs.launch.resume import check_run, extend
     from ray_jobs.launch.run import preflight, run
 
     config = args.config.resolve()
     if args.resume is None:
         if config.prune.method != "none":
             raise ConfigError(f"prune.method '{config.prune.method}' is for ray_jobs/prune.py; valid here: none")
+        config = described(config)
         preflight(config)
         folder = create_run(config)
     else:
         folder = args.resume.absolute()
-        if (folder / "round-00").exists():
-            raise ConfigError(f"{folder} is a series of pruning rounds: continue it with ray_jobs/prune.py --resume")
+        check_run(folder)
 
     with exclusive(folder), Display(folder) as display, stop_on_signal(folder, display):
         display.say(f"run folder: {folder}")
+        for line in extend(folder, config) if args.resume is not None else []:
+            display.say(line)
         result = finished_result(folder)
         if result is not None:
             display.say("finished already:")
         else:
             try:
                 if args.resume is not None:
-                    preflight(config)
+                    preflight(config, folder)
                     prepare_resume(folder)
+                keep_start(config, folder)
                 result = run(config, folder, display.say)
             except ForgeError:
                 if args.resume is None:
@@ -67,7 +72,7 @@ def _train(args: TrainArgs) -> int:
         display.say(f"interrupted in epoch {result['epoch'] + 1} after {result['step']} of its steps; continue with")
         display.say(f"  python {command} --resume {folder}")
         return 130
-    display.console.print(result_table(result))
+    display.show(result_table(result))
     display.say(f"run folder: {folder}")
     display.say(f"compare runs: tensorboard --logdir {config.out}")
     return 0

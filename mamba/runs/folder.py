@@ -10,7 +10,7 @@
     train.log           what the console said
     error.log           the traceback of what ended the run
     STOP                a request to save and end
-    .lock .ray/         who trains here, and Ray's own files
+    .lock .alive .ray/  who trains here, what each process is doing, and Ray's own files
 
 Files carry the version of this layout (`format`); those of before it had one are version 1. Older ones are read, newer
 ones are refused.
@@ -218,5 +218,5 @@ def discard_if_unused(folder: Path) -> None:
     """Remove the folder of a run that ended before it began, so that its name can be used again."""
     with suppress(OSError):
         left = {f.name for f in folder.iterdir()}
-        if left <= {CONFIG, ".ray", LOCK, LOG, "start"}:
+        if left <= {CONFIG, ".ray", ".alive", LOCK, LOG, "start"}:
             shutil.rmtree(folder, ignore_errors=True)

@@ -71,12 +71,15 @@ def check_start(
 
 
 def start_of(config: RunConfig, folder: Path) -> Path | None:
-    """What a run in this folder starts from: its own copy, else what its config names; None: new weights."""
-    if config.model.checkpoint is None:
+    """What a run in this folder starts from: its own copy, else what its config names; None: new weights. Where that is
+    gone, its newest training state, which it goes on from anyway (runs of version 1 have no copy)."""
+    source, own = config.model.checkpoint, folder / START
+    if source is None:
         return None
-    recover(folder / START)
-    own = folder / START
-    return own if (own / DESCRIPTION).exists() else config.model.checkpoint
+    recover(own)
+    if (own / DESCRIPTION).exists():
+        return own
+    return source if source.exists() else newest_checkpoint(folder) or source
 
 
 def keep_start(config: RunConfig, folder: Path) -> None:

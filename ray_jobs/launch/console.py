@@ -5,14 +5,16 @@ It reads the run's folder, so it shows the same whether training happens here or
 
 from __future__ import annotations
 
-import json
 import math
+import io
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,35 +23,58 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mamba.runs.folder import epochs_of, request_stop
+from mamba.errors import FolderError, ForgeError
+from mamba.runs.files import append
+from mamba.runs.folder import LOG, epochs_of, position_of, request_stop
+from mamba.train.heartbeat import Watch
 
 
 class Display:
-    """Follows a run's progress.json and metrics.jsonl from a thread of its own, until closed."""
+    """Follows a run's progress.json and metrics.jsonl from a thread of its own, until closed. What it says also goes to
+    train.log in the run's folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.seen = len(epochs_of(folder))
         self.last: dict[str, Any] = {}
+        self.watch = Watch(folder)
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Display:
+        self.log(f"--- {datetime.now():%F %T} {shlex.join(sys.argv)}")
         self.thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self.done.set()
         self.thread.join()
+        if error is not None:
+            self.log(f"error: {error}" if isinstance(error, ForgeError) else f"ended by {type(error).__name__}")
 
     def say(self, text: str) -> None:
+        self.log(text)
         self.console.print(text, markup=False)
+
+    def show(self, table: Table) -> None:
+        """Print a table."""
+        self.console.print(table)
+        plain = Console(width=120, file=io.StringIO())
+        plain.print(table)
+        assert isinstance(plain.file, io.StringIO)
+        self.log(plain.file.getvalue().rstrip())
+
+    def log(self, text: str) -> None:
+        """Write to train.log alone; a disk that is full is told of elsewhere."""
+        with suppress(FolderError):
+            append(self.folder / LOG, text + "\n")
 
     def _follow(self) -> None:
         if not self.console.is_terminal:
             while not self.done.wait(0.5):
                 self._print_epochs()
+                self._watch()
             self._print_epochs()
             return
         columns = (
@@ -63,42 +88,49 @@ class Display:
             task = progress.add_task("starting", total=None, now="")
             while not self.done.wait(0.25):
                 self._update(progress, task)
+                self._watch()
             self._update(progress, task)
 
     def _update(self, progress: Progress, task: Any) -> None:
         for metrics in self._new_epochs():
             self.last = metrics
-        position = self._position()
+            self.log(self._line(metrics))
+        position = position_of(self.folder)
         if not position:
             return
         total = position["epochs"] * position["steps_per_epoch"]
         done = position["epoch"] * position["steps_per_epoch"] + position["step"]
-        accuracy = max(self.last.get("val/accuracy", 0.0), self.last.get("val/ema_accuracy", 0.0))
-        now = f"loss {position['loss']:.3f}  {position['images_per_s']:,.0f} images/s"
-        now += f"  val {accuracy:.2f} %" if accuracy else ""
+        accuracies = [self.last[key] for key in EPOCH_COLUMNS if key in self.last]
+        nan = float("nan")
+        now = f"loss {position.get('loss', nan):.3f}  {position.get('images_per_s', nan):,.0f} images/s"
+        now += f"  val {max(accuracies):.2f} %" if accuracies else ""
         epoch = min(position["epoch"] + 1, position["epochs"])
         progress.update(task, description=f"epoch {epoch}/{position['epochs']}", total=total, completed=done, now=now)
 
     def _print_epochs(self) -> None:
-        for m in self._new_epochs():
-            epochs = self._position().get("epochs", "?")
-            words = [f"epoch {m['epoch']}/{epochs}", f"loss {m['train/loss']:.4f}"]
-            words += [f"{label} {m[key]:.2f} %" for key, label in EPOCH_COLUMNS.items() if key in m]
-            words.append(f"{m['train/images_per_s']:,.0f} images/s")
-            words += [f"{m['train/skipped_steps']:.0f} steps skipped"] if m["train/skipped_steps"] else []
-            self.say("  ".join(words))
+        for metrics in self._new_epochs():
+            self.say(self._line(metrics))
+
+    def _line(self, m: dict[str, Any]) -> str:
+        epochs = position_of(self.folder).get("epochs", "?")
+        words = [f"epoch {m['epoch']}/{epochs}"]
+        words += [f"loss {m['train/loss']:.4f}"] if "train/loss" in m else []
+        words += [f"{label} {m[key]:.2f} %" for key, label in EPOCH_COLUMNS.items() if key in m]
+        words += [f"{m['train/images_per_s']:,.0f} images/s"] if "train/images_per_s" in m else []
+        words += [f"{m['train/skipped_steps']:.0f} steps skipped"] if m.get("train/skipped_steps") else []
+        return "  ".join(words)
+
+    def _watch(self) -> None:
+        """Say when no process has made a step for long, and which one the others wait for."""
+        text = self.watch.look()
+        if text:
+            self.say(text)
 
     def _new_epochs(self) -> list[dict[str, Any]]:
         epochs = epochs_of(self.folder)
         self.seen = min(self.seen, len(epochs))  # a restarted run drops what it repeats
         new, self.seen = epochs[self.seen :], len(epochs)
         return new
-
-    def _position(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / "progress.json").read_text())
-        except (OSError, ValueError):
-            return {}
 
 
 EPOCH_COLUMNS = {"val/accuracy": "val", "val/ema_accuracy": "val (ema)"}

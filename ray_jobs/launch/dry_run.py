@@ -8,7 +8,7 @@ from mamba.data.loader import check_batch_size
 from mamba.data.registry import describe
 from mamba.models.model import parameters_of
 from mamba.runs.checkpoint import parameters_in
-from mamba.runs.start import check_start
+from mamba.runs.start import check_start, described
 from ray_jobs.launch.run import check_early
 
 
@@ -22,15 +22,16 @@ def dry_run(config: RunConfig) -> int:
     check_early(config)
     classes, train_images = describe(config.data, config.seed)
     check_batch_size(train_images, config.data)
-    assert config.data.img_size is not None  # resolved
+    side, own, teacher = config.data.img_size, config.model, config.distill.teacher
+    assert side is not None  # resolved
     steps = train_images // config.data.batch_size
-    if config.model.checkpoint is None:
-        parameters = parameters_of(config.model, classes, config.data.img_size)
+    if own.checkpoint is None:
+        parameters = parameters_of(own, classes, side)
     else:
-        check_start(config.model.checkpoint, classes, config.data.img_size)
-        parameters = parameters_in(config.model.checkpoint)
-    if config.distill.teacher is not None:
-        check_start(config.distill.teacher, classes, config.data.img_size, "distill.teacher")
+        check_start(own.checkpoint, classes, side, "model.checkpoint", own.new_head, own.new_size)
+        config, parameters = described(config), parameters_in(own.checkpoint)
+    if teacher is not None:
+        check_start(teacher, classes, side, "distill.teacher")
     with quiet_pipe():
         print(config.to_yaml(), end="")
         print(f"# parameters: {parameters:,}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,23 @@ import torch
 from mamba.config.schema import RunConfig
 from mamba.data.loader import check_batch_size
 from mamba.data.registry import load_data
-from mamba.errors import ForgeError, TrainingError
-from mamba.runs.files import write_json
-from mamba.runs.start import check_start
+from mamba.errors import FolderError, ForgeError, TrainingError
+from mamba.runs.files import read_json, write_json, write_text
+from mamba.runs.folder import ERROR_LOG, stop_requested
+from mamba.runs.start import check_start, start_of
 from mamba.runs.tracking import write_hparams
 from mamba.train.distributed import Process, local_process
 from mamba.train.trainer import fit
 from pruning.rounds import hooks_for
+from ray_jobs.launch.waiting import Wait
 
 ORPHANS_S = 30.0
 """How long the workers of a killed driver are waited for."""
 
 
-def preflight(config: RunConfig) -> None:
-    """Find what is wrong before anything is started or written; downloads or decodes the data set once.
+def preflight(config: RunConfig, folder: Path | None = None) -> None:
+    """Find what is wrong before anything is started or written; downloads or decodes the data set once. `folder` is
+    that of a run that goes on, which needs nothing of the place where it started from.
 
     Raises:
         ForgeError: with a sentence for the user.
@@ -37,9 +40,12 @@ def preflight(config: RunConfig) -> None:
     check_early(config)
     data = load_data(config.data, config.seed)
     check_batch_size(len(data.train), config.data)
-    for key, checkpoint in (("model.checkpoint", config.model.checkpoint), ("distill.teacher", config.distill.teacher)):
-        if checkpoint is not None:
-            check_start(checkpoint, len(data.classes), data.side, key)
+    classes, side, own = len(data.classes), data.side, config.model
+    start = own.checkpoint if folder is None else start_of(config, folder)
+    if start is not None:
+        check_start(start, classes, side, "model.checkpoint", own.new_head, own.new_size)
+    if config.distill.teacher is not None:
+        check_start(config.distill.teacher, classes, side, "distill.teacher")
 
 
 def check_early(config: RunConfig) -> None:
@@ -61,8 +67,9 @@ def run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> dic
     try:
         result = _run(config, folder, announce)
     except ForgeError:
-        if any(folder.glob("events*")):  # it began
-            write_hparams(folder, config, "failed")
+        with suppress(ForgeError, OSError):  # of a full disk the first sentence counts
+            if any(folder.glob("events*")):  # it began
+                write_hparams(folder, config, "failed")
         raise
     if result["status"] == "interrupted":
         write_hparams(folder, config, "interrupted")
@@ -95,10 +102,22 @@ def _run(config: RunConfig, folder: Path, announce: Callable[[str], None]) -> di
             )
         kind = "GPU" if gpu else f"x {cpus} CPU"
         announce(f"training on {cluster.where}: {workers} worker{'s'[: workers > 1]} ({kind})")
-        return train_with_workers(config, folder, workers, gpu, cpus)
+        return train_with_workers(config, folder, workers, gpu, cpus, announce)
 
 
-def train_with_workers(config: RunConfig, folder: Path, workers: int, gpu: bool, cpus: int) -> dict[str, Any]:
+def _silent(text: str) -> None:
+    pass
+
+
+def train_with_workers(
+    config: RunConfig, folder: Path, workers: int, gpu: bool, cpus: int, announce: Callable[[str], None] = _silent
+) -> dict[str, Any]:
+    """A Ray Train run of several workers, on the cluster that this process is connected to; `announce` gets a line
+    where something takes long.
+
+    Raises:
+        TrainingError: what ended it, in a sentence; the whole traceback is in error.log.
+    """
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -124,10 +143,17 @@ def train_with_workers(config: RunConfig, folder: Path, workers: int, gpu: bool,
             outcome["error"] = error
 
     # Ray Train takes over Ctrl-C when it runs in the main thread, and would abort without a checkpoint
+    before = time.time()
     thread = threading.Thread(target=fit_trainer, daemon=True)
     thread.start()
+    waits = [
+        Wait(f"{workers} worker{'s'[: workers > 1]} to start", lambda: not _started(folder, workers, before)),
+        Wait("the workers to save a checkpoint and end", lambda: stop_requested(folder)),
+    ]
     while thread.is_alive():
         thread.join(timeout=0.2)
+        for wait in waits:
+            wait.look(announce)
     if "error" in outcome:
         raise _sentence(outcome["error"], folder) from None
     result = outcome["result"]
@@ -177,12 +203,28 @@ def await_orphans(folder: Path) -> None:
     """
     ends = time.monotonic() + ORPHANS_S
     for file in (folder / ".ray").glob("worker-*.json"):
-        about = json.loads(file.read_text())
-        command = Path(f"/proc/{about['pid']}/cmdline")
+        about = worker_in(file)
+        command = Path(f"/proc/{about.get('pid')}/cmdline")
         while about.get("host") == platform.node() and _is_ray_worker(command):
             if time.monotonic() > ends:
                 raise TrainingError(f"process {about['pid']} still trains in {folder}; stop it, then resume")
             time.sleep(0.1)
+
+
+def worker_in(file: Path) -> dict[str, Any]:
+    """Process, host and device of a worker, as it wrote them; empty where the file is gone or damaged."""
+    try:
+        return read_json(file)
+    except (FileNotFoundError, FolderError):
+        return {}
+
+
+def _started(folder: Path, workers: int, since: float) -> bool:
+    """Whether all workers of an attempt that began at that time have said who they are."""
+    files = [folder / ".ray" / f"worker-{rank}.json" for rank in range(workers)]
+    with suppress(OSError):
+        return all(file.stat().st_mtime >= since - 1 for file in files)
+    return False
 
 
 def _is_ray_worker(command: Path) -> bool:
@@ -195,8 +237,9 @@ def _is_ray_worker(command: Path) -> bool:
 def _sentence(error: BaseException, folder: Path) -> ForgeError:
     """One sentence for what ended a Ray Train run; the whole traceback goes to a file."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    log = folder / "error.log"
-    log.write_text("\n\n".join(f"rank {rank}:\n{failure}" for rank, failure in failures.items()))
+    log = folder / ERROR_LOG
+    with suppress(FolderError):  # of a full disk what ended the run is said all the same
+        write_text(log, "\n\n".join(f"rank {rank}:\n{failure}" for rank, failure in failures.items()))
     rank, first = next(iter(failures.items()))
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
     cause = lines[-1] if lines else type(first).__name__
