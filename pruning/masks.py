@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mamba.errors import CheckpointError, ConfigError
+from mamba.runs.checkpoint import check_content
 from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
 from pruning.components import (
@@ -180,6 +181,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
 
 def load_masks(path: Path) -> Masks:
     """Read what `save_masks` wrote; raises CheckpointError where it is missing or damaged."""
+    check_content(path)
     try:
         return load_file(path)
     except FileNotFoundError:

@@ -240,6 +240,12 @@ class MambaModel(nn.Module):
         return replace(self.base, blocks=tuple(block.shape for block in self.stack))
 
     def forward(self, images: Tensor) -> Tensor:
+        side = self.base.img_size
+        if images.ndim != 4 or images.shape[-2:] != (side, side):  # as many tokens by chance would have wrong places
+            shape = tuple(images.shape)
+            raise ValueError(
+                f"images of shape {shape} for a model of {side}x{side} pixels; valid: (batch, 3, {side}, {side})"
+            )
         x = self._tokens(images)
         rotary = (self.cos, self.sin) if self.rotary else None
         for block in self.stack:

@@ -164,7 +164,7 @@ def architecture_in(folder: Path, description: Mapping[str, Any] | None = None) 
     tree = read_description(folder) if description is None else description
     try:
         return Architecture.from_dict(tree["architecture"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION} does not describe a model of ours: {error}") from None
 
 
