@@ -35,7 +35,7 @@ def _train(args: TrainArgs) -> int:
     from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
     from mamba.runs.start import described, keep_start, prepare_resume
     from ray_jobs.launch.console import Display, result_table, stop_on_signal
-    from ray_jobs.launch.resume import check_run, extend
+    from ray_jobs.launch.resume import check_run, extend, is_longer
     from ray_jobs.launch.run import preflight, run
 
     config = args.config.resolve()
@@ -51,16 +51,17 @@ def _train(args: TrainArgs) -> int:
 
     with exclusive(folder), Display(folder) as display, stop_on_signal(folder, display):
         display.say(f"run folder: {folder}")
-        for line in extend(folder, config) if args.resume is not None else []:
-            display.say(line)
         result = finished_result(folder)
-        if result is not None:
+        more = args.resume is not None and is_longer(folder, config)
+        if result is not None and not more:
             display.say("finished already:")
         else:
             try:
                 if args.resume is not None:
                     preflight(config, folder)
                     prepare_resume(folder)
+                if more:
+                    display.say(extend(folder, config))
                 keep_start(config, folder)
                 result = run(config, folder, display.say)
             except ForgeError:

@@ -5,8 +5,8 @@ It reads the run's folder, so it shows the same whether training happens here or
 
 from __future__ import annotations
 
-import math
 import io
+import math
 import shlex
 import signal
 import sys
@@ -26,6 +26,7 @@ from rich.table import Table
 from mamba.errors import FolderError, ForgeError
 from mamba.runs.files import append
 from mamba.runs.folder import LOG, epochs_of, position_of, request_stop
+from mamba.runs.metrics import METRICS, best_accuracy
 from mamba.train.heartbeat import Watch
 
 
@@ -225,14 +226,15 @@ def result_table(result: dict[str, Any]) -> Table:
     hardware = result["hardware"]
     views = f", {tested['tta_views']} views" if tested["tta_views"] > 1 else ""
     device = hardware["gpu"] or f"{hardware['cpus']} CPU cores"
+    text = {key: METRICS[key].text(metrics.get(key)) or "not measured" for key in METRICS}
+    kept = f"{tested['weights']} weights of epoch {tested['epoch']}"
+    validation = METRICS["val/best_accuracy"].text(best_accuracy(metrics)) if "val/accuracy" in metrics else "no split"
     rows = {
-        "test accuracy": f"{metrics['test/accuracy']:.2f} %  "
-        f"({tested['weights']} weights of epoch {tested['epoch']}{views})",
-        "val accuracy, last epoch": f"{metrics['val/accuracy']:.2f} %" if "val/accuracy" in metrics else "no split",
-        "parameters": f"{metrics['model/params']:,}",
-        "MACs per image": f"{metrics['model/macs']:,}",
-        "training": f"{result['epochs']} epochs in {result['seconds']:.1f} s, "
-        f"{metrics['train/images_per_s']:,.0f} images/s in the last",
+        "test accuracy": f"{text['test/accuracy']}  ({kept}{views})",
+        "validation accuracy": validation,  # of the same weights
+        "parameters": text["model/params"],
+        "MACs per image": text["model/macs"],
+        "training": f"{result['epochs']} epochs in {result['seconds']:.1f} s, {text['train/images_per_s']} in the last",
         "hardware": f"{result['world_size']} worker{'s'[: result['world_size'] > 1]} on {device}, amp {result['amp']}",
     }
     for name, value in rows.items():

@@ -32,22 +32,26 @@ def check_run(folder: Path) -> None:
         )
 
 
-def extend(folder: Path, config: RunConfig) -> list[str]:
-    """Let a run train for as many epochs as `config` says, where that is more than it had; returns what to say.
+def is_longer(folder: Path, config: RunConfig) -> bool:
+    """Whether a config asks for more epochs than its run had; raises ConfigError where for fewer."""
+    before, after = read_config(folder).optim.epochs, config.optim.epochs
+    if after < before:
+        raise ConfigError(f"optim.epochs {after}: a run can only be extended, and {folder} has {before}; give more")
+    return after > before
+
+
+def extend(folder: Path, config: RunConfig) -> str:
+    """Let a run train for the greater number of epochs that `config` says; returns what to say.
 
     The learning rate follows the schedule of the new length from the run's current epoch on. What a finished run had
     come to stays in result-N.json, N being its epochs.
 
     Raises:
-        ConfigError: fewer epochs than it had, or the folder cannot be written to.
+        ConfigError: the folder cannot be written to.
         CheckpointError: a finished run without a training state.
     """
     old = read_config(folder)
     before, after = old.optim.epochs, config.optim.epochs
-    if after == before:
-        return []
-    if after < before:
-        raise ConfigError(f"optim.epochs {after}: a run can only be extended, and {folder} has {before}; give more")
     newest = newest_checkpoint(folder)
     finished = folder / RESULT
     if newest is None:
@@ -64,11 +68,11 @@ def extend(folder: Path, config: RunConfig) -> list[str]:
     except (OSError, FolderError) as error:
         raise ConfigError(str(error if isinstance(error, FolderError) else unwritable(folder, error))) from None
     last, now = (learning_rate(c.optim, s, steps) for c, s in ((old, max(0, done * steps - 1)), (config, done * steps)))
-    return [
+    return (
         f"extended from {before} to {after} epochs: from epoch {done + 1} on the learning rate follows the schedule of "
         f"{after} epochs, which is at {now:.3g} there; it was at {last:.3g}, and is not what {after} epochs from the "
         "start would have been"
-    ]
+    )
 
 
 def _older_trial(folder: Path) -> bool:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,8 +73,6 @@ def test_replacing_is_atomic(model, tmp_path, monkeypatch, killed_at):
     """Killed at any of the renames, and before and after: either content is there, complete."""
     folder = tmp_path / "checkpoints" / "step-00000001"
     ckpt.save_checkpoint(folder, model, None, {"epoch": 1}, None)
-    from pathlib import Path
-
     rename, calls = Path.rename, []
 
     def killed(self, target):
@@ -82,10 +82,8 @@ def test_replacing_is_atomic(model, tmp_path, monkeypatch, killed_at):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", killed)
-    try:
+    with suppress(KeyboardInterrupt):
         ckpt.save_checkpoint(folder, model, None, {"epoch": 2}, None)
-    except KeyboardInterrupt:
-        pass
     monkeypatch.undo()
     found = ckpt.newest_checkpoint(tmp_path)
     assert found == folder and value_in(found) == (2 if killed_at == 2 else 1)
