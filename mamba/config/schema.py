@@ -111,6 +111,9 @@ class ModelConfig(Group):
     always; attention: a weighted mean over all tokens, whose weights are learned (as in Compact Transformers)."""
     pos_embed: Literal["learned", "rope", "both", "none"] = "learned"
     """Positions: learned, added once; rope: 2D rotary, turning what the mixer of each block reads."""
+    rope_grid: int | None = Field(None, ge=1, le=MAX_SIDE)
+    """Patches along a side that rotary positions count to, however many there are: an image of more patches has finer
+    steps. None: as many as there are; with `model.new_size`, as many as the checkpoint has."""
     scan_order: Literal["raster", "snake", "column"] = "raster"
     """The patches' order in the sequence: row after row; snake: every other row backwards; column after column."""
     mixer: Literal["forward", "bidirectional", "bidirectional_shared", "multiscale", "alternating", "cross"] | None = (
@@ -130,6 +133,8 @@ class ModelConfig(Group):
     """Hidden width of the MLP over d_model; 0: no MLP. None: 4; Vim: 0."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: drop probability of the last block, rising linearly from 0 at the first."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Part of the values that training zeroes, after the positions and after both linear maps of each MLP."""
     layer_shuffle: float = Field(0.0, ge=0, le=1)
     """In training a block's mixer reads the tokens in random order with this probability (ShuffleMamba): of the last
     block, rising linearly from 0 at the first."""

@@ -72,16 +72,23 @@ class TokenShuffle(nn.Module):
         return f"rate={float(self.rate):.3f}"
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, linear. (..., d_model) -> (..., d_model)."""
+def drop(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Dropout (https://jmlr.org/papers/v15/srivastava14a.html); at rate 0 no operation at all."""
+    return F.dropout(x, rate) if rate and training else x
 
-    def __init__(self, d_model: int, hidden: int) -> None:
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, with dropout after each. (..., d_model) -> (..., d_model)."""
+
+    def __init__(self, d_model: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Linear(d_model, hidden)
         self.fc2 = nn.Linear(hidden, d_model)
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = drop(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return drop(self.fc2(hidden), self.dropout, self.training)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": partial(nn.RMSNorm, eps=1e-5)}
@@ -97,6 +104,7 @@ class MambaBlock(nn.Module):
         shape: what it is made of.
         drop_path: rate of stochastic depth.
         shuffle: rate of `TokenShuffle`.
+        dropout: rate in the MLP.
         norm: a key of NORMS.
         names: a key of BLOCK_NAMES: what the mixer and its norm are called in the state dict.
     """
@@ -109,13 +117,14 @@ class MambaBlock(nn.Module):
         norm: str = "layer",
         names: str = "mamba",
         shuffle: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.mixer_name, self.norm_name = BLOCK_NAMES[names]
         self.add_module(self.norm_name, NORMS[norm](d_model))
         self.add_module(self.mixer_name, SelectiveSSM(d_model, shape))
         self.norm2 = NORMS[norm](d_model) if shape.mlp_hidden else None
-        self.mlp = Mlp(d_model, shape.mlp_hidden) if shape.mlp_hidden else None
+        self.mlp = Mlp(d_model, shape.mlp_hidden, dropout) if shape.mlp_hidden else None
         self.drop_path = DropPath(drop_path)
         self.shuffle = TokenShuffle(shuffle)
 

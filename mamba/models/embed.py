@@ -198,8 +198,13 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor | None = None) -> Tensor:
     return _Permutation.apply(x, order, inverse)
 
 
-def rotary_tables(grid: int, d_model: int, class_places: Collection[int]) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    grid: int, d_model: int, class_places: Collection[int], counted: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angle of each token and pair of channels: two (tokens, d_model / 2) tensors.
+
+    Rows and columns count from 0 to `counted` over the image, `grid` steps of counted / grid: None, one each; a grid
+    that was trained on, for a finer one (as in https://arxiv.org/abs/2303.11331).
 
     2D rotary position embedding (https://arxiv.org/abs/2104.09864, per axis as in https://arxiv.org/abs/2303.11331):
     pair i of the first half of the pairs turns by row / 10000^(i / (d_model / 4)), of the second half by column. Class
@@ -208,7 +213,7 @@ def rotary_tables(grid: int, d_model: int, class_places: Collection[int]) -> tup
     """
     quarter = d_model // 4
     rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    along = torch.arange(grid, dtype=torch.float64)[:, None] * rates
+    along = torch.arange(grid, dtype=torch.float64)[:, None] * ((counted or grid) / grid) * rates
     by_row, by_column = along[:, None].expand(grid, grid, quarter), along[None].expand(grid, grid, quarter)
     angles = torch.zeros(grid**2 + len(class_places), 2 * quarter, dtype=torch.float64)
     patches = [place for place in range(len(angles)) if place not in class_places]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba.config.schema import ModelConfig, SizeName
-from mamba.models.block import NORMS, MambaBlock
+from mamba.models.block import NORMS, MambaBlock, drop
 from mamba.models.embed import STEMS, class_token_places, inner_channels, rotary_tables, sequence_order, transposition
 from mamba.models.heads import HEADS
 from mamba.models.ssm import DIRECTIONS, MIXERS, BlockShape
@@ -48,6 +48,9 @@ class Architecture:
     head: str = "auto"
     """A key of mamba.models.heads.HEADS."""
     layer_shuffle: float = 0.0
+    dropout: float = 0.0
+    rope_grid: int | None = None
+    """Patches along a side that rotary positions count to; None: grid."""
     names: str = "mamba"
     """A key of MODEL_NAMES: what parameters are called; it changes nothing that is computed."""
 
@@ -116,6 +119,8 @@ class Architecture:
             d_model=d_model,
             drop_path=config.drop_path,
             layer_shuffle=config.layer_shuffle,
+            dropout=config.dropout,
+            rope_grid=config.rope_grid,
             blocks=tuple(replace(shape, direction=directions[i % len(directions)]) for i in range(config.depth)),
             stride=config.stride,
             stem=config.stem,
@@ -166,6 +171,7 @@ class MambaModel(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    order: Tensor | None
     transposition: Tensor | None
 
     def __init__(self, architecture: Architecture) -> None:
@@ -178,6 +184,8 @@ class MambaModel(nn.Module):
             raise ValueError(f"patches of {a.patch_size} every {stride} pixels do not fill img_size {a.img_size}")
         if not 0 <= a.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {a.drop_path}")
+        if not 0 <= a.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {a.dropout}")
         if not 0 <= a.layer_shuffle <= 1:
             raise ValueError(f"layer_shuffle must be in [0, 1], got {a.layer_shuffle}")
         self.base = replace(a, blocks=())
@@ -191,7 +199,7 @@ class MambaModel(nn.Module):
         learned = a.pos_embed in ("learned", "both")
         self.pos_embed = nn.Parameter(torch.zeros(1, a.num_tokens, a.d_model)) if learned else None
         blocks = (
-            MambaBlock(a.d_model, shape, a.drop_path * rise, a.norm, a.names, a.layer_shuffle * rise)
+            MambaBlock(a.d_model, shape, a.drop_path * rise, a.norm, a.names, a.layer_shuffle * rise, a.dropout)
             for shape, rise in zip(a.blocks, rising, strict=True)
         )
         self.add_module(self.stack_name, nn.ModuleList(blocks))
@@ -206,7 +214,7 @@ class MambaModel(nn.Module):
         self.register_buffer("transposition", torch.tensor(places) if across else None, persistent=False)
         self.rotary = a.pos_embed in ("rope", "both")
         if self.rotary:
-            cos, sin = rotary_tables(a.grid, a.d_model, self.class_places.values())
+            cos, sin = rotary_tables(a.grid, a.d_model, self.class_places.values(), a.rope_grid)
             self.register_buffer("cos", cos[order], persistent=False)
             self.register_buffer("sin", sin[order], persistent=False)
         self._init_weights()
@@ -260,6 +268,7 @@ class MambaModel(nn.Module):
             x = torch.cat((x[:, :place], token.to(x.dtype), x[:, place:]), dim=1)
         # without positions too the residual stream leaves the stem in full precision
         x = x + self.pos_embed if self.pos_embed is not None else x.to(self.head.weight.dtype)
+        x = drop(x, self.base.dropout, self.training)
         return x if self.order is None else x[:, self.order]
 
 

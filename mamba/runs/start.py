@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mamba.config.resolve import CONV_STEMS
 from mamba.config.schema import ModelConfig, RunConfig
 from mamba.config.versions import FORMAT
 from mamba.errors import CheckpointError
@@ -143,8 +144,9 @@ def first_weights(config: RunConfig, folder: Path, num_classes: int, img_size: i
 
 
 def fitted(model: MambaModel, num_classes: int, img_size: int, new_head: bool, where: Path) -> MambaModel:
-    """A model for other images and classes: learned positions interpolated over the new grid (as in
-    https://arxiv.org/abs/2010.11929), with `new_head` a head of new weights. The same model where nothing changes.
+    """A model for other images and classes: learned positions interpolated over the new grid, rotary ones stretched
+    (as in https://arxiv.org/abs/2010.11929), with `new_head` a head of new weights. The same model where nothing
+    changes.
 
     Raises:
         CheckpointError: images that its patches do not fill.
@@ -153,7 +155,11 @@ def fitted(model: MambaModel, num_classes: int, img_size: int, new_head: bool, w
     if old.img_size == img_size and not new_head:
         return model
     try:
-        other = MambaModel(replace(old, img_size=img_size, num_classes=num_classes if new_head else old.num_classes))
+        classes = num_classes if new_head else old.num_classes
+        new = replace(old, img_size=img_size, num_classes=classes)
+        if new.grid != old.grid:  # rotary positions stretch, as learned ones are interpolated
+            new = replace(new, rope_grid=old.rope_grid or old.grid)
+        other = MambaModel(new)
     except ValueError as error:
         raise CheckpointError(
             f"model.new_size: {where} does not go with these images: {error}", every_rank=True
@@ -186,6 +192,11 @@ def described(config: RunConfig) -> RunConfig:
         "patch_size": a.patch_size,
         "stride": a.stride or a.patch_size,
         "stem": a.stem,
+        "stem_layers": len(a.stem_channels or ()) + 1 if a.stem in CONV_STEMS else None,
+        "head": a.head,
+        "dropout": a.dropout,
+        "layer_shuffle": a.layer_shuffle,
+        "rope_grid": a.rope_grid,
         "class_token": a.class_token,
         "pos_embed": a.pos_embed,
         "scan_order": a.scan_order,
@@ -201,7 +212,7 @@ def described(config: RunConfig) -> RunConfig:
             "d_conv": max(b.d_conv for b in a.blocks),
         }
     # what pruning took whole has no key that could say so
-    return config.with_values({f"model.{k}": v for k, v in values.items() if v or k == "mlp_ratio"})
+    return config.with_values({f"model.{k}": v for k, v in values.items() if v is not None})
 
 
 def prepare_resume(folder: Path) -> None:

@@ -12,7 +12,7 @@ from plain_loops import ROPE, agree, images, small
 from torch import nn
 
 from mamba.config.schema import ModelConfig
-from mamba.models.embed import STEMS, permute, sequence_order, transposition
+from mamba.models.embed import STEMS, permute, rotary_tables, sequence_order, transposition
 from mamba.models.heads import HEADS
 from mamba.models.model import Architecture, MambaModel, count_parameters, named_model
 from mamba.models.ssm import MIXERS as REGISTRY
@@ -99,6 +99,36 @@ def test_layers_are_shuffled_in_training_only():
     expected = x + torch.empty_like(x).index_copy(1, order, block.token_mixer(read))
     expected = expected + block.mlp(block.norm2(expected))
     torch.testing.assert_close(block(x), expected)
+
+
+def test_dropout_is_after_the_positions_and_in_the_mlp():
+    model = small(dropout=0.4, depth=1)
+    block, x = model.stack[0], torch.ones(64, 25, 8, dtype=torch.float64)
+    assert torch.equal(block(x), block(x)) and torch.equal(model(images()), model(images()))
+    torch.manual_seed(0)
+    model.train()
+    one = images(10, 1).expand(400, -1, -1, -1)
+    tokens, plain = model._tokens(one), small(dropout=0.4, depth=1)._tokens(one)
+    gone = tokens == 0
+    assert abs(float(gone.double().mean()) - 0.4) < 0.01
+    torch.testing.assert_close(tokens[~gone], plain[~gone] / 0.6)
+    # with fc1 giving ones and fc2 their mean: 32 hidden units of 0.8413 / 0.6 each, kept with 0.6, then outputs alike
+    with torch.no_grad():
+        block.mlp.fc1.weight.zero_(), block.mlp.fc1.bias.fill_(1.0)
+        block.mlp.fc2.weight.fill_(1 / 32), block.mlp.fc2.bias.zero_()
+    out = block.mlp(x)
+    assert abs(float((out == 0).double().mean()) - 0.4) < 0.03
+    whole = out[out != 0] * 0.6
+    assert float(whole.std()) > 0.05 and abs(float(whole.mean()) - 0.8413) < 0.02
+
+
+def test_rotary_positions_stretch_to_a_finer_grid():
+    """Every other row and column of a grid of twice the patches turns as the coarse one's do."""
+    coarse, fine = (rotary_tables(n, 8, [], 4)[0] for n in (4, 8))
+    torch.testing.assert_close(coarse, rotary_tables(4, 8, [])[0])
+    torch.testing.assert_close(fine.view(8, 8, 4)[::2, ::2].reshape(16, 4), coarse)
+    model = small(pos_embed="rope", img_size=16, rope_grid=4)
+    assert model.architecture.grid == 8 and torch.equal(model.cos, fine)
 
 
 def test_scan_orders_by_hand():
