@@ -97,3 +97,22 @@ def best_accuracy(metrics: Mapping[str, float | None]) -> float:
     values = [metrics.get(key) for key in ("val/accuracy", "val/ema_accuracy")]
     known = [value for value in values if value is not None and not math.isnan(value)]
     return max(known, default=math.nan)
+
+
+def number(value: object, digits: int = 4, units: bool = False) -> str:
+    """Any value as tables, sentences and figures write it: whole and large numbers whole, others in so many significant
+    digits, shares close to 1 in six (a decay of 0.9999 must not become 1).
+
+    Args:
+        value: what is no finite number is written as it is.
+        digits: significant digits.
+        units: short as an axis has it: 327k, 5.44M.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    if 0.99 <= value < 1:
+        return f"{value:.6g}"
+    if units and abs(value) >= 1e3:
+        scale, unit = next((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s)
+        return f"{value / scale:.{digits}g}{unit}"
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.{digits}g}"

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from mamba.runs.metrics import metric, number
 from ray_jobs.report.noise import standard_error
 from ray_jobs.report.rows import (
     COSTS,
@@ -40,15 +41,6 @@ Rows = Sequence[Mapping[str, Any]]
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 """Trial -> (epoch, validation accuracy), epoch by epoch."""
 INK, FRONT, DENSE, PALE = "#31688e", "#d1495b", "#555555", "#c8c8c8"
-LABELS = {
-    "val/accuracy": "validation accuracy, %",
-    "val/best_accuracy": "best validation accuracy, %",
-    "model/params": "parameters",
-    "model/nonzero": "parameters that are not zero",
-    "model/macs": "MACs per image",
-    "bench/images_per_s": "images per second",
-    "bench/peak_memory_mib": "peak memory, MiB",
-}
 MANY = 60
 """Bars or points beyond which names are not written beside them."""
 
@@ -71,9 +63,9 @@ def draw(space: Space, rows: Rows, baseline: Mapping[str, float], images: int, c
     components, together = by_component(rows), joint(rows)
     if sum(map(len, components.values())) > 1:
         figures["components"] = component_map(components, baseline, images)
-    for number, (setting, blocks) in enumerate(by_layer(rows).items()):
+    for i, (setting, blocks) in enumerate(by_layer(rows).items()):
         if len(blocks) > 1:
-            figures[f"layers-{number}" if number else "layers"] = layer_bars(blocks, setting, baseline, images)
+            figures[f"layers-{i}" if i else "layers"] = layer_bars(blocks, setting, baseline, images)
     if together and not space.search:
         figures["joint"] = joint_bars(together, baseline, images)
     for key, mode in COSTS.items():
@@ -174,9 +166,9 @@ def joint_bars(rows: Rows, baseline: Mapping[str, float], images: int) -> Figure
             errors = np.array([standard_error(value, images) for value in values])
         colours = [PALE if name == "dense" else INK for name, _ in everything]
         bars = axis.barh([name for name, _ in everything], values, color=colours, xerr=errors, ecolor=DENSE)
-        axis.bar_label(bars, [f" {_amount(value)}" for value in values], fontsize=8)
+        axis.bar_label(bars, [f" {number(value, 3, units=True)}" for value in values], fontsize=8)
         axis.set_xlim(0, 1.3 * max(values) or 1)
-        axis.set_title(LABELS[key], fontsize=10)
+        axis.set_title(metric(key).title, fontsize=10)
         axis.tick_params(axis="both", labelsize=8)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -216,8 +208,8 @@ def pareto(
         number = row["trial"].removeprefix("trial-").lstrip("0") or "0"
         where = (row["metrics"][x], row["metrics"][y])
         axis.annotate(number, where, xytext=(4, -10), textcoords="offset points", fontsize=8, color=FRONT)
-    axis.set_xlabel(LABELS.get(x, x))
-    axis.set_ylabel(LABELS.get(y, y))
+    axis.set_xlabel(metric(x).title)
+    axis.set_ylabel(metric(y).title)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     if named:
         axis.set_title("Pareto front, by trial number", fontsize=10)
@@ -259,7 +251,7 @@ def slices(rows: Rows, space: Space, objective: str, baseline: Mapping[str, floa
     for axis in axes[len(keys) :]:
         axis.set_visible(False)
     for axis in axes[::across]:
-        axis.set_ylabel(LABELS.get(objective, objective))
+        axis.set_ylabel(metric(objective).title)
     marks = {"best trial" if len(space.objectives) == 1 else "Pareto front": (FRONT, FRONT), "other": (INK, INK)}
     if any(row["status"] != "finished" and measured(row, objective) is not None for row in rows):
         marks["stopped early"] = (INK, "none")
@@ -309,7 +301,9 @@ def parallel(done: Rows, space: Space, objective: str, baseline: Mapping[str, fl
     for i, key in enumerate(keys):
         axis.axvline(i, color="black", linewidth=0.8)
         for height, value, where in ((0, ends[key][0], "top"), (1, ends[key][1], "bottom")):
-            axis.text(i, height + (0.02 if height else -0.02), _amount(value), ha="center", va=where, fontsize=8)
+            axis.text(
+                i, height + (0.02 if height else -0.02), number(value, 3, units=True), ha="center", va=where, fontsize=8
+            )
     axis.set_xticks(range(len(keys)), [key.replace("/", "/\n").replace(".", ".\n") for key in keys], fontsize=8)
     axis.tick_params(axis="x", length=0, pad=14)
     axis.set_yticks([])
@@ -317,7 +311,7 @@ def parallel(done: Rows, space: Space, objective: str, baseline: Mapping[str, fl
     axis.spines[:].set_visible(False)
     title = "every finished trial, a line each" + ("; in colour: the Pareto front" if several else "")
     axis.set_title(title, fontsize=10, pad=18)
-    figure.colorbar(ScalarMappable(norm, map_), ax=axis, label=LABELS.get(objective, objective))
+    figure.colorbar(ScalarMappable(norm, map_), ax=axis, label=metric(objective).title)
     return figure
 
 
@@ -349,32 +343,9 @@ def learning_curves(curves: Curves, rows: Rows) -> Figure:
         axis.plot([], [], "x", color=DENSE, linestyle="", label="stopped early or failed")
         axis.legend(fontsize=8)
     axis.set_xlabel("epoch")
-    axis.set_ylabel(LABELS["val/accuracy"])
+    axis.set_ylabel(metric("val/accuracy").title)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.set_title("every trial, raw or averaged weights, whichever is better", fontsize=10)
-    figure.colorbar(ScalarMappable(norm, map_), ax=axis, label=LABELS[SCORE])
+    figure.colorbar(ScalarMappable(norm, map_), ax=axis, label=metric(SCORE).title)
     return figure
-
-
-def score_bars(named: Sequence[tuple[str, float, float | None]]) -> Figure:
-    """Accuracies of several trials, best above, with their standard errors."""
-    figure = Figure(figsize=(7.0, 0.9 + 0.28 * len(named)), layout="constrained")
-    axis = figure.subplots()
-    for place, (_, value, error) in enumerate(named):
-        axis.errorbar(value, place, xerr=error, fmt="o", color=INK, markersize=5, elinewidth=1, capsize=2)
-    axis.set_yticks(range(len(named)), [name for name, _, _ in named], fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel(LABELS[SCORE])
-    axis.grid(alpha=0.3, axis="x")
-    return figure
-
-
-def _amount(value: Any) -> str:
-    """A number as short as an axis has it: 327k, 5.44M, 0.003."""
-    if finite(value) is None:
-        return str(value)
-    if 0.99 <= value < 1:  # a decay; three digits would make it a 1
-        return f"{value:.6g}"
-    scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s), (1.0, ""))
-    return f"{value / scale:.3g}{unit}"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mamba.runs.metrics import number
 from pruning.measure import ratio
 from ray_jobs.report.noise import error_of, images_in_words, images_of, standard_error
 from ray_jobs.report.rows import (
@@ -102,12 +103,12 @@ def _components(
         )
     if len(places) == 1 and len(order) > 1:
         lines.append("none comes first: what sets these apart is within the noise")
-    for number, place in enumerate(places):
+    for i, place in enumerate(places):
         for name in place:
             some = components[name][reach[name]]
             kind = "units removed" if some[0]["values"].get("cut.structured") else "weights zeroed"
             share = _nonzero_share(some, baseline)
-            first = "prune first: " if number == 0 and len(places) > 1 else f"{number + 1}. " if len(places) > 1 else ""
+            first = "prune first: " if i == 0 and len(places) > 1 else f"{i + 1}. " if len(places) > 1 else ""
             lines.append(
                 f"{first}{name} up to {reach[name]:g} costs {drops[name][reach[name]]:.2f} points ({kind}{share})"
             )
@@ -189,7 +190,7 @@ def _searched(
     for key in objectives:
         values = {measured(row, key) for row in finished(rows)} - {None}
         if len(values) == 1 and len(finished(rows)) > 1:
-            lines.append(f"every trial has the same {key}, {short(values.pop())}: it sets none apart")
+            lines.append(f"every trial has the same {key}, {number(values.pop())}: it sets none apart")
     dense = len(finished(rows)) - len(changed(finished(rows), others, baseline)) if others else 0
     if 0 < dense < len(finished(rows)):
         lines.append(f"{dense} trials cost what the dense model costs and are on no front")
@@ -197,13 +198,13 @@ def _searched(
         words = " and ".join(f"{key} ({mode})" for key, mode in objectives.items())
         lines.append(f"Pareto front, {len(best)} trials; none is better in both {words}:")
     for row in best if others else best[:1]:
-        reached = [f"{first} {short(row['metrics'][first])}"]
+        reached = [f"{first} {number(row['metrics'][first])}"]
         for key in others:
             value, whole = row["metrics"][key], finite(baseline.get(key))
             share = f" ({100 * value / whole:.0f} % of the dense model's)" if whole else ""
-            reached.append(f"{key} {short(value)}{share}")
+            reached.append(f"{key} {number(value)}{share}")
         values_of = {key.partition(".")[2] if cut_of(row) else key: v for key, v in varied(rows, row).items()}
-        chosen = ", ".join(f"{key} {brief(value)}" for key, value in values_of.items())
+        chosen = ", ".join(f"{key} {number(value, 2)}" for key, value in values_of.items())
         with_ = f" with {chosen}" if chosen else ""
         lines.append(f"{'' if len(best) > 1 and others else 'best: '}{row['trial']}: {', '.join(reached)}{with_}")
     if best and not others and first.startswith("val/") and first.endswith("accuracy"):
@@ -219,17 +220,3 @@ def _close(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], key: str,
         return []
     near = sum(value is not None and top - value <= error for value in values)
     return [f"{near} other{'s' * (near != 1)} within its standard error, {error:.2f} points"] if near else []
-
-
-def brief(value: Any) -> str:
-    """A searched value in two significant digits."""
-    return f"{value:.2g}" if isinstance(value, float) and not 0.99 <= value < 1 else short(value)
-
-
-def short(value: Any) -> str:
-    """A value or metric: whole and large numbers whole, others in four significant digits, decays in six."""
-    if finite(value) is None:
-        return str(value)
-    if 0.99 <= value < 1:  # a decay close to 1 must not become one
-        return f"{value:.6g}"
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"

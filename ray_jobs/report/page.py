@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mamba.runs.folder import epochs_of
+from mamba.runs.metrics import number
 from ray_jobs.report.figures import draw, is_accuracy
-from ray_jobs.report.findings import short
 from ray_jobs.report.noise import images_in_words, images_of, standard_error
 from ray_jobs.report.rows import best_of, finite, ranked, same_models, varied
 from ray_jobs.report.table import COLUMNS, html_table, page
@@ -129,7 +129,7 @@ def about(
         "versions": ", ".join(f"{name} {number}" for name, number in packages.items()),
         "checkpoint": told.checkpoint,
         "validation": images_in_words(images) if images else None,
-        "all trials": ", ".join(f"{key} {short(value)}" for key, value in same.items()),
+        "all trials": ", ".join(f"{key} {number(value)}" for key, value in same.items()),
     }
 
 
@@ -163,7 +163,7 @@ def _table(rows: Rows, same: Mapping[str, Any], objectives: Mapping[str, str], b
         timed = {} if row["trial"] not in again else dict.fromkeys((m for m in metrics if m.startswith("bench/")), "")
         shown = {**row["metrics"], **timed}
         measured = [metric_cell(k, shown.get(k), images) for k in (*columns, *others)]
-        values = [html.escape(short(row["values"].get(k, ""))) for k in keys]
+        values = [html.escape(number(row["values"].get(k, ""))) for k in keys]
         reason = f"the same model as {again[row['trial']]}" if row["trial"] in again else row["reason"]
         cells = [html.escape(row["trial"]), html.escape(row["status"]), *[html.escape(reason)] * told_why]
         cells += [*measured[:first], *values, *measured[first:]]
@@ -175,9 +175,9 @@ def metric_cell(key: str, value: Any, images: int) -> str:
     """A metric in a page's table; an accuracy with the standard error that its images give."""
     if value is None or value == "":
         return ""
-    number = finite(value)
-    if number is None:
+    known = finite(value)
+    if known is None:
         return html.escape(str(value))
     if is_accuracy(key) and images:
-        return f"{number:.2f} ± {standard_error(number, images):.2f}"
-    return short(value)
+        return f"{known:.2f} ± {standard_error(known, images):.2f}"
+    return number(value)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mamba.runs.metrics import METRICS, Metric, best_accuracy, metric
+from mamba.runs.metrics import METRICS, Metric, best_accuracy, metric, number
 
 
 def test_nan_and_missing_values_come_last_whichever_way_is_better():
@@ -45,3 +45,10 @@ def test_every_metric_that_a_run_writes_is_listed(small_fit):
 def test_a_metric_of_ones_own(monkeypatch):
     monkeypatch.setitem(METRICS, "val/f1", Metric("val/f1", "F1", "%", "{:.1f}", "up"))
     assert metric("val/f1").text(12.34) == "12.3 %"
+
+
+def test_one_way_to_write_numbers():
+    written = [number(v) for v in (3, 3.0, 1234567.8, 0.123456, 0.99999, 1e-5, True, None, "a", math.nan)]
+    assert written == ["3", "3", "1,234,568", "0.1235", "0.99999", "1e-05", "True", "None", "a", "nan"]
+    assert [number(v, 2) for v in (0.1234, 12.0, 0.995)] == ["0.12", "12", "0.995"]
+    assert [number(v, 3, units=True) for v in (327000, 5441000.0, 2e9, 0.003)] == ["327k", "5.44M", "2G", "0.003"]
