@@ -69,23 +69,21 @@ class Tracker:
 
     def step(self, global_step: int, metrics: Mapping[str, float]) -> None:
         """Scalars of one optimizer step, under tags of their own (`step/*`)."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"step/{name}", value, global_step)
+        self.scalars({f"step/{name}": value for name, value in metrics.items()}, global_step)
 
     def epoch(self, epoch: int, global_step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
         """Scalars at the end of the epoch-th epoch; learning rates by group under `lr/*`. Like every scalar they are
         drawn against the optimizer step, the one axis on which a resumed run can drop what it is going to repeat."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, global_step)
-        for name, value in rates.items():
-            self.writer.add_scalar(f"lr/{name}", value, global_step)
-        self.writer.flush()
+        self.scalars({**metrics, **{f"lr/{name}": value for name, value in rates.items()}}, global_step)
+        with self._writing():
+            self.writer.flush()
         append(self.folder / METRICS_LOG, to_json({"epoch": epoch, **metrics}) + "\n")
 
     def scalars(self, metrics: Mapping[str, float], global_step: int) -> None:
-        """Scalars of something that has no epochs."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, global_step)
+        """Scalars by their tags; what has no epochs needs no more than this."""
+        with self._writing():
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, global_step)
 
     def samples(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """A grid of the first training batch as the model sees it, normalisation undone."""
@@ -95,22 +93,31 @@ class Tracker:
         pictures = (images[:32].detach().float().cpu() * scale + shift).clamp(0, 1)
         factor = max(1, 64 // pictures.shape[-1])
         pictures = pictures.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
-        self.writer.add_image("train/augmented", make_grid(pictures, nrow=8), 0)
+        with self._writing():
+            self.writer.add_image("train/augmented", make_grid(pictures, nrow=8), 0)
 
     def progress(self, **position: Any) -> None:
         write_json(self.folder / PROGRESS, position)
 
     def finish(self, result: Mapping[str, Any], global_step: int) -> None:
         """The final scalars, the HPARAMS entry's status, and result.json."""
-        for name, value in result["metrics"].items():
-            if name.split("/")[0] in ("test", "model"):
-                self.writer.add_scalar(name, value, global_step)
-        self.writer.close()
+        final = {name: v for name, v in result["metrics"].items() if name.split("/")[0] in ("test", "model")}
+        self.scalars(final, global_step)
+        with self._writing():
+            self.writer.close()
         write_hparams(self.folder, self.config, "finished")
         write_json(self.folder / RESULT, {"format": FORMAT, **result})
 
     def close(self) -> None:
         self.writer.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """TensorBoard's writer says what went wrong with an earlier event at a later one, or at the end."""
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
 
 
 def write_hparams(folder: Path, config: RunConfig, status: str, first: Collection[str] = FIRST_HPARAMS) -> None:

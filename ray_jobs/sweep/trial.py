@@ -210,9 +210,9 @@ def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report)
             result = fit(config, process, folder, data_of(shared, config), hooks_for(config))
     if result["status"] == "interrupted":  # asked to stop by someone: it goes on when the sweep is continued
         raise InterruptedError(f"{folder} was asked to stop")
-    epochs = reported_epochs(folder)
-    last = {k: epochs[-1][k] for k in ("epoch", "val/best_accuracy") if epochs and k in epochs[-1]}
-    return {**result, "metrics": {**result["metrics"], **last}}
+    last = (reported_epochs(folder) or [{}])[-1]  # of an older run, whose result does not say it
+    best = {"val/best_accuracy": last["val/best_accuracy"]} if "val/best_accuracy" in last else {}
+    return {**result, "metrics": {**best, **result["metrics"], "epoch": result["epochs"]}}
 
 
 def reported_epochs(folder: Path) -> list[dict[str, float]]:

@@ -343,6 +343,23 @@ def test_what_fails_in_training_is_told_by_what_it_was(small_config, small_data,
         fit(small_config(), local_process(), tmp_path, small_data)
 
 
+@pytest.mark.parametrize("method", ["add_scalar", "add_image", "flush", "close"])
+def test_events_that_cannot_be_written_end_with_one_sentence(small_fit, monkeypatch, method):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    def step(self, micro_batches):
+        monkeypatch.setattr("mamba.runs.tracking.SummaryWriter." + method, full)
+        return original(self, micro_batches)
+
+    original = Trainer.train_step
+    if method == "add_image":  # written before the first step
+        monkeypatch.setattr("mamba.runs.tracking.SummaryWriter.add_image", full)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(ForgeError, match=r"run could not be written: No space left on device"):
+        small_fit(optim__epochs=1)
+
+
 @pytest.mark.parametrize(
     "error, words",
     [
