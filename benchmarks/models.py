@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mamba.config.schema import ModelConfig, OptimConfig
 from mamba.models.model import MambaModel, count_parameters, named_model
+from mamba.ops.update import make_update
 from mamba.runs.environment import environment
 from mamba.train.compilation import compile_blocks
 from mamba.train.distributed import own_device
@@ -128,9 +129,7 @@ def training_step(model: MambaModel, batch: int) -> Callable[[], object]:
             optimizer.zero_grad(set_to_none=True)
 
         return step
-    from mamba.ops.update.triton import FusedUpdate
-
-    update = FusedUpdate(optimizer, None, clip=None)
+    update = make_update(optimizer, None, clip=None, fused=True)
     rate, finite = torch.tensor(1e-4, device=images.device), torch.tensor(True, device=images.device)
 
     def device_step(batches: Batches) -> tuple[Tensor, Tensor]:

@@ -6,15 +6,14 @@ changed in place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mamba.config.schema import OptimConfig
 from mamba.models.model import MambaModel
+from mamba.ops.update import Update, make_update
 from mamba.train.distributed import Pending, Process
 from mamba.train.ema import ModelEma
 from mamba.train.gradients import Gradients, average_gradients
@@ -22,9 +21,6 @@ from mamba.train.hooks import TrainHook
 from mamba.train.loss import TrainingLoss
 from mamba.train.record import Batches, RecordedStep, can_record
 from mamba.train.schedule import set_learning_rate
-
-if TYPE_CHECKING:
-    from mamba.ops.update.triton import FusedUpdate
 
 
 class RunningStatistics:
@@ -76,7 +72,7 @@ class OptimizerStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.statistics = RunningStatistics(model, process)
         self.gradients = Gradients(model)
-        self.fused: FusedUpdate | None = None
+        self.update: Update
         self.recorded: RecordedStep | None = None
         self.rate = torch.zeros((), device=device)  # the learning rate, where a recorded step reads it
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # this epoch's loss sum and count
@@ -88,11 +84,10 @@ class OptimizerStep:
     def prepare(self) -> None:
         """Decide how gradients are averaged, and whether steps are recorded."""
         stream = None
-        if can_record(self.config.cuda_graph, self.process.device, self.scaler.is_enabled()):
-            from mamba.ops.update.triton import FusedUpdate  # needs triton
-
-            self.fused = FusedUpdate(self.optimizer, self.ema, self.config.grad_clip)
-            self.recorded = RecordedStep(self.take, self.fused.fill_in)
+        recording = can_record(self.config.cuda_graph, self.process.device, self.scaler.is_enabled())
+        self.update = make_update(self.optimizer, self.ema, self.config.grad_clip, fused=recording)
+        if recording:
+            self.recorded = RecordedStep(self.take, self.update.fill_in)
             stream = self.recorded.stream
         self.gradients = average_gradients(self.model, self.process, self.config.accumulate, stream)
         if self.recorded:
@@ -115,13 +110,16 @@ class OptimizerStep:
         self.scaler.unscale_(self.optimizer)
         for hook in self.hooks:
             hook.gradients()
-        norm = self.fused.norm() if self.fused else self._clip()
+        norm = self.update.norm()
         self.statistics.average()
         agreed.wait()
         # gradients are averaged over the ranks, so their norm is the same everywhere; losses are not
         finite = (flags[0] == 0) & norm.isfinite()
         self.statistics.keep(finite, before)
-        self._update(norm, finite)
+        self.update.apply(self.rate, norm, finite)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self._count(loss, flags, finite)
         return loss, norm
 
@@ -142,24 +140,6 @@ class OptimizerStep:
                 self.scaler.scale(part * self.gradients.share if self.gradients.share != 1 else part).backward()
         assert agreed is not None
         return loss, flags, agreed
-
-    def _clip(self) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-
-    def _update(self, norm: Tensor, finite: Tensor) -> None:
-        """Step the optimizer where `finite`, and the average with it."""
-        if self.fused:  # clips as well, and moves the average
-            self.fused.apply(self.rate, norm, finite)
-        elif self.scaler.is_enabled():  # the scaler reads its own verdict on the host anyway
-            if finite.item():
-                self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema and not self.fused:
-            self.ema.update(finite)
 
     def _count(self, loss: Tensor, flags: Tensor, finite: Tensor) -> None:
         bad = (~finite).float()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from mamba.config.schema import OptimConfig
 from mamba.models.model import mamba_tiny
+from mamba.ops.update import make_update
 from mamba.train.ema import ModelEma
 from mamba.train.optim import make_optimizer
 
@@ -24,15 +24,13 @@ ROOT = Path(__file__).parents[2]
 def compare(device: str, optimizer: str = "adamw") -> None:
     """Six steps, the third not finite, one parameter frozen and one without a gradient."""
     config = OptimConfig(optimizer=optimizer, layer_decay=0.8, weight_decay=0.3, lr=0.02)  # type: ignore[arg-type]
-    from mamba.ops.update.triton import FusedUpdate
-
     torch.manual_seed(0)
     plain = mamba_tiny(img_size=8, patch_size=4, d_model=24, depth=2).to(device)
     plain.blocks[0].ssm.D.requires_grad_(False)
     fused = copy.deepcopy(plain)
     emas = [ModelEma(m, 0.9) for m in (plain, fused)]
     optimizers = [make_optimizer(m, config) for m in (plain, fused)]
-    update = FusedUpdate(optimizers[1], emas[1], clip=0.5)
+    reference, update = (make_update(optimizers[i], emas[i], 0.5, fused=bool(i)) for i in (0, 1))
     for step in range(6):
         for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
             a.grad = torch.randn_like(a) * 10 ** -(step % 3)
@@ -44,15 +42,12 @@ def compare(device: str, optimizer: str = "adamw") -> None:
         finite = torch.tensor(step != 2, device=device)
         rate = config.lr / (step + 1)
 
-        norm = update.norm()
-        update.apply(torch.tensor(rate, device=device), norm, finite)
-        want = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        norm, want = update.norm(), reference.norm()
         torch.testing.assert_close(norm, want, rtol=1e-5, atol=0)
         for group in optimizers[0].param_groups:
             group["lr"] = rate * group["lr_scale"]
-        optimizers[0].found_inf = (~finite).float()
-        optimizers[0].step()
-        emas[0].update(finite)
+        update.apply(torch.tensor(rate, device=device), norm, finite)
+        reference.apply(torch.tensor(rate, device=device), want, finite)
 
         for a, b in ((plain, fused), (emas[0].model, emas[1].model)):
             for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
@@ -62,6 +57,29 @@ def compare(device: str, optimizer: str = "adamw") -> None:
     for key, mine in states[0].items():
         for name, value in mine.items():
             torch.testing.assert_close(value, states[1][key][name], rtol=2e-5, atol=2e-6)
+
+
+def test_the_reference_is_torchs():
+    """Clipping, AdamW and the average, against torch's own calls on another copy."""
+    torch.manual_seed(0)
+    models = [mamba_tiny(img_size=8, patch_size=4, d_model=12, depth=1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    emas = [ModelEma(m, 0.9) for m in models]
+    optimizers = [make_optimizer(m, OptimConfig(lr=0.01)) for m in models]
+    update = make_update(optimizers[0], emas[0], 0.5, fused=False)
+    for step in range(3):
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            a.grad = torch.full_like(a, float("nan")) if step == 1 else torch.randn_like(a)
+            b.grad = a.grad.clone()
+        norm = update.norm()
+        update.apply(torch.tensor(0.01), norm, norm.isfinite())
+        if step != 1:
+            torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.5))
+            optimizers[1].step()
+            emas[1].update()
+    for a, b in ((models[0], models[1]), (emas[0].model, emas[1].model)):
+        torch.testing.assert_close(list(a.parameters()), list(b.parameters()))
+    assert emas[0].updates == 2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -493,8 +493,8 @@ def test_gradients_are_clipped_to_the_norm(small_config, small_data, tmp_path, m
     trainer = Trainer(small_config(optim__grad_clip=clip), local_process(), tmp_path, small_data)
     seen = []
     monkeypatch.setattr(
-        trainer.optimizer_step,
-        "_update",
+        trainer.optimizer,
+        "step",
         lambda *_: seen.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()),
     )
     _, norm = trainer.train_step([(torch.randn(16, 3, 8, 8), torch.eye(3)[torch.arange(16) % 3])])

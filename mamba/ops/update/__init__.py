@@ -1,1 +1,44 @@
-"""The optimizer's update: clipping, AdamW and the average of the weights in two launches."""
+"""The optimizer's update: clipping, AdamW or Muon, and the average of the weights, without the host knowing whether a
+step counted."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mamba.ops.update.average import Average
+from mamba.ops.update.reference import PlainUpdate
+
+
+class Update(Protocol):
+    """A step is `norm()`, then `apply()`; gradients are left as they are or clipped."""
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients together, a scalar on their device."""
+        ...
+
+    def apply(self, rate: Tensor, norm: Tensor, finite: Tensor) -> None:
+        """Clip to the norm, step at `rate` times each group's scale, move the average: all where `finite` is true."""
+        ...
+
+    def fill_in(self) -> None:
+        """Before recorded launches run that followed a plain step."""
+        ...
+
+
+def make_update(optimizer: torch.optim.AdamW, average: Average | None, clip: float | None, fused: bool) -> Update:
+    """Of an optimizer whose state has been restored.
+
+    Args:
+        optimizer: whose groups say `lr_scale` and `weight_decay`.
+        average: of its parameters and of other tensors, or None.
+        clip: largest norm of all gradients, or None.
+        fused: in two kernel launches (needs triton and float32), of which each may be recorded.
+    """
+    if not fused:
+        return PlainUpdate(optimizer, average, clip)
+    from mamba.ops.update.triton import FusedUpdate
+
+    return FusedUpdate(optimizer, average, clip)
