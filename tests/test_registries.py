@@ -41,7 +41,8 @@ from pruning.masks import Masks
 from pruning.penalty import NORMS, SCHEDULES
 from pruning.refill import REFILL_SCORES, RefillScore, refill_masks
 from pruning.rounds import METHODS, Engine, Method, run_rounds
-from ray_jobs.sweep.space import expand, load_space
+from ray_jobs.sweep.grid import expand
+from ray_jobs.sweep.space import load_space
 
 
 def registries() -> dict[str, Registry]:
@@ -74,7 +75,7 @@ def test_keys_list_what_registries_have():
 def test_keys_list_what_tables_have():
     assert words("penalty.kind") == {"off", *NORMS}
     ones = {name: 0.5 for name in COMPONENTS if name in CutConfig.model_fields}
-    assert CutConfig(**ones).rates == ones and len(ones) == 8
+    assert CutConfig(**ones).rates == ones and len(ones) >= 9
     assert {name for name, component in COMPONENTS.items() if component.refused is None} <= set(CutConfig.model_fields)
     assert set(DATASET_SIDES) == set(DATASETS)
 
@@ -169,6 +170,13 @@ def test_a_toy_component_is_cut(toys):
     model = MambaModel(architecture)
     smaller = prune_component(model, "toy", 0.5, shrink=True)
     assert smaller.architecture.blocks[0].d_inner == model.architecture.blocks[0].d_inner // 2
+
+
+def test_the_rate_of_a_stem_is_a_key():
+    config = RunConfig().with_values({"model.stem": "conv", "model.d_model": 16, "model.depth": 1, "cut.stem": 0.5})
+    model = MambaModel(Architecture.from_config(config.model, 3, 8))
+    smaller = cut(model, config.cut.rates, shrink=True).model
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 def test_a_toy_method_prunes_in_rounds(toys, small_config, small_data, tmp_path):

@@ -279,6 +279,8 @@ class CutConfig(Group):
     """The rate of the time step's projection."""
     block: float = Field(0.0, ge=0, lt=1)
     """The share of whole blocks."""
+    stem: float = Field(0.0, ge=0, lt=1)
+    """The rate of the inner channels of a stem of convolutions (conv, cct)."""
     layer: int | None = Field(None, ge=0, le=MAX_DEPTH)
     """The only block that the cut is made in; None: all."""
     structured: bool = False
@@ -295,8 +297,8 @@ class CutConfig(Group):
     @property
     def rates(self) -> dict[str, float]:
         """Component -> rate, of those that are cut; empty where nothing is."""
-        names = ("linear_out", "mlp", "linear_gate", "linear_in", "conv1d", "linear_B_C", "linear_delta", "block")
-        return {name: rate for name in names if (rate := getattr(self, name)) > 0}
+        parts = ("linear_out", "mlp", "linear_gate", "linear_in", "conv1d", "linear_B_C", "linear_delta")
+        return {name: rate for name in (*parts, "block", "stem") if (rate := getattr(self, name)) > 0}
 
 
 class PenaltyConfig(Group):
