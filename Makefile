@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 FIRST := runs/quickstart/first
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format tensorboard clean
+.PHONY: help setup quickstart test test-all lint format tensorboard clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -25,7 +25,10 @@ quickstart: $(READY)  ## train a small Mamba on the embedded digits (2 CPU cores
 	@if [ -f $(FIRST)/config.yaml ]; then $(BIN)/python ray_jobs/train.py --resume $(FIRST); \
 	else $(BIN)/python ray_jobs/train.py --preset quickstart --trial $(notdir $(FIRST)); fi
 
-test: $(READY)  ## run the tests, those that start a local Ray cluster too
+test: $(READY)  ## run the tests but the long ones; some start a local Ray cluster
+	@$(BIN)/python -m pytest -q -m "not long"
+
+test-all: $(READY)  ## run all tests, killed sweeps and clusters of several nodes too
 	@$(BIN)/python -m pytest -q
 
 lint: $(READY)  ## ruff (lint and format) and mypy

@@ -25,12 +25,13 @@ STATUSES = ("finished", "stopped early", "failed")
 
 
 def write_trial(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a trial's result, which ends it; returns it. What is not finite is no JSON, and written as null."""
-    metrics = {key: value if math.isfinite(value) else None for key, value in result["metrics"].items()}
+    """Write a trial's result, which ends it; returns it as `read_trial` will. What is not finite is written as null."""
+    finite = {key: v for key, v in result["metrics"].items() if v is not None and math.isfinite(v)}
+    metrics = {key: finite.get(key) for key in result["metrics"]}
     written = {"status": result["status"], "reason": result.get("reason", ""), **result, "metrics": metrics}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / TRIAL, written)
-    return written
+    return {**written, "metrics": finite}
 
 
 def read_trial(folder: Path) -> dict[str, Any] | None:
