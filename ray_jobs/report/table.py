@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mamba.errors import ConfigError
 from mamba.runs.files import write_csv
-from ray_jobs.report.rows import finite
+from ray_jobs.report.rows import SCORE, finite
 
 COLUMNS = (
     *("val/best_accuracy", "val/accuracy", "val/drop", "test/accuracy"),
@@ -22,13 +22,17 @@ COLUMNS = (
 
 
 def show(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) -> None:
-    """One trial a row, and only the metrics that some trial has; `first` before the others."""
+    """One trial a row, and only the metrics that some trial has; `first` before the others; a row's `error` stands
+    behind its score."""
     table = Table(box=None, pad_edge=False)
     used = [c for c in dict.fromkeys((*first, *COLUMNS)) if any(c in row["metrics"] for row in rows)]
     for name in ("trial", "status", *used):
         table.add_column(name, justify="left" if name in ("trial", "status") else "right", no_wrap=True)
     for row in rows:
-        table.add_row(row["trial"], row["status"], *(cell(row["metrics"].get(c)) for c in used))
+        cells = {c: cell(row["metrics"].get(c)) for c in used}
+        if cells.get(SCORE) and row.get("error") is not None:
+            cells[SCORE] = f"{row['metrics'][SCORE]:.2f} ± {row['error']:.2f}"
+        table.add_row(row["trial"], row["status"], *cells.values())
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=500)
     console.print(table)

@@ -47,7 +47,7 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
                 return None
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         metrics = {key: v for key, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
         seconds = tree.get("trial_seconds", tree.get("seconds"))

@@ -31,7 +31,7 @@ def left_behind(
 ) -> list[dict[str, Any]]:
     """Write an experiment's folder as a sweep of these trials leaves it; returns its rows."""
     keys = {key.replace("__", "."): value for key, value in config.items()}
-    own = RunConfig(out=folder.parent, name=folder.name).with_values(keys).resolve()
+    own = RunConfig(out=folder.parent, name=folder.name).with_values({"data.dataset": "digits", **keys}).resolve()
     listed = [] if space.search else [Trial(t["trial"], t["values"]) for t in trials]
     experiment.create(experiment.Experiment(space, listed, own, None, None, None, len(trials)), ["tune.py"])
     text = own.to_yaml()
@@ -56,7 +56,7 @@ def run_left_behind(
     keys = {key.replace("__", "."): value for key, value in config.items()}
     folder.mkdir(parents=True)
     own = RunConfig(out=folder.parent.parent, name=folder.parent.name, trial=folder.name)
-    (folder / "config.yaml").write_text(own.with_values(keys).resolve().to_yaml())
+    (folder / "config.yaml").write_text(own.with_values({"data.dataset": "digits", **keys}).resolve().to_yaml())
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({"epoch": i + 1, **e}) + "\n" for i, e in enumerate(epochs))
     )

@@ -1,0 +1,252 @@
+"""Everything that finished under some folders, as rows that can be compared: runs, trials, plans; read whatever version
+wrote them; what cannot be read is left out by name.
+
+Rows are those of `ray_jobs.report.rows`, with more: `experiment` (its folder's name, or ""), `group` (data and split,
+in words), `images` of the validation split (0: not recorded), `path`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mamba.config.schema import RunConfig
+from mamba.errors import ConfigError, ForgeError
+from mamba.runs.checkpoint import best_checkpoint, find_checkpoint
+from mamba.runs.files import as_metrics, read_json
+from mamba.runs.folder import epochs_of, finished_result
+from mamba.runs.metrics import best_accuracy
+from ray_jobs.report.noise import IMAGES, standard_error
+from ray_jobs.report.rows import SCORE, finite, measured, over_seeds, score
+from ray_jobs.sweep import experiment
+from ray_jobs.sweep.results import BASELINE, TRIAL, baseline_of, read_trial
+
+PLAN = "pruned.json"
+OWN = ("out", "name", "trial")
+"""Keys that say where a run is, not what it is."""
+
+
+@dataclass
+class Found:
+    """What lies under some folders."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    experiments: list[Path] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """A sentence for each thing that could not be read."""
+
+
+def collect(folders: Iterable[Path]) -> Found:
+    """Read every finished run, trial and plan, however deep.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    found = Found()
+    _experiment.cache_clear()
+    for given in folders:
+        if not given.is_dir():
+            raise ConfigError(f"there is no folder {given}")
+        here = given.resolve()
+        paths = {p.parent for name in (TRIAL, "result.json", PLAN, experiment.FILE) for p in here.rglob(name)}
+        for path in sorted(paths):
+            if ".ray" in path.parts:  # Tune's own
+                continue
+            name = here.name if path == here else f"{here.name}/{path.relative_to(here)}"
+            try:
+                found.rows += _rows(path, name)
+                if (path / experiment.FILE).exists():
+                    experiment.load(path)
+                    found.experiments.append(path)
+                    if not baseline_of(path) and (path / BASELINE).exists():
+                        found.skipped.append(f"{path / BASELINE} is damaged")
+            except (ForgeError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                found.skipped.append(_reason(path, error))
+    _split_by_files(found.rows)
+    return found
+
+
+def _reason(path: Path, error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if str(path) in words else f"{path}: {words or type(error).__name__}"
+
+
+def _rows(path: Path, name: str) -> list[dict[str, Any]]:
+    rows = []
+    if (path / experiment.FILE).exists() and baseline_of(path):
+        told = experiment.load(path)
+        flat = told.config.flat()
+        rows.append(_row(f"{name} (baseline)", path, {"status": "baseline", "metrics": baseline_of(path)}, {}, flat))
+    if (path / PLAN).exists():
+        rows += _plan(path, name)
+    if (path / TRIAL).exists() or (path / "result.json").exists():
+        rows.append(_one(path, name))
+    for row in rows:
+        row["images"] = int(measured(row, IMAGES) or row["images"])
+    return rows
+
+
+def _one(path: Path, name: str) -> dict[str, Any]:
+    """A trial's or a run's row."""
+    trial = read_trial(path)
+    if trial is not None:
+        told = _experiment(path.parent)
+        flat = {**told.config.flat(), **trial["values"]} if told else _config(path).flat()
+        if told and flat.get("data.split_seed") is None:  # seeds of trials vary everything but the split
+            flat["data.split_seed"] = told.config.seed
+        row = _row(name, path, trial, trial["values"], flat)
+        row["experiment"] = path.parent.name
+        images = finite(baseline_of(path.parent).get(IMAGES)) if told else None
+        row["images"] = int(images or row["images"])
+        if told and told.space.kind == "measure" and score(row) is not None:
+            row["metrics"].setdefault(SCORE, row["metrics"].get("val/accuracy"))
+        return row
+    if (path / TRIAL).exists():
+        raise ConfigError(f"{path / TRIAL} is damaged")
+    result = finished_result(path)
+    if result is None:
+        raise ConfigError(f"{path / 'result.json'} is damaged")
+    flat, defaults = _config(path).flat(), RunConfig().flat()
+    values = {key: value for key, value in flat.items() if value != defaults.get(key) and key not in OWN}
+    row = _row(name, path, result, {**values, "seed": flat["seed"]}, flat)
+    kept = _kept(path, result)
+    if math.isfinite(kept) and kept >= 0:
+        row["metrics"][SCORE] = kept
+    else:
+        row["metrics"].pop(SCORE, None)
+    return row
+
+
+def _plan(path: Path, name: str) -> list[dict[str, Any]]:
+    """What a plan left, before any training, and what it was made of."""
+    report, flat = read_json(path / PLAN), _config(path).flat()
+    rows = []
+    for words, key, status in (("before", "before", "baseline"), (str(report["plan"]), "after", "pruned")):
+        row = _row(f"{name} ({words})", path, {"status": status, "metrics": as_metrics(report[key])}, {}, flat)
+        if score(row) is not None:
+            row["metrics"][SCORE] = score(row)
+        rows.append(row)
+    return rows
+
+
+def _row(
+    name: str, path: Path, result: Mapping[str, Any], values: Mapping[str, Any], flat: Mapping[str, Any]
+) -> dict[str, Any]:
+    facts = _data_of(path)
+    row = {
+        "trial": name,
+        "status": result["status"],
+        "reason": result.get("reason", ""),
+        "seconds": result.get("seconds"),
+        "values": dict(values),
+        "metrics": dict(result["metrics"]),
+        "experiment": "",
+        "path": path,
+        "group": _group(flat),
+        "files": facts.get("digest", ""),
+        "images": facts.get("val", 0),
+    }
+    if row["status"] == "baseline" and score(row) is not None:
+        row["metrics"][SCORE] = score(row)
+    return row
+
+
+def _kept(folder: Path, result: Mapping[str, Any]) -> float:
+    """Validation accuracy of the weights that a run keeps; NaN where nothing was validated. Runs from before it stood
+    in the result have it in the epoch that was tested, or in the best checkpoint's description."""
+    best = finite(result["metrics"].get(SCORE))
+    if best is not None:
+        return best
+    epochs, tested = epochs_of(folder), result.get("tested")
+    tested = tested if isinstance(tested, dict) else {}
+    key = "val/ema_accuracy" if tested.get("weights") == "ema" else "val/accuracy"
+    for epoch in epochs:
+        if epoch["epoch"] == tested.get("epoch") and finite(epoch.get(key)) is not None:
+            return epoch[key]
+    checkpoint = best_checkpoint(folder)
+    if checkpoint is not None:
+        description = read_json(checkpoint / "config.json")
+        key = "val/ema_accuracy" if description.get("weights") == "ema" else "val/accuracy"
+        value = finite(as_metrics(description.get("metrics")).get(key))
+        if value is not None:
+            return value
+    known = [v for v in map(best_accuracy, [*epochs, result["metrics"]]) if math.isfinite(v)]
+    return max(known, default=math.nan)
+
+
+@cache
+def _experiment(folder: Path) -> experiment.Experiment | None:
+    return experiment.load(folder) if (folder / experiment.FILE).exists() else None
+
+
+def _config(path: Path) -> RunConfig:
+    """The config of a run's folder."""
+    return RunConfig.from_yaml(path / "config.yaml")
+
+
+# --- what was measured on --------------------------------------------------------------------------------------------
+
+
+def _group(flat: Mapping[str, Any]) -> str:
+    """Data set and split in words: only what has the same is ranked together."""
+    root = f" {Path(str(flat['data.root'])).name}" if flat.get("data.dataset") == "folder" else ""
+    fraction = finite(flat.get("data.val_fraction"))
+    if fraction == 0:
+        return f"{flat['data.dataset']}{root}, no validation split"
+    seed = flat.get("data.split_seed")
+    seed = flat.get("seed", 0) if seed is None else seed
+    share = "its usual share" if fraction is None else f"{100 * fraction:g} %"
+    return f"{flat['data.dataset']}{root}, {share} to validate, split {seed}"
+
+
+def _data_of(path: Path) -> dict[str, Any]:
+    """Of a folder with checkpoints: the digest of files and split, and the images of the split, where it says so."""
+    try:
+        data = read_json(find_checkpoint(path) / "config.json").get("data")
+        assert isinstance(data, dict)
+        split, sets = data["split"], data["sets"]
+        held = split["val"] or sum(int(str(words).split()[0]) for words in sets.get("val", {}).values())
+        return {"digest": f"{split['digest']} {sorted(sets['train'].items())}", "val": int(held)}
+    except (ForgeError, OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        return {}
+
+
+def _split_by_files(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows whose configs say the same data and whose fingerprints say otherwise belong to groups of their own."""
+    for group in {row["group"] for row in rows}:
+        some = [row for row in rows if row["group"] == group]
+        prints = sorted({row["files"] for row in some} - {""})
+        if len(prints) > 1:
+            for row in some:
+                n = prints.index(row["files"]) + 1 if row["files"] else 0
+                row["group"] += f", files {n} of {len(prints)}" if n else ", files not recorded"
+
+
+# --- repeats ---------------------------------------------------------------------------------------------------------
+
+
+def merged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows, those that differ in their seed alone as one with their means; `error` is the standard deviation over
+    seeds, of a single one the standard error that its images give."""
+    result, gone = [], set()
+    for name, some in over_seeds(rows).items():
+        scores = [value for row in some if (value := score(row)) is not None]
+        if len({row["values"]["seed"] for row in some}) < len(some) or len(scores) < len(some):
+            continue
+        keys = [key for key in some[0]["metrics"] if all(measured(row, key) is not None for row in some)]
+        metrics = {key: statistics.fmean(row["metrics"][key] for row in some) for key in keys}
+        values = {key: value for key, value in some[0]["values"].items() if key != "seed"}
+        one = {**some[0], "trial": f"{name} ({len(some)} seeds)", "metrics": metrics, "values": values}
+        result.append({**one, "error": statistics.stdev(scores), "seeds": len(some)})
+        gone |= {id(row) for row in some}
+    for row in rows:
+        if id(row) not in gone:
+            value = score(row)
+            error = standard_error(value, row["images"]) if value is not None and row["images"] else None
+            result.append({**row, "error": error, "seeds": 1})
+    return result

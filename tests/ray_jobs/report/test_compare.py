@@ -1,0 +1,146 @@
+"""compare.py over folders that nothing ran: what is ranked with what, and what is left out by name."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+
+from ray_jobs.compare import main as compare
+from ray_jobs.report.collect import collect, merged
+from tests.ray_jobs.report.experiments import left_behind, lost, row, run_left_behind, space_of
+
+
+def trained(accuracy=None, **more):
+    metrics = {"test/accuracy": 50.0, "model/params": 10, "train/loss": 1.0}
+    metrics |= {} if accuracy is None else {"val/accuracy": accuracy}
+    return {"status": "finished", "metrics": metrics, "seconds": 1.0, **more}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """An ablation of a run, runs of other data and splits, seeds, one run without validation."""
+    runs = tmp_path / "runs"
+    parent = trained(97.2, tested={"weights": "ema", "epoch": 1, "tta_views": 1})
+    epochs = [{"val/accuracy": 90.0, "val/ema_accuracy": 98.6}, {"val/accuracy": 97.2, "val/ema_accuracy": 91.0}]
+    run_left_behind(runs / "digits" / "parent", parent, epochs)
+    left_behind(
+        runs / "ablation",
+        space_of(grids=[{"cut.mlp": [0.1]}]),
+        [lost({"cut.mlp": 0.1}, 0.7, dense=98.6)],
+        {"val/accuracy": 98.6, "val/images": 143.0},
+    )
+    run_left_behind(runs / "cifar" / "a", trained(99.9), data__dataset="cifar10", data__root="x")
+    run_left_behind(runs / "digits" / "blind", trained(), data__val_fraction=0.0)
+    run_left_behind(runs / "digits" / "other-split", trained(99.0), seed=7)
+    seeds = [row({"optim.lr": lr, "seed": s}, trial=f"lr-{lr}-seed{s}", **{"val/best_accuracy": a})
+             for lr, s, a in ((0.1, 0, 80.0), (0.1, 1, 84.0), (0.2, 0, 70.0))]  # fmt: skip
+    left_behind(runs / "seeds", space_of(kind="train", grids=[{"optim.lr": [0.1]}]), seeds)
+    return runs
+
+
+def lines_of(text):
+    """-> group -> its trials in order."""
+    groups = {}
+    for block in text.split("\n\n"):
+        head, *lines = [line for line in block.splitlines() if line.strip()]
+        groups[head.split(";")[0]] = [line.split("  ")[0].strip() for line in lines if line.startswith("runs/")]
+    return groups
+
+
+def test_one_figure_ranks_within_one_data_set_and_split(mixed, capsys):
+    """A pruned trial stood above its own parent, which had been as good by the weights that are kept."""
+    assert compare([str(mixed)]) == 0
+    said = capsys.readouterr().out
+    groups = {re.sub(r" \(.*", "", name): trials for name, trials in lines_of(said).items()}
+    assert groups["digits, 10 % to validate, split 0"] == [
+        "runs/ablation (baseline)",
+        "runs/digits/parent",
+        "runs/ablation/cut.mlp-0.1",
+        "runs/seeds/lr-0.1 (2 seeds)",
+        "runs/seeds/lr-0.2-seed0",
+    ]
+    assert groups["cifar10, 10 % to validate, split 0"] == ["runs/cifar/a"], "data sets are not mixed"
+    assert groups["digits, 10 % to validate, split 7"] == ["runs/digits/other-split"]
+    assert groups["digits, no validation split"] == ["runs/digits/blind"] and "not ranked" in said
+    assert "82.00 ± 2.83" in said, "seeds are a mean with its spread"
+    assert re.search(r"parent +finished +98\.60 ", said), "the figure of the weights that are kept"
+    assert re.search(r"cut\.mlp-0\.1 +finished +97\.90 ± 1\.20", said), "the standard error of 143 images"
+
+
+def test_a_metric_that_is_better_low_is_ranked_so(tmp_path, capsys):
+    for name, loss in (("a", 2.0), ("b", 1.0), ("nan", None)):
+        result = trained(90.0)
+        result["metrics"]["val/loss"] = loss
+        run_left_behind(tmp_path / "runs" / "x" / name, result)
+    assert compare([str(tmp_path / "runs"), "--by", "val/loss"]) == 0
+    said = capsys.readouterr().out
+    assert said.index("x/b") < said.index("x/a") < said.index("not ranked") < said.index("x/nan")
+    assert compare([str(tmp_path / "runs"), "--by", "val/lsos"]) == 2
+    assert "--by val/lsos: no trial has it; valid: model/params" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("result.json", "{"), ("result.json", "[]"), ("result.json", '{"status": "finished", "metrics": [1]}'),
+    ("result.json", "null"), ("result.json", ""), ("config.yaml", "data: ["), ("config.yaml", "- 1\n- 2\n"),
+    ("config.yaml", "data: {nothing: 1}"), ("trial.json", "{"), ("trial.json", "[]"), ("trial.json", '{"values": []}'),
+    ("pruned.json", "[]"), ("pruned.json", "{}"), ("experiment.json", "{}"), ("experiment.json", "[]"),
+    ("result.json", "[" * 100_000), ("baseline.json", "[]"),
+])  # fmt: skip
+def test_what_cannot_be_read_is_left_out_by_name(mixed, capsys, name, damage):
+    broken = mixed / "ablation" if name in ("experiment.json", "baseline.json") else mixed / "digits" / "broken"
+    if broken.name == "broken":
+        run_left_behind(broken, trained(50.0))
+    (broken / name).write_text(damage)
+    assert compare([str(mixed)]) == 0
+    out, err = capsys.readouterr()
+    assert "left out: " in err and str(broken / name) in err + str(broken / name) * (str(broken) in err), err
+    assert "runs/digits/parent" in out and "Traceback" not in err and "runs/digits/broken" not in out
+
+
+def test_older_formats_are_read(tmp_path):
+    """A trial of version 1 kept its values in result.json, under keys that are called otherwise now."""
+    older = {**trained(91.0), "values": {"prune.mlp": 0.5}, "trial_seconds": 3.0, "reason": ""}
+    run_left_behind(tmp_path / "runs" / "exp" / "mlp-0.5", older)
+    best = tmp_path / "runs" / "exp" / "plain" / "checkpoints" / "best-00003"
+    run_left_behind(best.parents[1], {**trained(60.0)})
+    best.mkdir(parents=True)
+    (best / "config.json").write_text(json.dumps({"metrics": {"val/accuracy": 77.0}, "weights": "raw"}))
+    rows = {r["trial"]: r for r in collect([tmp_path / "runs"]).rows}
+    assert rows["runs/exp/mlp-0.5"]["values"] == {"cut.mlp": 0.5}
+    assert rows["runs/exp/plain"]["metrics"]["val/best_accuracy"] == 77.0
+
+
+def test_the_csv_has_every_trial_and_makes_its_folder(mixed, tmp_path, capsys):
+    target = tmp_path / "new" / "all.csv"
+    assert compare([str(mixed), "--csv", str(target)]) == 0
+    with target.open() as file:
+        lines = {line["trial"]: line for line in csv.DictReader(file)}
+    assert {"runs/seeds/lr-0.1-seed0", "runs/seeds/lr-0.1-seed1", "runs/digits/blind"} <= set(lines)
+    assert lines["runs/digits/parent"]["val/best_accuracy"] == "98.6"
+    (tmp_path / "file").write_text("")
+    assert compare([str(mixed), "--csv", str(tmp_path / "file" / "all.csv")]) == 2
+    assert "all.csv cannot be written" in capsys.readouterr().err
+    assert compare([str(tmp_path / "nowhere")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_the_index_links_to_everything(mixed, tmp_path, capsys):
+    page = tmp_path / "pages" / "index.html"
+    (mixed / "digits" / "broken").mkdir()
+    (mixed / "digits" / "broken" / "result.json").write_text("{")
+    assert compare([str(mixed), "--html", str(page)]) == 0
+    text = page.read_text()
+    links = re.findall(r'href="(.*?)"', text)
+    assert links and all((page.parent / link).exists() for link in links)
+    assert "<h2>Left out</h2>" in text and "82.00 ± 2.83" in text and text.count("<table") == 5
+    assert text.index("ablation (baseline)") < text.index("cut.mlp-0.1")
+
+
+def test_seeds_are_merged_only_where_each_has_its_accuracy(mixed):
+    rows = collect([mixed / "seeds"]).rows
+    assert next(r["trial"] for r in merged(rows)) == "seeds/lr-0.1 (2 seeds)"
+    rows[0]["metrics"] = {}
+    assert all("seeds)" not in r["trial"] for r in merged(rows))
