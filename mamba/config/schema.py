@@ -35,9 +35,18 @@ class DataConfig(Group):
     img_size: int | None = Field(None, ge=4, le=MAX_SIDE)
     """Side in pixels that images are resized to; None: 8 for digits, 32 for CIFAR, 224 for folder."""
     batch_size: int = Field(128, ge=1, le=MANY)
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How an image of a folder becomes a square. crop: the largest square in its middle; pad: all of it, with black
+    bars; stretch: all of it, out of proportion."""
+    strict: bool = False
+    """Refuse an image folder that holds anything that is not read, instead of saying so in a line."""
+    batch_size: int = Field(128, ge=1, le=MANY)
     """Images per optimizer step, over all workers and accumulation steps together."""
-    val_fraction: float = Field(0.1, ge=0, lt=1)
-    """Part of the training set, class by class, kept for validation; 0 trains on all of it and selects nothing."""
+    val_fraction: float | None = Field(None, ge=0, lt=1)
+    """Part of the training set, class by class, kept for validation; 0 trains on all of it and selects nothing. None:
+    that of the model that the run starts from, else 0.1."""
+    split_seed: int | None = Field(None, ge=0, lt=2**32)
+    """Seed of the validation split. None: that of the model that the run starts from, else `seed`."""
     augment: Literal["none", "basic", "randaugment", "randaugment_inc", "autoaugment", "autoaugment_imagenet"] = "basic"
     """basic: crop and flip; the others add a policy. randaugment: torchvision's (2 operations, magnitude 9);
     randaugment_inc: timm's "rand-m9-mstd0.5-inc1" (2 of 15 operations, each with probability 0.5, at a level around

@@ -1,132 +1,85 @@
-"""Image folders: what they hold, and its decoded pixels, kept in a cache."""
+"""Image folders: data.root/{train, test or val}/<class>/<image>, and what is said of what they hold."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
-from PIL import Image, ImageOps
 
 from mamba.config.schema import DataConfig
+from mamba.data.cache import Job, open_images
 from mamba.data.images import ImageData, ImageSet, statistics
-from mamba.data.split import split_validation
+from mamba.data.listing import Listing, count, is_hidden, list_split
+from mamba.data.split import split_training
 from mamba.errors import DataError
+
+SPLITS = ("train", "val", "test")
 
 
 def load_folder(config: DataConfig, seed: int) -> ImageData:
     """data.root/train and data.root/test or data.root/val. With both test and val, val is the validation split as it
     is; with val alone, val is the final test and the validation split is cut out of train."""
-    root, side = config.root, config.img_size
-    assert side is not None, "the config must be resolved"
+    root = config.root
     held_out = [name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not held_out:
         raise DataError(
             f"data.root {root} is not an image folder; it must hold train/<class>/<image> and test/ or val/ likewise"
         )
-    listings = {name: _list_images(root / name) for name in ("train", *held_out)}
-    classes = tuple(listings["train"])
-    for name in held_out:
-        if tuple(listings[name]) != classes:
-            only = {f"only in train/: {sorted(set(classes) - set(listings[name]))}": set(classes) - set(listings[name])}
-            only |= {
-                f"only in {name}/: {sorted(set(listings[name]) - set(classes))}": set(listings[name]) - set(classes)
-            }
+    listings = {name: list_split(root / name) for name in ("train", *held_out)}
+    classes = _classes(root, listings)
+    left_out = said_of(root, listings)
+    if left_out and config.strict:
+        raise DataError(f"data.strict: {left_out}; remove it, or leave data.strict out")
+    sets = {name: _images(config, name, listing) for name, listing in listings.items()}
+    test = sets[held_out[0]]
+    mean, std = statistics(sets["train"].images)
+    notes = (left_out,) if left_out else ()
+    if len(held_out) == 2:
+        return ImageData(sets["train"], sets["val"], test, classes, mean, std, notes)
+    train, val, split = split_training(sets["train"], config, seed, classes)
+    return ImageData(train, val, test, classes, mean, std, notes, split)
+
+
+def _images(config: DataConfig, name: str, listing: Listing) -> ImageSet:
+    side = config.img_size
+    assert side is not None, "the config must be resolved"
+    images, hashes = open_images(Job(config.root, name, listing.files, side, config.fit))
+    return ImageSet(images, listing.labels, np.arange(len(listing.labels)), listing.files, hashes)
+
+
+def _classes(root: Path, listings: dict[str, Listing]) -> tuple[str, ...]:
+    """The classes that all splits share; raises DataError where they differ or are too few."""
+    classes = listings["train"].classes
+    for name, listing in listings.items():
+        if listing.classes != classes:
+            here, there = set(classes), set(listing.classes)
+            texts = (("train", here - there), (name, there - here))
             raise DataError(
                 f"the class folders of {root}/train and {root}/{name} differ; "
-                + "; ".join(text for text, names in only.items() if names)
+                + "; ".join(f"only in {where}/: {sorted(names)}" for where, names in texts if names)
             )
-    sets = {name: _decoded(root, name, listing, side) for name, listing in listings.items()}
-    train, test = sets["train"], sets[held_out[0]]
-    val: ImageSet | None = sets["val"] if len(held_out) == 2 else None
-    if val is None:
-        train, val = split_validation(train, config.val_fraction, seed)
-    mean, std = statistics(sets["train"].images)
-    return ImageData(train, val, test, classes, mean, std)
+    if len(classes) < 2:
+        raise DataError(f"{root}/train holds one class, {classes[0]}; a classifier needs two or more")
+    return classes
 
 
-def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both sorted."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    try:
-        listing = {
-            d.name: sorted(f for f in d.iterdir() if f.suffix.lower() in IMG_EXTENSIONS)
-            for d in sorted(folder.iterdir())
-            if d.is_dir()
-        }
-    except OSError as error:
-        raise DataError(f"{folder} cannot be listed: {error}") from None
-    if not listing:
-        raise DataError(f"{folder} holds no class folders; it must hold {folder.name}/<class>/<image>")
-    for name, files in listing.items():
-        if not files:
-            raise DataError(f"{folder / name} holds no images; valid endings: {', '.join(IMG_EXTENSIONS)}")
-    return listing
-
-
-def _decoded(root: Path, split: str, listing: dict[str, list[Path]], side: int) -> ImageSet:
-    """Decode once into a memory-mapped cache, keyed by the files' names, sizes and times and by the image size."""
-    files = [f for names in listing.values() for f in names]
-    labels = np.repeat(np.arange(len(listing)), [len(v) for v in listing.values()]).astype(np.int64)
-    digest = hashlib.sha256(f"{root.resolve()} {side}".encode())
-    for file in files:
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error}); mend or remove it") from None
-        digest.update(f"{file.relative_to(root)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    cache = _cache_folder(root)
-    path = cache / f"{split}-{side}-{digest.hexdigest()[:16]}.npy"
-    with FileLock(cache / f"{split}-{side}.lock"):
-        if not path.exists():
-            for stale in cache.glob(f"{split}-{side}-*.partial"):  # of a process that was killed
-                stale.unlink(missing_ok=True)
-            _decode_into(path, files, side)
-    return ImageSet.whole(np.load(path, mmap_mode="r"), labels)
-
-
-def _cache_folder(root: Path) -> Path:
-    """Beside the images where that can be written to, else under the user's cache folder."""
-    for folder in (root / ".cache", Path.home() / ".cache" / "mamba-forge"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    raise DataError(f"neither {root / '.cache'} nor ~/.cache/mamba-forge can be written to, to cache decoded images")
-
-
-def _decode_into(path: Path, files: list[Path], side: int) -> None:
-    def decode(job: tuple[int, Path]) -> None:
-        row, file = job
-        try:
-            with Image.open(file) as image:
-                out[row] = np.asarray(ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC))
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:  # what Pillow raises for files that are no images
-            raise DataError(f"{file} is not a readable image ({error}); mend or remove it") from None
-
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(files), side, side, 3))
-        with partial.open("r+b") as file:  # a full disk is an error here, and a crash when written through the map
-            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-        with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 1)) as pool:
-            for _ in pool.map(decode, enumerate(files), chunksize=64):
-                pass
-        out.flush()
-        partial.replace(path)
-    except OSError as error:
-        raise DataError(f"the cache of decoded images {path} could not be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+def said_of(root: Path, listings: dict[str, Listing]) -> str:
+    """One line about what was not read, with counts; empty where nothing was left out."""
+    unread, hidden = Counter[str](), Counter[str]()
+    loose = 0
+    for listing in listings.values():
+        unread, hidden, loose = unread + listing.unread, hidden + listing.hidden, loose + listing.loose
+    others = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name not in SPLITS and not is_hidden(d.name))
+    parts = []
+    if unread:
+        parts.append(f"{sum(unread.values()):,} files that are no images to Pillow ({count(unread)})")
+    if loose:
+        parts.append(f"{loose:,} files beside the class folders")
+    if hidden:
+        parts.append(f"hidden: {', '.join(f'{number} {name}' for name, number in hidden.most_common(5))}")
+    if others:
+        shown = ", ".join(f"{name}/" for name in others[:5])
+        parts.append(f"{shown}{' and more' if len(others) > 5 else ''} beside train/")
+    read = sum(len(listing.files) for listing in listings.values())
+    return f"{root}: {read:,} images read, left out were {'; '.join(parts)}" if parts else ""

@@ -1,8 +1,10 @@
-"""Images in memory: a split of a data set, the data set, and what every source of images needs."""
+"""Images: a split of a data set, the data set, and what every source of images needs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,14 +12,35 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mamba.data.decode import hash_images
+from mamba.data.listing import Files
+
+FEW = 100
+"""Validation or test images below which it is said what one of them is worth."""
+
+
+class Images(Protocol):
+    """(n, side, side, 3) uint8: an array, a file that is mapped into memory, or files that are decoded when asked."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
 
 @dataclass(frozen=True)
 class ImageSet:
     """A split: rows `index` of images (n, side, side, 3) uint8 and labels (n,) int64."""
 
-    images: NDArray[np.uint8]
+    images: Images
     labels: NDArray[np.int64]
     index: NDArray[np.int64]
+    files: Files | None = None
+    """Where the images come from, if from files of their own."""
+    hashes: NDArray[np.uint64] | None = None
+    """(n,): of every image's pixels, where they are known."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -25,6 +48,21 @@ class ImageSet:
     @classmethod
     def whole(cls, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> ImageSet:
         return cls(images, labels, np.arange(len(labels)))
+
+    @cached_property
+    def pixel_hashes(self) -> NDArray[np.uint64] | None:
+        """(n,): `hashes`, computed where the images are an array; None where that would read every file."""
+        if self.hashes is None and isinstance(self.images, np.ndarray):
+            return hash_images(self.images)
+        return self.hashes
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the validation split was cut out of the training set."""
+
+    seed: int
+    fraction: float
 
 
 @dataclass(frozen=True)
@@ -40,6 +78,10 @@ class ImageData:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+    """What its source has to say to the user, a line each."""
+    split: Split | None = None
+    """None: the splits are as they were found."""
 
     @property
     def side(self) -> int:
@@ -51,6 +93,21 @@ class ImageData:
         mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
         return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
+    def remarks(self) -> list[str]:
+        """What a user should know before believing a number of this data, a line each: `notes`, splits so small that
+        an image is worth a point, test images that are training images too."""
+        lines = list(self.notes)
+        for name, part in (("validation split", self.val), ("test set", self.test)):
+            if part is not None and 0 < len(part) < FEW:
+                points = 100 / len(part)
+                lines.append(f"{name} of {len(part)} images: one is {points:.{0 if points >= 10 else 1}f} points")
+        train, test = self.train.pixel_hashes, self.test.pixel_hashes
+        if train is not None and test is not None:
+            both = int(np.isin(test[self.test.index], train).sum())
+            if both:
+                lines.append(f"{both:,} of {len(self.test):,} test images are training images too, pixel for pixel")
+        return lines
+
 
 def resize(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """(n, any, any, 3) -> (n, side, side, 3), bicubic."""
@@ -61,8 +118,18 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation of each channel, in [0, 1]."""
 
 
-def statistics(images: NDArray[np.uint8]) -> Statistics:
-    """Mean and deviation of each channel in [0, 1], over at most 10,000 images spread over the set."""
-    some = images[:: max(1, len(images) // 10_000)].astype(np.float32) / 255
-    mean, std = some.mean(axis=(0, 1, 2), dtype=np.float64), some.std(axis=(0, 1, 2), dtype=np.float64)
-    return tuple(mean.tolist()), tuple(np.maximum(std, 1e-3).tolist())
+def spread(n: int) -> NDArray[np.int64]:
+    """Up to 20,000 of n rows, evenly: those that statistics are taken of."""
+    return np.arange(0, n, max(1, n // 10_000))
+
+
+def statistics(images: Images) -> Statistics:
+    """Mean and deviation of each channel in [0, 1], over the images of `spread`; exact, a few images at a time."""
+    rows = spread(len(images))
+    total, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+    for lo in range(0, len(rows), 64):
+        pixels = np.asarray(images[rows[lo : lo + 64]]).reshape(-1, 3).astype(np.int64)
+        total, squares, count = total + pixels.sum(0), squares + (pixels**2).sum(0), count + len(pixels)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return tuple((mean / 255).tolist()), tuple(np.maximum(std / 255, 1e-3).tolist())

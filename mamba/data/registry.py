@@ -12,6 +12,7 @@ from mamba.data.cifar import load_cifar
 from mamba.data.digits import load_digits_images
 from mamba.data.folder import load_folder
 from mamba.data.images import ImageData
+from mamba.data.split import VAL_FRACTION
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def describe(config: DataConfig, seed: int) -> tuple[int, int]:
     source = DATASETS[config.dataset]
     if source.classes and source.train_images:
         per_class = source.train_images // source.classes
-        return source.classes, source.classes * (per_class - round(config.val_fraction * per_class))
+        fraction = VAL_FRACTION if config.val_fraction is None else config.val_fraction
+        return source.classes, source.classes * (per_class - round(fraction * per_class))
     data = load_data(config, seed)
     return len(data.classes), len(data.train)

@@ -29,10 +29,26 @@ def test_no_validation_split():
     assert data.val is None and len(data.train) == 1438
 
 
-def test_validation_split_that_would_be_empty():
-    tiny = ImageSet.whole(np.zeros((6, 2, 2, 3), np.uint8), np.array([0, 0, 0, 1, 1, 1]))
-    with pytest.raises(DataError, match="data.val_fraction 0.1 of 6 training images leaves 6 to train on and 0"):
-        split_validation(tiny, 0.1, 0)
+@pytest.mark.parametrize(
+    "counts, fraction, message",
+    [
+        ((3, 3), 0.1, r"2 of 2 classes: a \(3 and 0\), b \(3 and 0\) .* choose a fraction from 0.17 to 0.83, or 0"),
+        ((40, 4), 0.1, r"1 of 2 classes: b \(4 and 0\) .* choose a fraction from 0.13 to 0.87, or 0"),
+        ((1, 9), 0.6, r"1 of 2 classes: a \(0 and 1\) .*; give such classes two images or more"),
+        ((2, 9), 0.9, r"1 of 2 classes: a \(0 and 2\)"),
+    ],
+)
+def test_a_split_that_leaves_a_class_without_images_is_refused(counts, fraction, message):
+    labels = np.repeat([0, 1], counts)
+    tiny = ImageSet.whole(np.zeros((len(labels), 2, 2, 3), np.uint8), labels)
+    with pytest.raises(DataError, match=message):
+        split_validation(tiny, fraction, 0, ("a", "b"))
+
+
+def test_the_split_has_a_seed_of_its_own():
+    own, seed = load_data(config(dataset="digits", split_seed=3), 0), load_data(config(dataset="digits"), 3)
+    assert np.array_equal(own.val.index, seed.val.index) and own.split == seed.split and own.split.seed == 3
+    assert load_data(config(dataset="digits", val_fraction=0.2), 0).split.fraction == 0.2
 
 
 def test_resized_digits():
