@@ -34,7 +34,6 @@ class DataConfig(Group):
     """Where the data set lies or is downloaded to."""
     img_size: int | None = Field(None, ge=4, le=MAX_SIDE)
     """Side in pixels that images are resized to; None: 8 for digits, 32 for CIFAR, 224 for folder."""
-    batch_size: int = Field(128, ge=1, le=MANY)
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """How an image of a folder becomes a square. crop: the largest square in its middle; pad: all of it, with black
     bars; stretch: all of it, out of proportion."""

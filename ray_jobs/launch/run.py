@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -40,12 +41,21 @@ def preflight(config: RunConfig, folder: Path | None = None) -> None:
     check_early(config)
     data = load_data(config.data, config.seed)
     check_batch_size(len(data.train), config.data)
+    for remark in data.remarks():
+        print(f"data: {remark}", file=sys.stderr)
     classes, side, own = len(data.classes), data.side, config.model
     start = own.checkpoint if folder is None else start_of(config, folder)
     if start is not None:
         check_start(start, classes, side, "model.checkpoint", own.new_head, own.new_size)
+        _say(check_data(start, data, new_head=own.new_head))
     if config.distill.teacher is not None:
         check_start(config.distill.teacher, classes, side, "distill.teacher")
+        _say(check_data(config.distill.teacher, data, "distill.teacher"))
+
+
+def _say(note: str | None) -> None:
+    if note:
+        print(f"data: {note}", file=sys.stderr)
 
 
 def check_early(config: RunConfig) -> None:
