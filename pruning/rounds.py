@@ -36,6 +36,7 @@ from mamba.errors import CheckpointError, ConfigError
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.files import write_csv, write_json
+from mamba.runs.provenance import describe_data
 from mamba.runs.start import start_of
 from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
@@ -200,7 +201,7 @@ def _make_start(config: RunConfig, folder: Path, data: ImageData) -> None:
         torch.manual_seed(config.seed)
         side = data.side
         model = MambaModel(Architecture.from_config(config.model, len(data.classes), side))
-    ckpt.save_checkpoint(folder / "start", model, None, {"classes": list(data.classes)}, None)
+    ckpt.save_checkpoint(folder / "start", model, None, describe_data(data), None)
 
 
 def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _experiment(args: AblateArgs) -> Experiment:
     from mamba.models.model import Architecture
     from mamba.runs import checkpoint as ckpt
+    from mamba.runs.provenance import with_split
     from ray_jobs.sweep.checks import check
     from ray_jobs.sweep.experiment import FILE, Experiment, absolute, taken
     from ray_jobs.sweep.grid import expand
@@ -55,6 +56,7 @@ def _experiment(args: AblateArgs) -> Experiment:
     if checkpoint is None and not args.dry_run:
         checkpoint = _baseline(resolved, folder)
     if checkpoint is not None:
+        config = with_split(config, checkpoint)
         description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
         depth = len(Architecture.from_dict(description["architecture"]).blocks)
     spaces = [load_space(GRIDS[name]) for name in chosen]

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(args: TrainArgs) -> int:
     print("loading PyTorch and the data ...", flush=True)  # seconds without a word look like a hang
     from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
+    from mamba.runs.provenance import with_split
     from mamba.runs.start import described, keep_start, prepare_resume
     from ray_jobs.launch.console import Display, result_table, stop_on_signal
     from ray_jobs.launch.resume import check_run, extend, is_longer
@@ -42,7 +43,7 @@ def _train(args: TrainArgs) -> int:
     if args.resume is None:
         if config.prune.method != "none":
             raise ConfigError(f"prune.method '{config.prune.method}' is for ray_jobs/prune.py; valid here: none")
-        config = described(config)
+        config = with_split(described(config))
         preflight(config)
         folder = create_run(config)
     else:

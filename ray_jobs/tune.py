@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _experiment(args: SweepArgs) -> Experiment:
+    from mamba.runs.provenance import with_split
     from ray_jobs.sweep.checks import check
     from ray_jobs.sweep.experiment import Experiment, absolute
     from ray_jobs.sweep.grid import expand
@@ -54,7 +55,7 @@ def _experiment(args: SweepArgs) -> Experiment:
     if space.kind == "measure":
         if checkpoint is None:
             raise ConfigError("a space of kind measure cuts a trained model: give --checkpoint")
-        config = config.with_values({"model.checkpoint": None})
+        config = with_split(config, checkpoint).with_values({"model.checkpoint": None})
     trials = expand(space, _depth(checkpoint)) if space.grids else []
     if trials and (args.trials is not None or args.storage is not None or args.warm_start is not None):
         raise ConfigError("--trials, --storage and --warm-start are of searches; this space has grids, with "

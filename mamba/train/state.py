@@ -15,6 +15,7 @@ import torch
 
 from mamba.errors import ForgeError
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.provenance import check_resume, describe_data
 from mamba.train.distributed import Process
 
 if TYPE_CHECKING:
@@ -68,9 +69,7 @@ def write_checkpoint(trainer: Trainer, name: str, state: dict[str, Any] | None) 
             "epoch": trainer.epoch,
             "metrics": trainer.metrics,
             "weights": trainer.best["weights"],
-            "classes": list(data.classes),
-            "mean": list(data.mean),
-            "std": list(data.std),
+            **describe_data(data),
             "config": trainer.config.model_dump(mode="json"),
         }
         extra = {file: tensors for hook in trainer.hooks for file, tensors in hook.files().items()}
@@ -90,6 +89,7 @@ def restore(trainer: Trainer) -> None:
     folder = ckpt.newest_checkpoint(trainer.folder)
     if folder is None:
         return
+    check_resume(folder, trainer.data)
     ckpt.load_weights(trainer.model, folder)
     if trainer.ema:
         ckpt.load_weights(trainer.ema.model, folder, ckpt.EMA_WEIGHTS)

@@ -25,7 +25,8 @@ from mamba.errors import TrainingError
 from mamba.models.model import MambaModel, count_parameters
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.environment import environment
-from mamba.runs.start import first_weights
+from mamba.runs.provenance import check_data, with_split
+from mamba.runs.start import first_weights, start_of
 from mamba.runs.tracking import Tracker
 from mamba.train.compilation import compile_blocks, should_compile
 from mamba.train.distributed import Process
@@ -56,7 +57,8 @@ def fit(
     Raises:
         ForgeError: data, checkpoint or training errors, each a sentence for the user.
     """
-    data = data if data is not None else load_data(config.data, config.seed)
+    if data is None:
+        data = load_data(with_split(config, start_of(config, folder)).data, config.seed)
     with out_of_memory_told(), Heartbeat(folder, process) as alive:
         trainer = Trainer(config, process, folder, data, hooks, alive)
         try:
@@ -81,6 +83,7 @@ class Trainer:
         self.config, self.process, self.folder, self.data, self.hooks = config, process, folder, data, hooks
         self.alive = alive or Heartbeat(folder, process)
         optim, classes, side = config.optim, len(data.classes), data.side
+        self.check_models()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = initial_model(config, folder, classes, side, process).to(process.device)
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
@@ -112,6 +115,14 @@ class Trainer:
         self.waiting = Stopwatch(process.device)
         self.tracker = Tracker(folder, config, self.epoch, self.global_step) if process.rank == 0 else None
         self.monitor = Monitor(config, process, folder, self.tracker, self.steps_per_epoch)
+
+    def check_models(self) -> None:
+        """Refuse a model to start from, or a teacher, of other classes or with another validation split."""
+        start, teacher = start_of(self.config, self.folder), self.config.distill.teacher
+        if start is not None:
+            check_data(start, self.data, new_head=self.config.model.new_head)
+        if teacher is not None:
+            check_data(teacher, self.data, "distill.teacher")
 
     @property
     def global_step(self) -> int:

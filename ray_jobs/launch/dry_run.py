@@ -8,6 +8,7 @@ from mamba.data.loader import check_batch_size
 from mamba.data.registry import describe
 from mamba.models.model import parameters_of
 from mamba.runs.checkpoint import parameters_in
+from mamba.runs.provenance import with_split
 from mamba.runs.start import check_start, described
 from ray_jobs.launch.run import check_early
 
@@ -18,7 +19,7 @@ def dry_run(config: RunConfig) -> int:
     Raises:
         ForgeError: what can be found wrong without starting anything.
     """
-    config = config.resolve()
+    config = with_split(config.resolve())
     check_early(config)
     classes, train_images = describe(config.data, config.seed)
     check_batch_size(train_images, config.data)

@@ -10,6 +10,7 @@ from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.files import write_json
 from mamba.runs.folder import create_run, exclusive
+from mamba.runs.provenance import with_split
 from pruning.lite import describe
 from pruning.plans import apply_plan, get_plan
 from pruning.report import before_after_table
@@ -31,6 +32,8 @@ def run_plan(args: PruneArgs) -> int:
     config = args.config.resolve()
     if config.model.checkpoint is None:
         raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
+    config = with_split(config)
+    assert config.model.checkpoint is not None
     model, description = ckpt.load_model(config.model.checkpoint)
     preflight(config)
     images = calibration_batches(load_data(config.data, config.seed), config.seed) if config.cut.repair else None

@@ -20,6 +20,7 @@ from mamba.data.registry import load_data
 from mamba.errors import FolderError, ForgeError, TrainingError
 from mamba.runs.files import read_json, write_json, write_text
 from mamba.runs.folder import ERROR_LOG, stop_requested
+from mamba.runs.provenance import check_data, with_split
 from mamba.runs.start import check_start, start_of
 from mamba.runs.tracking import write_hparams
 from mamba.train.distributed import Process, local_process
@@ -39,12 +40,13 @@ def preflight(config: RunConfig, folder: Path | None = None) -> None:
         ForgeError: with a sentence for the user.
     """
     check_early(config)
-    data = load_data(config.data, config.seed)
+    own = config.model
+    start = own.checkpoint if folder is None else start_of(config, folder)
+    data = load_data(with_split(config, start).data, config.seed)
     check_batch_size(len(data.train), config.data)
     for remark in data.remarks():
         print(f"data: {remark}", file=sys.stderr)
-    classes, side, own = len(data.classes), data.side, config.model
-    start = own.checkpoint if folder is None else start_of(config, folder)
+    classes, side = len(data.classes), data.side
     if start is not None:
         check_start(start, classes, side, "model.checkpoint", own.new_head, own.new_size)
         _say(check_data(start, data, new_head=own.new_head))

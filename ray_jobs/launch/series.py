@@ -12,6 +12,7 @@ from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError
 from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
+from mamba.runs.provenance import with_split
 from mamba.runs.start import prepare_resume
 from pruning.report import rounds_figure, rounds_table
 from pruning.rounds import Engine, check_rounds, check_series, run_rounds
@@ -33,6 +34,7 @@ def run_series(args: PruneArgs, command: str) -> int:
     config = args.config.resolve()
     if args.resume is None:
         check_rounds(config)
+        config = with_split(config)
         preflight(config)
         folder = create_run(config)
     else:

@@ -212,7 +212,7 @@ def metrics_of(space: Space, config: RunConfig, configs: Sequence[RunConfig]) ->
     if space.kind == "measure":
         finetuned = all(c.cut.finetune_epochs for c in configs) and bool(configs)
         return (*MEASURED, *(EVERY_EPOCH if finetuned else ()))
-    validated = all(c.data.val_fraction > 0 for c in configs or [config])
+    validated = all(c.data.val_fraction != 0 for c in configs or [config])
     averaged = validated and all(c.ema.enabled for c in configs or [config])
     return (*(VALIDATED if validated else ()), *(["val/ema_accuracy"] if averaged else ()), *EVERY_EPOCH, *SIZES)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from mamba.data.loader import check_batch_size
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError, DataError
 from mamba.runs.folder import exclusive
+from mamba.runs.provenance import check_data as check_data_of
+from mamba.runs.provenance import with_split
 from mamba.runs.start import check_start
 from ray_jobs.launch.cluster import Cluster, connected
 from ray_jobs.launch.console import SweepDisplay
@@ -87,15 +90,20 @@ def check_data(experiment: Experiment) -> None:
     """
     base, kind = experiment.config, experiment.space.kind
     points = [{**experiment.space.fixed, **trial.values} for trial in experiment.trials] or [experiment.space.fixed]
-    configs = [base.with_values(dict(values)).resolve() for values in points]
+    resolved = [base.with_values(dict(values)).resolve() for values in points]
+    configs = [with_split(config, experiment.checkpoint) for config in resolved]
     for identity in dict.fromkeys(data_identity(config.data) for config in configs):
         data = load_data(identity, base.seed)
+        for remark in data.remarks():
+            print(f"data: {remark}", file=sys.stderr)
         own = [config for config in configs if data_identity(config.data) == identity]
         starts = {(c.model.checkpoint, "model.checkpoint", c.model.new_head, c.model.new_size) for c in own}
         starts |= {(c.distill.teacher, "distill.teacher", False, False) for c in own}
         for checkpoint, key, new_head, new_size in {*starts, (experiment.checkpoint, "--checkpoint", False, False)}:
             if checkpoint is not None:
                 check_start(checkpoint, len(data.classes), data.side, key, new_head, new_size)
+                if note := check_data_of(checkpoint, data, key, new_head):
+                    print(f"data: {note}", file=sys.stderr)
         if kind == "measure" and data.val is None:
             raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
         for config in own if kind == "train" else ():

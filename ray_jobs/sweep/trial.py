@@ -29,6 +29,7 @@ from mamba.errors import ConfigError, ForgeError, TrainingError
 from mamba.runs.files import write_json
 from mamba.runs.folder import epochs_of, finished_result, request_stop
 from mamba.runs.metrics import best_accuracy
+from mamba.runs.provenance import with_split
 from mamba.runs.start import prepare_resume
 from mamba.runs.tracking import FIRST_HPARAMS, write_hparams
 from mamba.train.distributed import Process, own_device
@@ -167,6 +168,7 @@ def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str
 def data_of(shared: Shared, config: RunConfig) -> ImageData:
     """The images that a trial's config asks for, loaded once a process. The validation split is the experiment's: of
     trials that differ in their seed all are validated on the same images."""
+    config = with_split(config, shared.checkpoint)
     return _loaded(data_identity(config.data), RunConfig(**shared.config).seed)
 
 

@@ -1,0 +1,160 @@
+"""A run knows its data: what is stored, what is compared, and whose validation split it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamba.data import load_data
+from mamba.data.fingerprint import fingerprint
+from mamba.data.images import ImageSet
+from mamba.errors import CheckpointError
+from mamba.runs.checkpoint import find_checkpoint, newest_checkpoint
+from mamba.runs.provenance import check_data, check_resume, describe_data, with_split
+
+
+def write(root, classes=("ant", "bee", "cat"), count=10):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def load(root, seed=0, **values):
+    from mamba.config.schema import RunConfig
+
+    values = {"dataset": "folder", "root": root, "img_size": 8, "val_fraction": 0.2, **values}
+    return load_data(RunConfig().with_values({f"data.{k}": v for k, v in values.items()}).resolve().data, seed)
+
+
+def stored(folder, data_set, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**describe_data(data_set), **more}))
+    return folder
+
+
+def test_a_moved_copy_is_the_same_data(tmp_path):
+    root = write(tmp_path / "here")
+    before = fingerprint(load(root))
+    shutil.move(root, tmp_path / "there")
+    for file in (tmp_path / "there").rglob("*.png"):
+        file.touch()
+    assert fingerprint(load(tmp_path / "there")) == before
+    assert str(tmp_path) not in json.dumps(before)
+
+
+def other_pixels(root):
+    file = root / "train" / "bee" / "3.png"
+    size = file.stat().st_size
+    for level in range(256):  # another picture in as many bytes
+        pixels = np.asarray(Image.open(file)).copy()
+        pixels[0, 0] = level
+        Image.fromarray(pixels).save(file)
+        if file.stat().st_size == size:
+            return
+
+
+def rename(root, old, new):
+    (root / old).rename(root / new)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda root: [rename(root, f"{s}/ant", f"{s}/owl") for s in ("train", "test")], "without ant and with owl"),
+        (lambda root: (root / "train/bee/3.png").unlink(), "class bee of the train set had 10 images and has 9"),
+        (lambda root: rename(root, "train/bee/3.png", "train/bee/x.png"), "class bee .* is made of other files"),
+        (lambda root: rename(root, "test/cat/3.png", "test/cat/x.png"), "class cat of the test set is made of"),
+        (other_pixels, "class bee of the train set has images with other pixels"),
+    ],
+)
+def test_a_run_resumes_on_its_own_data_only(tmp_path, change, said):
+    root = write(tmp_path / "d")
+    folder = stored(tmp_path / "checkpoint", load(root))
+    check_resume(folder, load(root))
+    change(root)
+    with pytest.raises(CheckpointError, match=f"{said}.*: a run resumes|{said}.*; a run resumes"):
+        check_resume(folder, load(root))
+
+
+def test_another_split_is_no_resume(tmp_path):
+    root = write(tmp_path / "d")
+    folder = stored(tmp_path / "checkpoint", load(root))
+    with pytest.raises(CheckpointError, match="trained with the split of data.split_seed 0 .* now the split of .* 1 "):
+        check_resume(folder, load(root, split_seed=1))
+
+
+def test_classes_of_a_trained_model(tmp_path):
+    data = load(write(tmp_path / "d"))
+    folder = stored(tmp_path / "checkpoint", data, classes=["ant", "cat", "bee"])
+    with pytest.raises(CheckpointError, match="another order: number 1 is cat there and bee in the data"):
+        check_data(folder, data)
+    folder = stored(tmp_path / "checkpoint", data, classes=["ant", "bee", "cow"])
+    with pytest.raises(CheckpointError, match="distill.teacher .* for other classes: .* without cow and with cat"):
+        check_data(folder, data, "distill.teacher")
+    assert check_data(folder, data, new_head=True) is None
+
+
+def test_validation_images_are_never_those_of_the_training(tmp_path):
+    root = write(tmp_path / "d")
+    folder = stored(tmp_path / "checkpoint", load(root))
+    assert check_data(folder, load(root)) is None
+    assert check_data(folder, load(root, seed=1, val_fraction=0)) is None  # nothing is validated
+    for values in ({"seed": 1}, {"split_seed": 7}, {"val_fraction": 0.3}, {"seed": 1, "img_size": 16}):
+        with pytest.raises(CheckpointError, match="would validate on images that the model was trained on"):
+            check_data(folder, load(root, **values))
+    assert "other files" in check_data(folder, load(write(tmp_path / "e", count=20), seed=1))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_said(tmp_path):
+    data = load(write(tmp_path / "d"))
+    folder = stored(tmp_path / "checkpoint", data, data=None)
+    assert "earlier version" in check_data(folder, data)
+    check_resume(folder, data)
+
+
+def test_the_split_stays_the_models_own(small_fit, small_config, small_data, tmp_path):
+    small_fit("run", optim__epochs=1, seed=4)
+    start = find_checkpoint(tmp_path / "run")
+    description = json.loads((start / "config.json").read_text())
+    assert description["data"]["split"]["val"] == 24
+    description["data"]["split"] |= {"seed": 5, "fraction": 0.25}
+    (start / "config.json").write_text(json.dumps(description))
+    for key in ("model__checkpoint", "distill__teacher"):
+        config = with_split(small_config(seed=9, **{key: start}))
+        assert (config.data.split_seed, config.data.val_fraction, config.seed) == (5, 0.25, 9)
+    asked = with_split(small_config(model__checkpoint=start, data__split_seed=1))
+    assert (asked.data.split_seed, asked.data.val_fraction) == (1, 0.25)
+    del description["data"]  # of an earlier version: its seed decided
+    (start / "config.json").write_text(json.dumps(description))
+    assert with_split(small_config(seed=9), start).data.split_seed == 4
+    assert with_split(small_config(seed=9)).data.split_seed is None
+
+
+def test_the_trainer_compares(small_fit, small_data, tmp_path):
+    small_fit("run", optim__epochs=1)
+    assert newest_checkpoint(tmp_path / "run") is not None
+    renamed = small_data.__class__(**{**_fields(small_data), "classes": ("grey", "dark", "bright")})
+    with pytest.raises(CheckpointError, match="another order: number 0 is dark"):
+        small_fit("run", data=renamed, optim__epochs=2)
+    (tmp_path / "other").mkdir()
+    moved = np.concatenate([small_data.val.index, small_data.train.index])
+    swapped = {
+        "train": ImageSet(small_data.train.images, small_data.train.labels, np.sort(moved[:72])),
+        "val": ImageSet(small_data.train.images, small_data.train.labels, np.sort(moved[72:])),
+    }
+    leaky = small_data.__class__(**{**_fields(small_data), **swapped})
+    for key in ("model__checkpoint", "distill__teacher"):
+        with pytest.raises(CheckpointError, match="would validate on images that the model was trained on"):
+            small_fit("other", data=leaky, optim__epochs=1, **{key: tmp_path / "run"})
+
+
+def _fields(data):
+    return {name: getattr(data, name) for name in data.__dataclass_fields__}
