@@ -391,8 +391,10 @@ def test_a_skipped_step_leaves_the_average_alone(small_config, small_data, tmp_p
 def test_a_changed_training_set_is_refused(small_fit, small_data, tmp_path):
     small_fit(optim__epochs=1)
     fewer = ImageSet(small_data.train.images, small_data.train.labels, small_data.train.index[:40])
-    with pytest.raises(ForgeError, match="trained on 72 images and the training set now has 40"):
-        small_fit(data=small_data.__class__(**{**vars(small_data), "train": fewer}))
+    with pytest.raises(
+        ForgeError, match="72 training and 24 validation images and there is now a split into 40 training"
+    ):
+        small_fit(data=replace(small_data, train=fewer))
 
 
 def test_evaluation_counts_exactly(small_config, small_data, tmp_path):
@@ -409,7 +411,7 @@ def test_evaluation_counts_exactly(small_config, small_data, tmp_path):
 
 
 def test_without_a_validation_split_nothing_is_selected(small_fit, small_data, tmp_path):
-    data = small_data.__class__(**{**vars(small_data), "val": None})
+    data = replace(small_data, val=None)
     result = small_fit(data=data)
     assert result["tested"] == {"weights": "ema", "epoch": 3, "tta_views": 1}
     assert not list((tmp_path / "run" / "checkpoints").glob("best-*")) and "val/accuracy" not in result["metrics"]
