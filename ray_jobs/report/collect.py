@@ -96,7 +96,7 @@ def _one(path: Path, name: str) -> dict[str, Any]:
     trial = read_trial(path)
     if trial is not None:
         told = _experiment(path.parent)
-        flat = {**told.config.flat(), **trial["values"]} if told else _config(path).flat()
+        flat = {**told.config.flat(), **trial["values"]} if told else _config(path)
         if told and flat.get("data.split_seed") is None:  # seeds of trials vary everything but the split
             flat["data.split_seed"] = told.config.seed
         row = _row(name, path, trial, trial["values"], flat)
@@ -111,9 +111,9 @@ def _one(path: Path, name: str) -> dict[str, Any]:
     result = finished_result(path)
     if result is None:
         raise ConfigError(f"{path / 'result.json'} is damaged")
-    flat, defaults = _config(path).flat(), RunConfig().flat()
+    flat, defaults = _config(path), RunConfig().flat()
     values = {key: value for key, value in flat.items() if value != defaults.get(key) and key not in OWN}
-    row = _row(name, path, result, {**values, "seed": flat["seed"]}, flat)
+    row = _row(name, path, result, {**values, **({"seed": flat["seed"]} if flat else {})}, flat)
     kept = _kept(path, result)
     if math.isfinite(kept) and kept >= 0:
         row["metrics"][SCORE] = kept
@@ -124,7 +124,7 @@ def _one(path: Path, name: str) -> dict[str, Any]:
 
 def _plan(path: Path, name: str) -> list[dict[str, Any]]:
     """What a plan left, before any training, and what it was made of."""
-    report, flat = read_json(path / PLAN), _config(path).flat()
+    report, flat = read_json(path / PLAN), _config(path)
     rows = []
     for words, key, status in (("before", "before", "baseline"), (str(report["plan"]), "after", "pruned")):
         row = _row(f"{name} ({words})", path, {"status": status, "metrics": as_metrics(report[key])}, {}, flat)
@@ -184,9 +184,9 @@ def _experiment(folder: Path) -> experiment.Experiment | None:
     return experiment.load(folder) if (folder / experiment.FILE).exists() else None
 
 
-def _config(path: Path) -> RunConfig:
-    """The config of a run's folder."""
-    return RunConfig.from_yaml(path / "config.yaml")
+def _config(path: Path) -> dict[str, Any]:
+    """The config of a run's folder, dotted key -> value; empty where there is none."""
+    return RunConfig.from_yaml(path / "config.yaml").flat() if (path / "config.yaml").exists() else {}
 
 
 # --- what was measured on --------------------------------------------------------------------------------------------
@@ -194,6 +194,8 @@ def _config(path: Path) -> RunConfig:
 
 def _group(flat: Mapping[str, Any]) -> str:
     """Data set and split in words: only what has the same is ranked together."""
+    if not flat:
+        return "data not recorded"
     root = f" {Path(str(flat['data.root'])).name}" if flat.get("data.dataset") == "folder" else ""
     fraction = finite(flat.get("data.val_fraction"))
     if fraction == 0:

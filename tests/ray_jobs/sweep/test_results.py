@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from ray_jobs.compare import trials_under
+from ray_jobs.report.collect import collect
 from ray_jobs.sweep.results import TRIAL, baseline_of, read_trial, rows, write_baseline, write_trial
 
 RESULT = {"status": "finished", "metrics": {"val/accuracy": 90.0}, "values": {"optim.lr": 0.1}, "seconds": 2.0}
@@ -20,7 +20,7 @@ def test_a_trials_result_is_not_its_runs(tmp_path):
     (tmp_path / "running" / "result.json").write_text(json.dumps({"status": "finished", "metrics": {}}))
     assert read_trial(tmp_path / "running") is None, "a run's result ended a trial"
     assert rows(tmp_path) == [{"trial": "a", "reason": "", **RESULT}]
-    assert [row["metrics"] for row in trials_under(tmp_path)] == [{"val/accuracy": 90.0}, {}]
+    assert [row["metrics"] for row in collect([tmp_path]).rows] == [{"val/accuracy": 90.0}, {}]
 
 
 def test_folders_from_before_trial_json_are_read(tmp_path):
