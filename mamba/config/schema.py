@@ -234,7 +234,10 @@ class EvalConfig(Group):
     batch_size: int = Field(512, ge=1, le=MANY)
     """Images per forward pass and worker."""
     tta_views: int = Field(1, ge=1, le=10)
-    """Views averaged per test image: the image, its mirror image, then shifts of both; 1: off."""
+    """Views averaged per test image, as far as training shows images in as many ways: the image, its mirror image, then
+    shifts of both. Used for the test only where they do better on the validation split; 1: off."""
+    tta_always: bool = False
+    """Use `eval.tta_views` without comparing, and where there is no validation split."""
 
 
 class PruneConfig(Group):

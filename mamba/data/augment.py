@@ -173,18 +173,3 @@ def _offset(rng: np.random.Generator, room: Ints) -> Ints:
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """A copy that does not wait for what the device still has to do."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
-
-
-def tta_views(images: Tensor, views: int) -> list[Tensor]:
-    """The views averaged in test-time augmentation: the image, its mirror image, then both shifted by an eighth of
-    the side right, left, down and up (edges repeated). (n, c, side, side) -> that many tensors of the same shape."""
-    shift = max(1, images.shape[-1] // 8)
-    result = [images, images.flip(-1)]
-    for dy, dx in ((0, shift), (0, -shift), (shift, 0), (-shift, 0)):
-        if len(result) >= views:
-            break
-        padded = F.pad(images, (shift, shift, shift, shift), mode="replicate")
-        side = images.shape[-1]
-        shifted = padded[:, :, shift - dy : shift - dy + side, shift - dx : shift - dx + side]
-        result += [shifted, shifted.flip(-1)]
-    return result[:views]

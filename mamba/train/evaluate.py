@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from mamba.data.augment import tta_views
 from mamba.data.images import ImageData, ImageSet
 from mamba.data.loader import eval_batches
+from mamba.data.views import ONE, Views
 from mamba.train.distributed import Process
 
 
@@ -23,6 +24,42 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
+def probabilities(model: nn.Module, images: Tensor, views: Views = ONE) -> Tensor:
+    """Class probabilities of normalised images (batch, 3, side, side), the mean over their views: (batch, classes)
+    float32. The model is used in the mode that it is in."""
+    return torch.stack([model(view).float().softmax(-1) for view in views(images)]).mean(0)
+
+
+def best_views(asked: Views, score: Callable[[Views], Score] | None, always: bool) -> tuple[Views, dict[str, Any]]:
+    """Whether to average over views: only where that scores better than the image as it is on the validation split.
+
+    Args:
+        asked: what fits the data.
+        score: on the validation split; None without one.
+        always: use them without comparing.
+
+    Returns:
+        the views to test with, and what result.json says of the choice.
+    """
+    said: dict[str, Any] = {"asked": asked.to_dict()}
+    if asked.count == 1:
+        return ONE, said | {"used": False, "why": "training shows each image in one way"}
+    if score is not None:
+        plain, several = score(ONE), score(asked)
+        said |= {"val/accuracy": plain.accuracy, "val/accuracy with views": several.accuracy}
+        better = (several.accuracy, -several.loss) > (plain.accuracy, -plain.loss)
+        used, why = (
+            better or always,
+            "better on the validation split" if better else "no better on the validation split",
+        )
+    else:
+        used, why = always, "no validation split to compare them on"
+    if always:
+        why += ", and eval.tta_always"
+    return (asked if used else ONE), said | {"used": used, "why": why}
+
+
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     data: ImageData,
@@ -30,7 +67,7 @@ def evaluate(
     process: Process,
     batch_size: int = 512,
     amp: torch.dtype | None = None,
-    views: int = 1,
+    views: Views = ONE,
 ) -> Score:
     """Score a model on its process's device, counted exactly over all ranks. Leaves it in eval mode.
 
@@ -41,15 +78,14 @@ def evaluate(
         process: this rank; all ranks call with equal weights.
         batch_size: images of a forward pass.
         amp: autocast type, or None.
-        views: of each image whose class probabilities are averaged; 1: the image as it is.
+        views: of each image whose class probabilities are averaged.
     """
     model.eval()
     device = process.device
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for images, labels in eval_batches(data, split, batch_size, process.rank, process.world_size, device):
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            seen = [model(view).float().softmax(-1) for view in tta_views(images, views)]
-        log_probabilities = torch.stack(seen).mean(0).clamp_min(1e-12).log()
+            log_probabilities = probabilities(model, images, views).clamp_min(1e-12).log()
         loss = F.nll_loss(log_probabilities, labels, reduction="sum")
         correct = (log_probabilities.argmax(-1) == labels).sum()
         totals += torch.stack((loss.double(), correct.double(), torch.tensor(float(len(labels)), device=device)))

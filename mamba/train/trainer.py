@@ -21,6 +21,7 @@ from mamba.data.device_loader import make_train_batches
 from mamba.data.images import ImageData, ImageSet
 from mamba.data.mix import BatchMix
 from mamba.data.registry import load_data
+from mamba.data.views import ONE, Views
 from mamba.errors import TrainingError
 from mamba.models.model import MambaModel, count_parameters
 from mamba.runs import checkpoint as ckpt
@@ -31,7 +32,7 @@ from mamba.runs.tracking import Tracker
 from mamba.train.compilation import compile_blocks, should_compile
 from mamba.train.distributed import Process
 from mamba.train.ema import ModelEma
-from mamba.train.evaluate import Score, evaluate
+from mamba.train.evaluate import Score, best_views, evaluate
 from mamba.train.heartbeat import Heartbeat
 from mamba.train.hooks import TrainHook
 from mamba.train.loss import TrainingLoss
@@ -233,7 +234,7 @@ class Trainer:
             self.metrics["val/best_accuracy"] = accuracies[weights]
             write_checkpoint(self, f"best-{self.epoch:05d}", None)
 
-    def evaluate(self, model: nn.Module, split: ImageSet, views: int = 1) -> Score:
+    def evaluate(self, model: nn.Module, split: ImageSet, views: Views = ONE) -> Score:
         """`mamba.train.evaluate.evaluate` with the run's settings. What is compiled is so for the training batch alone:
         more graphs would cost more than they save here."""
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
@@ -258,8 +259,8 @@ class Trainer:
         best = ckpt.best_checkpoint(self.folder)
         if best is not None:
             model, _ = ckpt.load_model(best, device=self.process.device)
-        views = self.config.eval.tta_views
         self.alive.enter("testing")
+        views, compared = self._views(model)
         test_loss, test_accuracy = self.evaluate(model, self.data.test, views)
         if math.isnan(test_loss):
             skipped = int(self.optimizer_step.skipped[0].item())
@@ -280,7 +281,7 @@ class Trainer:
         result = {
             "status": "finished",
             "metrics": metrics,
-            "tested": {**tested, "tta_views": views},
+            "tested": {**tested, "tta_views": views.count, **compared},
             "epochs": self.epoch,
             "seconds": round(self.seconds["run"], 3),
             "seed": self.config.seed,
@@ -295,6 +296,16 @@ class Trainer:
         if self.tracker:
             self.tracker.finish(result, self.global_step)
         return result
+
+    def _views(self, model: MambaModel) -> tuple[Views, dict[str, Any]]:
+        """The views to test with, and what result.json says of them where several were asked for."""
+        config, val = self.config.eval, self.data.val
+        if config.tta_views == 1:
+            return ONE, {}
+        asked = Views.fitting(config.tta_views, self.config.data, self.data.side)
+        score = None if val is None else lambda views: self.evaluate(model, val, views)
+        views, said = best_views(asked, score, config.tta_always)
+        return views, {"tta": said}
 
     def close(self) -> None:
         self.optimizer_step.recorded = None  # it refers to itself; a graph must not outlive its process group

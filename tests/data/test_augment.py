@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import v2
 
 from mamba.config.schema import RunConfig
-from mamba.data.augment import BatchAugment, Draws, tta_views
+from mamba.data.augment import BatchAugment, Draws
 from mamba.data.device_loader import make_train_batches
 from mamba.errors import ConfigError
 
@@ -157,12 +157,3 @@ def test_draws_differ_by_seed_epoch_and_step():
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     draws = [make_augment(augment="autoaugment", random_erasing=0.5, seed=s).draw(e, t, 64) for s, e, t in keys]
     assert len({d.boxes.tobytes() + d.codes.tobytes() + d.erased.tobytes() for d in draws}) == 4
-
-
-def test_views_are_distinct_flips_and_shifts():
-    images = torch.randn(2, 3, 16, 16)
-    views = tta_views(images, 10)
-    assert len(views) == 10 and torch.equal(views[0], images) and torch.equal(views[1], images.flip(-1))
-    assert torch.equal(views[2][..., 2:], images[..., :-2])  # shifted right by an eighth
-    assert len({v.numpy().tobytes() for v in views}) == 10
-    assert [len(tta_views(images, n)) for n in (1, 2, 5)] == [1, 2, 5]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from mamba.config.versions import FORMAT
 from mamba.data.images import ImageSet
+from mamba.data.views import ONE, Views
 from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import BlockShape
@@ -406,7 +407,7 @@ def test_evaluation_counts_exactly(small_config, small_data, tmp_path):
         logits = trainer.model.eval()(images)
     assert accuracy == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
-    views_loss, _ = trainer.evaluate(trainer.model, small_data.test, views=5)
+    views_loss, _ = trainer.evaluate(trainer.model, small_data.test, Views(5, True, 1))
     assert views_loss != loss
 
 
@@ -515,17 +516,25 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_validation(small_con
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_test_time_augmentation_is_used_for_the_test_alone(small_fit, monkeypatch):
-    views_of = {}
+@pytest.mark.parametrize("augment, always", [("basic", True), ("basic", False), ("none", True)])
+def test_views_are_compared_on_the_validation_split_first(small_fit, monkeypatch, augment, always):
+    """The test set is read once, with what validated better or as asked, never with views unlike those of training."""
+    views_of = {"val": [], "test": []}
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=1):
-        views_of.setdefault("test" if split is self.data.test else "val", set()).add(views)
+    def evaluate(self, model, split, views=ONE):
+        views_of["test" if split is self.data.test else "val"].append(views.count)
         return original(self, model, split, views)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
-    assert small_fit(eval__tta_views=4)["tested"]["tta_views"] == 4
-    assert views_of == {"val": {1}, "test": {4}}
+    tested = small_fit(eval__tta_views=4, eval__tta_always=always, data__augment=augment)["tested"]
+    assert views_of["test"] == [tested["tta_views"]] and tested["tta"]["used"] is (tested["tta_views"] == 4)
+    if augment == "none":
+        assert tested["tta_views"] == 1 and set(views_of["val"]) == {1}
+    else:
+        better = tested["tta"]["val/accuracy with views"] > tested["tta"]["val/accuracy"]
+        assert views_of["val"][-2:] == [1, 4] and (tested["tta"]["used"] or not better)
+        assert tested["tta_views"] == 4 or not always
 
 
 def test_average_can_be_turned_off(small_fit, tmp_path):

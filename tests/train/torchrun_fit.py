@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mamba.config.schema import RunConfig
+from mamba.data.views import ONE
 from mamba.train import gradients
 from mamba.train.distributed import torchrun_process
 from mamba.train.trainer import Trainer, fit
@@ -79,7 +80,7 @@ def statistics(ways: str):
         note("step", self.model)
         return result
 
-    def noted_evaluate(self, model, split, views=1):
+    def noted_evaluate(self, model, split, views=ONE):
         note("evaluated", model)
         return evaluate(self, model, split, views)
 
