@@ -50,7 +50,7 @@ class Metric:
 
 
 _ALL = (
-    Metric("val/best_accuracy", "validation accuracy of the kept weights", "%", "{:.2f}", "up"),
+    Metric("val/best_accuracy", "validation accuracy of the kept weights", "%", "{:.2f}", "up", hparams=True),
     Metric("val/accuracy", "validation accuracy", "%", "{:.2f}", "up", hparams=True),
     Metric("val/ema_accuracy", "validation accuracy of the average", "%", "{:.2f}", "up", hparams=True),
     Metric("val/loss", "validation loss", "", "{:.4f}", "down"),

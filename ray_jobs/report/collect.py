@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba.config.schema import RunConfig
+from mamba.data.split import VAL_FRACTION
 from mamba.errors import ConfigError, ForgeError
 from mamba.runs.checkpoint import best_checkpoint, find_checkpoint
 from mamba.runs.files import as_metrics, read_json
@@ -149,7 +150,7 @@ def _row(
         "path": path,
         "group": _group(flat),
         "files": facts.get("digest", ""),
-        "images": facts.get("val", 0),
+        "images": int(facts.get("val") or finite((result.get("images") or {}).get("val")) or 0),
     }
     if row["status"] == "baseline" and score(row) is not None:
         row["metrics"][SCORE] = score(row)
@@ -198,12 +199,12 @@ def _group(flat: Mapping[str, Any]) -> str:
         return "data not recorded"
     root = f" {Path(str(flat['data.root'])).name}" if flat.get("data.dataset") == "folder" else ""
     fraction = finite(flat.get("data.val_fraction"))
+    fraction = VAL_FRACTION if fraction is None else fraction
     if fraction == 0:
         return f"{flat['data.dataset']}{root}, no validation split"
     seed = flat.get("data.split_seed")
     seed = flat.get("seed", 0) if seed is None else seed
-    share = "its usual share" if fraction is None else f"{100 * fraction:g} %"
-    return f"{flat['data.dataset']}{root}, {share} to validate, split {seed}"
+    return f"{flat['data.dataset']}{root}, {100 * fraction:g} % to validate, split {seed}"
 
 
 def _data_of(path: Path) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     accuracy = meter.accuracy(smaller, data, data.val, config.eval.batch_size, amp)
     metrics |= meter.size(smaller)
     metrics |= {"val/accuracy": accuracy, "val/drop": baseline["val/accuracy"] - accuracy}
+    metrics |= {"val/best_accuracy": accuracy}  # these are the weights that are kept
     if not epochs:
         tracker = Tracker(folder, config, 0, 0)
         tracker.scalars(metrics, 0)

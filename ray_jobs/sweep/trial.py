@@ -213,8 +213,9 @@ def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report)
     if result["status"] == "interrupted":  # asked to stop by someone: it goes on when the sweep is continued
         raise InterruptedError(f"{folder} was asked to stop")
     last = (reported_epochs(folder) or [{}])[-1]  # of an older run, whose result does not say it
-    best = {"val/best_accuracy": last["val/best_accuracy"]} if "val/best_accuracy" in last else {}
-    return {**result, "metrics": {**best, **result["metrics"], "epoch": result["epochs"]}}
+    known = {"val/best_accuracy": last["val/best_accuracy"]} if "val/best_accuracy" in last else {}
+    known |= {"val/images": float(result["images"]["val"])} if result.get("images", {}).get("val") else {}
+    return {**result, "metrics": {**known, **result["metrics"], "epoch": result["epochs"]}}
 
 
 def reported_epochs(folder: Path) -> list[dict[str, float]]:

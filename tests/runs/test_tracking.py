@@ -65,6 +65,7 @@ def test_hparams_tab_lists_every_run_with_its_final_metrics(small_fit, tmp_path)
         results[f"runs/{name}"] = small_fit(f"runs/{name}", **values)
     experiment, groups = hparams_table(tmp_path / "runs")
     assert {m.name.tag for m in experiment.metric_infos} == set(HPARAM_METRICS)
+    assert experiment.metric_infos[0].name.tag == "val/best_accuracy", "the metric that counts stands first"
     columns = {h.name for h in experiment.hparam_infos}
     assert {"optim.lr", "optim.grad_clip", "data.mixup", "ema.decay", "seed"} <= columns and "out" not in columns
     assert {h.name for h in experiment.hparam_infos[:5]} == {"status", *FIRST_HPARAMS}

@@ -24,7 +24,7 @@ from ray_jobs.sweep.process import restored
 from ray_jobs.sweep.results import TRIAL, baseline_of, read_trial
 from ray_jobs.sweep.space import load_space
 from ray_jobs.sweep.trial import check_finite, data_of, reported_epochs, run_trial, trial_config
-from tests.runs.test_tracking import shown_status
+from tests.runs.test_tracking import hparams_table, shown_status
 
 
 def quiet(_):
@@ -102,6 +102,20 @@ def test_a_training_trial_reports_every_epoch_but_the_last_and_repeats_itself(sh
     assert reports[1]["val/best_accuracy"] >= reports[0]["val/best_accuracy"]
     same = ("val/loss", "val/best_accuracy", "test/accuracy", "train/loss")
     assert [a["metrics"][k] for k in same] == [b["metrics"][k] for k in same]
+    assert a["metrics"]["val/images"] > 0, "a report says how many images are behind an accuracy"
+
+
+def test_tensorboard_has_the_metric_that_counts_of_every_kind_of_trial(shared_of):
+    """It was empty for trials, and parallel coordinates drew 4 of 42 runs."""
+    cut, trained = shared_of(), shared_of("train")
+    results = {"cut": run_trial(cut, "cut", {"cut.mlp": 0.5}, quiet),
+               "trained": run_trial(trained, "trained", {"optim.lr": 1e-3}, quiet)}  # fmt: skip
+    _, groups = hparams_table(cut.folder)
+    for group in groups:
+        shown = {m.name.tag: m.value for m in group.metric_values}
+        name = group.sessions[0].name
+        assert shown["val/best_accuracy"] == pytest.approx(results[name]["metrics"]["val/best_accuracy"], rel=1e-5)
+    assert len(groups) == 2
 
 
 def test_trials_train_on_the_data_that_their_keys_say(shared_of, monkeypatch):
