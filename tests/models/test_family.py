@@ -236,6 +236,7 @@ def test_both_directions_see_the_whole_sequence():
 
 
 VARIANTS = (
+    {},
     {"mixer": "bidirectional", "stem": "conv", "patch_size": None, "img_size": 8},
     {"mixer": "multiscale", "class_token": "double", "pos_embed": "both", "scan_order": "column"},
     {"stem": "cct", "patch_size": None, "stem_layers": 2, "img_size": 8, "head": "attention"},
@@ -291,10 +292,22 @@ def test_macs_count_the_matrix_products(options, monkeypatch):
 
 @pytest.mark.parametrize("options", VARIANTS)
 def test_compiles_without_a_graph_break(options):
-    model = small(**options).float()
+    model = small(**{**options, "depth": 1}).float()
     x = images(model.base.img_size).float()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_directions_and_shuffles_compile_in_training():
+    """Forwards and backwards: a permutation's own gradient too."""
+    model = small(mixer="cross", depth=4, layer_shuffle=1.0, mlp_ratio=0).float().train()
+    block, x = model.stack[3], torch.randn(2, 25, 8, requires_grad=True)
+    order = torch.randperm(25)
+    block.shuffle.draw = lambda _: (order, order.argsort())
+    (expected,) = torch.autograd.grad(block(x, None, model.transposition).square().sum(), x)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    (found,) = torch.autograd.grad(compiled(x, None, model.transposition).square().sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_optimizer_groups_of_a_vim():

@@ -215,20 +215,3 @@ def test_wrong_arguments():
         mamba_tiny(img_size=30, patch_size=4)
     with pytest.raises(ValueError, match="drop_path"):
         mamba_tiny(drop_path=1.0)
-
-
-def test_compiles_without_a_graph_break():
-    torch.manual_seed(0)
-    model = MambaModel(TINY).eval()
-    x = torch.randn(2, 3, 8, 8)
-    expected = model(x)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), expected)
-
-
-def test_images_of_another_shape_are_refused_though_their_tokens_would_fit():
-    model = mamba_tiny(img_size=32, d_model=8, depth=1)
-    model(torch.randn(1, 3, 32, 32))
-    for shape in ((1, 3, 16, 64), (1, 3, 64, 64), (3, 32, 32)):
-        with pytest.raises(ValueError, match=r"for a model of 32x32 pixels; valid: \(batch, 3, 32, 32\)"):
-            model(torch.randn(shape))

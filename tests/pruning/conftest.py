@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import PLAIN, build, family
+from small_models import FAMILY, PLAIN, build
 
 from mamba.models.model import MambaModel
 
@@ -27,10 +27,10 @@ def uneven() -> MambaModel:
     )
 
 
-@pytest.fixture(params=family())
+@pytest.fixture(params=FAMILY)
 def member(request) -> MambaModel:
     """Each kind of model in turn."""
-    return family()[request.param]
+    return FAMILY[request.param]()
 
 
 @pytest.fixture

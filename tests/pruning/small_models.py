@@ -36,19 +36,18 @@ def turns(mixer: str, depth: int) -> list[BlockShape]:
     return [replace(PLAIN, mixer=mixer, direction=directions[i % len(directions)]) for i in range(depth)]
 
 
-def family() -> dict[str, MambaModel]:
-    """One model of each kind: every mixer, both names, class tokens, positions, stems."""
-    return {
-        "forward": build(),
-        "bidirectional": build(
-            *(replace(PLAIN, mixer="bidirectional"),) * 3, stem="conv", stem_channels=(5, 6), class_token="start"
-        ),
-        "bidirectional_shared": build(*(replace(PLAIN, mixer="bidirectional_shared"),) * 3, pos_embed="none"),
-        "multiscale": build(*(replace(PLAIN, mixer="multiscale"),) * 3, d_model=12, pos_embed="both"),
-        "alternating": build(*turns("alternating", 3), stem="cct", stem_channels=(6,), head="attention"),
-        "cross": build(*turns("cross", 4), class_token="middle"),
-        "vim": build(*(VIM,) * 3, names="vim", norm="rms", class_token="middle"),
-        "vim, own merge": build(
-            *(replace(VIM, mixer="bidirectional", mlp_hidden=9),) * 3, names="vim", norm="rms", class_token="double"
-        ),
-    }
+FAMILY = {
+    "forward": lambda: build(),
+    "bidirectional": lambda: build(
+        *(replace(PLAIN, mixer="bidirectional"),) * 3, stem="conv", stem_channels=(5, 6), class_token="start"
+    ),
+    "bidirectional_shared": lambda: build(*(replace(PLAIN, mixer="bidirectional_shared"),) * 3, pos_embed="none"),
+    "multiscale": lambda: build(*(replace(PLAIN, mixer="multiscale"),) * 3, d_model=12, pos_embed="both"),
+    "alternating": lambda: build(*turns("alternating", 3), stem="cct", stem_channels=(6,), head="attention"),
+    "cross": lambda: build(*turns("cross", 4), class_token="middle"),
+    "vim": lambda: build(*(VIM,) * 3, names="vim", norm="rms", class_token="middle"),
+    "vim, own merge": lambda: build(
+        *(replace(VIM, mixer="bidirectional", mlp_hidden=9),) * 3, names="vim", norm="rms", class_token="double"
+    ),
+}
+"""One model of each kind: every mixer, both names, class tokens, positions, stems, heads."""

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_models import build, family, turns
+from small_models import FAMILY, build, turns
 
 from mamba.errors import ConfigError
 from mamba.models.model import Architecture, MambaModel, count_parameters, mamba_small
-from mamba.models.ssm import MIXERS, BlockShape
+from mamba.models.ssm import DIRECTIONS, MIXERS, BlockShape
 from pruning import (
     COMPONENTS,
     apply_mask_mamba,
@@ -170,7 +170,7 @@ def test_masked_and_shrunk_compute_the_same_for_every_kind_of_model(member, imag
 
 
 def test_components_that_a_model_does_not_have(images):
-    vim = family()["vim"]
+    vim = FAMILY["vim"]()
     for cut_it in (prune_component, prune_mamba_unstructured):
         arguments = ("mlp", 0.5) if cut_it is prune_component else ({"mlp": 0.5},)
         with pytest.raises(ConfigError, match="no block to be cut has a weight of component 'mlp'"):
@@ -224,6 +224,7 @@ shapes = st.builds(
     shared_bc=st.booleans(),
     separable_conv=st.booleans(),
     mixer=st.sampled_from(list(MIXERS)),
+    direction=st.sampled_from(list(DIRECTIONS)),
     learned_dt_bias=st.booleans(),
 )
 choices = st.fixed_dictionaries(
@@ -232,22 +233,32 @@ choices = st.fixed_dictionaries(
         "norm": st.sampled_from(["layer", "rms"]),
         "class_token": st.sampled_from(["none", "start", "middle", "double"]),
         "pos_embed": st.sampled_from(["learned", "rope", "both", "none"]),
-        "stem": st.sampled_from(["patch", "conv"]),
+        "head": st.sampled_from(["auto", "mean", "attention"]),
         "scan_order": st.sampled_from(["raster", "snake", "column"]),
     }
 )
+stems = st.sampled_from([("patch", ()), ("conv", (3, 5)), ("conv", (4,)), ("cct", (4,))])
 TARGETS = (
     *("mlp:neuron", "linear_out:channel", "linear_out:output", "linear_in:expand", "linear_B_C:state"),
     *("conv1d:width", "linear_delta:rank", "block:depth", "mlp:element", "linear_in:element", "conv1d:element"),
+    "stem:channel",
 )
 targets = st.dictionaries(st.sampled_from(TARGETS), st.floats(0, 0.9), min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(shapes, min_size=1, max_size=3), choices, targets, st.sampled_from(tuple(SCORES)), st.sampled_from(
-    ["global", "layerwise"]))  # fmt: skip
-def test_masked_is_shrunk_for_any_model_and_any_cut(images, shapes, choices, rates, score, scope):
-    model = build(*shapes, d_model=8, **choices)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(shapes, min_size=1, max_size=3),
+    choices,
+    stems,
+    targets,
+    st.sampled_from(tuple(SCORES)),
+    st.sampled_from(["global", "layerwise"]),
+)
+def test_masked_is_shrunk_for_any_model_and_any_cut(images, shapes, choices, stem, rates, score, scope):
+    model = build(*shapes, d_model=8, stem=stem[0], stem_channels=stem[1], **choices)
+    if not stem[1]:
+        rates = {k: v for k, v in rates.items() if k != "stem:channel"}
     if not any(b.dt_rank for b in shapes):
         rates = {k: v for k, v in rates.items() if k != "linear_delta:rank"}
     if not any(b.mlp_hidden for b in shapes):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import build, family
+from small_models import FAMILY, build
 
 from mamba.errors import ConfigError
 from mamba.models.model import count_parameters
@@ -144,7 +144,7 @@ def test_every_kind_of_model_is_refilled(member, images):
 
 
 def test_a_target_that_a_model_does_not_have():
-    vim = family()["vim"]
+    vim = FAMILY["vim"]()
     for call in (lambda: weights_of(vim, "mlp"), lambda: compute_rsst_loss(vim, 1.0, "mlp")):
         with pytest.raises(ConfigError, match="target 'mlp' is nothing that this model has; valid: ssm"):
             call()
