@@ -37,6 +37,10 @@ class DataConfig(Group):
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """How an image of a folder becomes a square. crop: the largest square in its middle; pad: all of it, with black
     bars; stretch: all of it, out of proportion."""
+    cache: Literal["auto", "decoded", "files"] = "auto"
+    """Of an image folder. decoded: every image is decoded once, into a file that is mapped into memory; files: loader
+    processes decode them in every epoch, with random crops of the originals, and memory does not grow with the data
+    set; auto: decoded up to 8 GiB of pixels (57,000 images at 224)."""
     strict: bool = False
     """Refuse an image folder that holds anything that is not read, instead of saying so in a line."""
     batch_size: int = Field(128, ge=1, le=MANY)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mamba.config.schema import DataConfig
 from mamba.data.augment import BatchAugment, Draws, to_device
+from mamba.data.files import ImageFiles
 from mamba.data.images import ImageData
 from mamba.data.loader import BatchKey, ShardSampler, TrainLoader, check_batch_size, make_train_loader
+from mamba.errors import DataError
 
 
 class DeviceBatches:
@@ -119,7 +121,10 @@ def make_train_batches(
     """
     gpu = device.type == "cuda"
     on_device = config.device == "gpu"
-    if config.device == "auto" and gpu:
+    decoded = not isinstance(data.train.images, ImageFiles)
+    if on_device and not decoded:
+        raise DataError("data.device 'gpu' needs decoded images, and here they stay files; valid: cpu, auto")
+    if config.device == "auto" and gpu and decoded:
         total = torch.cuda.get_device_properties(device).total_memory
         on_device = len(data.train) * data.side**2 * 3 <= GPU_SHARE * total
     if not on_device:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mamba.data.images import ImageData, ImageSet
+from mamba.data.images import ImageData, ImageSet, spread
 
 UNKNOWN = "-"
 """In place of a digest of pixels where nothing has been decoded."""
@@ -30,6 +30,7 @@ def _fingerprint(data: ImageData) -> dict[str, Any]:
     held = data.val.index if cut and data.val is not None else np.zeros(0, np.int64)
     return {
         "side": data.side,
+        "sample": _sample(data.train),
         "sets": {name: _of_classes(part, data.classes) for name, part in sets.items()},
         "split": {
             "seed": data.split.seed if data.split else None,
@@ -52,6 +53,13 @@ def _of_classes(part: ImageSet, classes: tuple[str, ...]) -> dict[str, str]:
         files = pixels if part.files is None else part.files.digest(own)
         found[name] = f"{len(own)} {files} {pixels}"
     return found
+
+
+def _sample(train: ImageSet) -> str:
+    """Of the pixels of some training images, the same whether images are decoded or stay files."""
+    if train.sample or train.pixel_hashes is None:
+        return train.sample or UNKNOWN
+    return _digest(train.pixel_hashes[spread(len(train.images))])
 
 
 def _digest(values: np.ndarray) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from mamba.config.schema import DataConfig
 from mamba.data.cache import Job, open_images
+from mamba.data.files import ImageFiles, known_of
 from mamba.data.images import ImageData, ImageSet, statistics
 from mamba.data.listing import Listing, count, is_hidden, list_split
 from mamba.data.split import split_training
 from mamba.errors import DataError
 
 SPLITS = ("train", "val", "test")
+DECODED_BYTES = 8 * 2**30
+"""More than this, all splits together, is not decoded into a cache by `data.cache` auto."""
 
 
 def load_folder(config: DataConfig, seed: int) -> ImageData:
@@ -31,9 +35,14 @@ def load_folder(config: DataConfig, seed: int) -> ImageData:
     left_out = said_of(root, listings)
     if left_out and config.strict:
         raise DataError(f"data.strict: {left_out}; remove it, or leave data.strict out")
-    sets = {name: _images(config, name, listing) for name, listing in listings.items()}
-    test = sets[held_out[0]]
-    mean, std = statistics(sets["train"].images)
+    keep = keep_files(config, sum(len(listing.files) for listing in listings.values()))
+    sets = {name: _images(config, name, listing, keep) for name, listing in listings.items()}
+    test, images = sets[held_out[0]], sets["train"].images
+    if isinstance(images, ImageFiles):
+        (mean, std), sample = known_of(images)
+        sets["train"] = replace(sets["train"], sample=sample)
+    else:
+        mean, std = statistics(images)
     notes = (left_out,) if left_out else ()
     if len(held_out) == 2:
         return ImageData(sets["train"], sets["val"], test, classes, mean, std, notes)
@@ -41,11 +50,19 @@ def load_folder(config: DataConfig, seed: int) -> ImageData:
     return ImageData(train, val, test, classes, mean, std, notes, split)
 
 
-def _images(config: DataConfig, name: str, listing: Listing) -> ImageSet:
-    side = config.img_size
-    assert side is not None, "the config must be resolved"
-    images, hashes = open_images(Job(config.root, name, listing.files, side, config.fit))
-    return ImageSet(images, listing.labels, np.arange(len(listing.labels)), listing.files, hashes)
+def keep_files(config: DataConfig, images: int) -> bool:
+    """Whether images stay files, by the rule of `data.cache`."""
+    assert config.img_size is not None, "the config must be resolved"
+    return config.cache == "files" or (config.cache == "auto" and images * config.img_size**2 * 3 > DECODED_BYTES)
+
+
+def _images(config: DataConfig, name: str, listing: Listing, keep: bool) -> ImageSet:
+    assert config.img_size is not None
+    job, index = Job(config.root, name, listing.files, config.img_size, config.fit), np.arange(len(listing.labels))
+    if keep:
+        return ImageSet(ImageFiles(job), listing.labels, index, listing.files)
+    images, hashes = open_images(job)
+    return ImageSet(images, listing.labels, index, listing.files, hashes)
 
 
 def _classes(root: Path, listings: dict[str, Listing]) -> tuple[str, ...]:

@@ -41,6 +41,8 @@ class ImageSet:
     """Where the images come from, if from files of their own."""
     hashes: NDArray[np.uint64] | None = None
     """(n,): of every image's pixels, where they are known."""
+    sample: str = ""
+    """A digest of the pixels of `spread`, where images stay files; else it follows from their hashes."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -123,13 +125,28 @@ def spread(n: int) -> NDArray[np.int64]:
     return np.arange(0, n, max(1, n // 10_000))
 
 
+class Moments:
+    """Sums of pixels and of their squares, exact, from which `Statistics` follow."""
+
+    def __init__(self) -> None:
+        self.total, self.squares, self.count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+
+    def add(self, images: NDArray[np.uint8]) -> None:
+        flat = images.reshape(-1, 3)
+        for lo in range(0, len(flat), 2**18):  # as 64-bit numbers they take eight times the memory
+            pixels = flat[lo : lo + 2**18].astype(np.int64)
+            self.total, self.squares = self.total + pixels.sum(0), self.squares + (pixels**2).sum(0)
+        self.count += len(flat)
+
+    def result(self) -> Statistics:
+        mean = self.total / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
+        return tuple((mean / 255).tolist()), tuple(np.maximum(std / 255, 1e-3).tolist())
+
+
 def statistics(images: Images) -> Statistics:
     """Mean and deviation of each channel in [0, 1], over the images of `spread`; exact, a few images at a time."""
-    rows = spread(len(images))
-    total, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+    rows, moments = spread(len(images)), Moments()
     for lo in range(0, len(rows), 64):
-        pixels = np.asarray(images[rows[lo : lo + 64]]).reshape(-1, 3).astype(np.int64)
-        total, squares, count = total + pixels.sum(0), squares + (pixels**2).sum(0), count + len(pixels)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    return tuple((mean / 255).tolist()), tuple(np.maximum(std / 255, 1e-3).tolist())
+        moments.add(np.asarray(images[rows[lo : lo + 64]]))
+    return moments.result()

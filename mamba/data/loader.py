@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mamba.config.schema import DataConfig
 from mamba.data.augment import BatchAugment
+from mamba.data.files import ImageFiles
 from mamba.data.images import ImageData, ImageSet
 from mamba.errors import DataError
 
@@ -87,12 +89,16 @@ class TrainBatches(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, key: BatchKey) -> tuple[Tensor, Tensor]:
         train = self.data.train
         rows = train.index[key.rows]
-        # a fancy index over a memory map reads in file order when sorted; small enough not to matter here
-        images = np.asarray(train.images[rows])
         labels = torch.from_numpy(train.labels[rows])
         if not self.augment.active:
-            return self.data.normalise(torch.from_numpy(images)), labels
+            return self.data.normalise(torch.from_numpy(np.asarray(train.images[rows]))), labels
         draws = self.augment.draw(key.epoch, key.step, self.batch_size).part(key.lo, key.hi)
+        if self.augment.moves and self.augment.resized and isinstance(train.images, ImageFiles):
+            images = train.images.crops(rows, draws.boxes)
+            whole = np.array([0, 0, self.data.side, self.data.side])  # what is left to do is to mirror
+            draws = replace(draws, boxes=np.column_stack([np.tile(whole, (len(rows), 1)), draws.boxes[:, 4]]))
+        else:
+            images = np.asarray(train.images[rows])
         augmented = self.augment.transform(torch.from_numpy(images).permute(0, 3, 1, 2), draws)
         normalised = self.data.normalise(augmented.permute(0, 2, 3, 1))
         return self.augment.erase(normalised, torch.from_numpy(draws.erased)), labels
@@ -123,7 +129,8 @@ def make_train_loader(
     batches = TrainBatches(data, config, seed)
     workers = config.loader_workers
     if workers is None:
-        workers = 0 if not batches.augment.active else max(0, min(16, cpus - 1))
+        idle = not batches.augment.active and not isinstance(data.train.images, ImageFiles)
+        workers = 0 if idle else max(0, min(16, cpus - 1))
     loader: DataLoader[Any] = DataLoader(
         batches,
         sampler=sampler,
@@ -150,7 +157,21 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's every world_size-th image of a split, normalised, on the device: nothing padded, nothing twice."""
     mine = split.index[rank::world_size]
-    for at in range(0, len(mine), batch_size):
-        rows = mine[at : at + batch_size]
-        images = torch.from_numpy(np.ascontiguousarray(split.images[rows])).to(device, non_blocking=True)
+    parts = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
+    for rows, pixels in zip(parts, _ahead(split, parts), strict=True):
+        images = torch.from_numpy(np.ascontiguousarray(pixels)).to(device, non_blocking=True)
         yield data.normalise(images), torch.from_numpy(split.labels[rows]).to(device, non_blocking=True)
+
+
+def _ahead(split: ImageSet, parts: list[NDArray[np.int64]]) -> Iterator[NDArray[np.uint8]]:
+    """The images of each part; files are decoded while the part before is worked on."""
+    if not isinstance(split.images, ImageFiles):
+        yield from (split.images[rows] for rows in parts)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming: list[Future[NDArray[np.uint8]]] = []
+        for rows in parts:
+            coming.append(pool.submit(split.images.__getitem__, rows))
+            if len(coming) == 2:
+                yield coming.pop(0).result()
+        yield from (part.result() for part in coming)

@@ -124,6 +124,9 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
                 return f"{where} is made of other files: names or sizes have changed"
             if before["side"] == now["side"] and UNKNOWN not in (pixels, pixels_now) and pixels != pixels_now:
                 return f"{where} has images with other pixels, though names and sizes are the same, or another data.fit"
+    samples = [found.get("sample", UNKNOWN) for found in (before, now)]
+    if before["side"] == now["side"] and UNKNOWN not in samples and samples[0] != samples[1]:
+        return "training images have other pixels, though names and sizes are the same, or another data.fit"
     old_split, new_split = before["split"], now["split"]
     if old_split["digest"] != new_split["digest"]:
         return f"it was trained with {_split(old_split)} and there is now {_split(new_split)}"
