@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_models import FAMILY, build, turns
+from small_models import FAMILY, build
 
 from mamba.errors import ConfigError
-from mamba.models.model import Architecture, MambaModel, count_parameters, mamba_small
+from mamba.models.model import MambaModel, count_parameters, mamba_small
 from mamba.models.ssm import DIRECTIONS, MIXERS, BlockShape
 from pruning import (
     COMPONENTS,
@@ -318,21 +317,6 @@ def test_masks_that_do_not_fit_change_nothing(model):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_units_taken_by_single_weights_leave_too(model, images):
-    """A unit that element masks happen to take whole is removed by shrink, its bias still counts until it is cut."""
-    masks = {"blocks.0.ssm.out_proj.weight": torch.ones(10, 12, dtype=torch.bool)}
-    masks["blocks.0.ssm.out_proj.weight"][4] = False
-    masks["blocks.0.ssm.out_proj.weight"][5, 3] = False
-    masked = copy.deepcopy(model)
-    apply_mask_mamba(masked, masks)
-    result = shrink(masked, masks)
-    assert result.model.architecture.blocks[0].out_channels == 9
-    assert result.model.blocks[0].ssm.out_index.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert close(result.model(images), masked(images))
-    (left,) = result.masks.values()
-    assert int((~left).sum()) == 1 and not left[4, 3]
-
-
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -467,16 +451,6 @@ def test_an_average_is_zero_where_masks_are_left(model):
         assert bool((dict(ema.model.named_parameters())[name][~keep] == 0).all())
 
 
-def test_something_always_stays(model, images):
-    blocks = [(name, p) for name, p in model.named_parameters() if name.startswith("blocks.")]
-    everything = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in blocks}
-    result = shrink(model, everything)
-    assert len(result.model.blocks) == 1
-    masked = copy.deepcopy(model)
-    apply_mask_mamba(masked, everything)
-    assert close(result.model(images), masked(images))
-
-
 def test_rounding_keeps_the_floor_and_does_not_undo_a_cut(model):
     rounded = prune_mamba_structured(model, {"mlp": 0.3}, floor=9, multiple=4)
     widths = [b.mlp_hidden for b in rounded.architecture.blocks]
@@ -509,17 +483,3 @@ def test_replacements_that_would_leave_nothing_are_refused(model, target, rate):
 def test_layers_limit_replacements_too(model):
     smaller = prune_component(model, "linear_delta", 0.5, "low_rank", shrink=True, layers=[2])
     assert [b.dt_rank for b in smaller.architecture.blocks] == [None, None, 3]
-
-
-def test_blocks_that_stay_keep_their_direction(images):
-    """Without the second block every later one would take the next one's direction, if places in the stack counted."""
-    model = build(*turns("cross", 4), class_token="middle")
-    masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters() if "blocks.1" in name}
-    masked = copy.deepcopy(model)
-    apply_mask_mamba(masked, masks)
-    smaller = shrink(model, masks).model
-    assert [b.direction for b in smaller.architecture.blocks] == ["forward", "across", "across_backward"]
-    assert close(masked(images), smaller(images))
-    rebuilt = MambaModel(Architecture.from_dict(json.loads(json.dumps(smaller.architecture.to_dict())))).double().eval()
-    rebuilt.load_state_dict(smaller.state_dict())
-    assert torch.equal(rebuilt(images), smaller(images))
