@@ -92,6 +92,7 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
         logging.getLogger(name).setLevel(logging.ERROR)
     over = threading.Event()
     if local:
+        _without_state_dumps()
         threading.Thread(target=_watch, args=(_processes(), announce, over), daemon=True).start()
     try:
         total = ray.cluster_resources()
@@ -224,6 +225,21 @@ def _started_by_hand(clusters: list[Running]) -> list[Running]:
         current = note.read_text().strip()
         return [c for c in clusters if c.address == current]
     return []
+
+
+def _without_state_dumps() -> None:
+    """Ray prints what an ending raylet wrote into its log, pages of it, before anyone can say what has happened."""
+    worker = getattr(getattr(ray, "_private", None), "worker", None)
+    original = getattr(worker, "print_to_stdstream", None)
+    if original is None or hasattr(original, "shortens"):
+        return
+
+    def shortened(data: dict[str, Any], *args: Any, **options: Any) -> None:
+        if not any("Raylet is terminated" in str(line) for line in data.get("lines", ())):
+            original(data, *args, **options)
+
+    shortened.shortens = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = shortened  # type: ignore[union-attr]
 
 
 def _processes() -> list[tuple[str, Any]]:

@@ -146,3 +146,15 @@ def test_waits_are_told_of():
     with told("Ray to start", said.append, every=0.02):
         time.sleep(0.2)
     assert said[-1].startswith("waiting for Ray to start") and threading.active_count() < 50
+
+
+def test_what_a_dying_raylet_wrote_is_not_printed(monkeypatch):
+    import ray._private.worker as worker
+
+    printed = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, **_: printed.append(data["lines"]))
+    cluster._without_state_dumps()
+    cluster._without_state_dumps()
+    worker.print_to_stdstream({"lines": ["Raylet is terminated. [state-dump] " * 99]}, ignore_prefix=False)
+    worker.print_to_stdstream({"lines": ["a task failed"]}, ignore_prefix=False)
+    assert printed == [["a task failed"]]
