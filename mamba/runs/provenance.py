@@ -39,7 +39,11 @@ def with_split(config: RunConfig, path: Path | None = None) -> RunConfig:
     path = path or config.model.checkpoint or config.distill.teacher
     if path is None or (config.data.split_seed is not None and config.data.val_fraction is not None):
         return config
-    description = read_description(find_checkpoint(path))
+    try:
+        description = read_description(find_checkpoint(path))
+    except CheckpointError as error:
+        key = "distill.teacher" if path == config.distill.teacher else "model.checkpoint"
+        raise CheckpointError(f"{key}: {error}", every_rank=error.every_rank) from None
     split = _dict(_dict(description.get("data")).get("split"))
     seed, fraction = split.get("seed"), split.get("fraction")
     if not split:  # of an earlier version, whose seed decided

@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from mamba.errors import FolderError, TrainingError
 from mamba.runs import checkpoint as ckpt
+from ray_jobs.launch.run import _sentence, train_loop
 from ray_jobs.train import main
 from tests.runs.test_tracking import shown_status
 
@@ -162,12 +165,90 @@ def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
     assert result["world_size"] == 1 and result["epochs"] == 24 and result["metrics"]["test/accuracy"] > 60
 
 
-@pytest.mark.cluster
-def test_an_error_inside_a_worker_ends_with_one_sentence(tmp_path):
-    """A loss that is never finite: found by the workers, said by the driver, not retried by Ray."""
-    words = ["--optim.lr", "1e30", "--optim.grad-clip", "none", "--optim.max-skipped", "5", "--optim.epochs", "30"]
-    done = subprocess.run(command(tmp_path, *words), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "error: loss or gradient was not finite in" in done.stderr and "Traceback" not in done.stderr
-    assert len(list((tmp_path / "quickstart" / "one" / ".ray").glob("attempt-*"))) == 1
-    assert shown_status(tmp_path / "quickstart" / "one") == "failed"
+NEVER_FINITE = ["--optim.lr", "1e30", "--optim.grad-clip", "none", "--optim.max-skipped", "5", "--optim.epochs", "30"]
+
+
+def test_a_loss_that_is_never_finite_ends_with_one_sentence(tmp_path, capsys):
+    assert main([*FAST, *LOCAL, *NEVER_FINITE, "--out", str(tmp_path), "--trial", "one"]) == 2
+    err = capsys.readouterr().err
+    assert "not finite in" in err and len(err.strip().splitlines()) == 1
+    run = tmp_path / "quickstart" / "one"
+    assert shown_status(run) == "failed" and "not finite in" in (run / "train.log").read_text()
+
+
+class Context:
+    """What Ray Train tells a worker."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size = rank, world_size
+
+    def get_world_rank(self):
+        return self.rank
+
+    def get_world_size(self):
+        return self.world_size
+
+    get_local_world_size = get_world_size
+
+
+@pytest.mark.parametrize("world_size, every_rank, comes_back", [(1, False, True), (2, True, True), (2, False, False)])
+def test_errors_of_all_ranks_come_back_from_workers_and_are_not_retried(
+    tmp_path, monkeypatch, small_config, world_size, every_rank, comes_back
+):
+    import ray.train
+    import ray.train.torch
+
+    def fail(*_args, **_options):
+        raise TrainingError("the loss is not finite", every_rank=every_rank)
+
+    monkeypatch.setattr(ray.train, "get_context", lambda: Context(0, world_size))
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("ray_jobs.launch.run.fit", fail)
+    (tmp_path / ".ray").mkdir()
+    spec = {"config": small_config().model_dump(mode="json"), "folder": str(tmp_path)}
+    if comes_back:
+        assert train_loop(spec) == {"error": "the loss is not finite"}
+    else:
+        with pytest.raises(TrainingError, match="the loss is not finite"):
+            train_loop(spec)
+    assert json.loads((tmp_path / ".ray" / "worker-0.json").read_text())["pid"] == os.getpid()
+
+
+def test_what_ended_ray_train_is_a_sentence_though_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*_):
+        raise FolderError("no space")
+
+    error = RuntimeError("\n\nTraceback (most recent call last):\n  x\nValueError: what counts\n")
+    assert (
+        str(_sentence(error, tmp_path))
+        == f"worker 0 failed: ValueError: what counts (full traceback: {tmp_path}/error.log)"
+    )
+    assert "most recent call last" in (tmp_path / "error.log").read_text()
+    monkeypatch.setattr("ray_jobs.launch.run.write_text", full)
+    assert "ValueError: what counts" in str(_sentence(error, tmp_path))
+
+
+def test_a_full_disk_at_the_end_does_not_hide_why(tmp_path, monkeypatch, capsys):
+    def full(*_args, **_options):
+        raise FolderError("result.json could not be written: No space left on device")
+
+    monkeypatch.setattr("mamba.runs.tracking.write_json", full)
+    monkeypatch.setattr("ray_jobs.launch.run.write_hparams", lambda *_: full())
+    assert main([*FAST, *LOCAL, "--out", str(tmp_path), "--trial", "one", "--optim.epochs", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and len(err.strip().splitlines()) == 1
+    monkeypatch.undo()
+    assert main(["--resume", str(tmp_path / "quickstart" / "one")]) == 0
+
+
+def test_fine_tuning_records_what_the_model_is_and_needs_its_start_no_more(tmp_path):
+    first = tmp_path / "quickstart" / "first"
+    assert main([*FAST, *LOCAL, "--out", str(tmp_path), "--trial", "first", "--optim.epochs", "1"]) == 0
+    words = ["--model.checkpoint", str(first), *FAST[6:], *LOCAL, "--out", str(tmp_path), "--trial", "tuned"]
+    assert main([*words, "--optim.epochs", "1"]) == 0
+    run = tmp_path / "quickstart" / "tuned"
+    model = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert (model["d_model"], model["depth"], model["d_state"]) == (12, 2, 4)
+    first.rename(tmp_path / "elsewhere")
+    assert main(["--resume", str(run), "--optim.epochs", "2"]) == 0
+    assert json.loads((run / "result.json").read_text())["epochs"] == 2
