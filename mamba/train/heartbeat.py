@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mamba.errors import FolderError
+from mamba.runs.files import write_json
 from mamba.train.distributed import Process
 
 FOLDER = ".alive"
@@ -46,8 +48,9 @@ class Heartbeat:
         self.wake.set()
         self.thread.join()
         with suppress(OSError):
-            self.path.unlink()
-            self.path.parent.rmdir()  # the last rank's
+            if not self.path.parent.is_symlink():
+                self.path.unlink()
+                self.path.parent.rmdir()  # the last rank's
 
     def enter(self, phase: str) -> None:
         """Begin a part of the run that may take long; said at once."""
@@ -56,19 +59,18 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self.ended:
-            self.wake.clear()
-            with suppress(OSError):
+            with suppress(OSError, FolderError):  # a full disk is told of where something matters
                 self._write()
             self.wake.wait(BEAT_S)
+            self.wake.clear()  # before `ended` is read: who sets both is not overlooked
 
     def _write(self) -> None:
         self.beats += 1
         doing = f"{self.phase}, waiting for a batch" if self.reading else self.phase
         sign = {"world_size": self.world_size, "steps": self.steps, "doing": doing, "beats": self.beats}
-        self.path.parent.mkdir(exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(json.dumps(sign))
-        partial.replace(self.path)
+        if not self.path.parent.is_symlink():
+            self.path.parent.mkdir(exist_ok=True)
+            write_json(self.path, sign)
 
 
 class Seen(NamedTuple):
@@ -84,7 +86,8 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER
-        for left in self.folder.glob("rank-*.json"):  # by processes that were killed
+        left_over = [] if self.folder.is_symlink() else self.folder.glob("rank-*.json")
+        for left in left_over:  # by processes that were killed
             with suppress(OSError):
                 left.unlink()
         self.seen: dict[int, Seen] = {}

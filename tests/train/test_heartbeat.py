@@ -133,3 +133,13 @@ def test_the_thread_writes_while_the_run_goes_on(tmp_path, monkeypatch):
         alive.enter("testing")
         assert wait_for("testing")
     assert not path.parent.exists()
+
+
+def test_a_link_is_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "rank-0.json").write_text("mine")
+    (tmp_path / FOLDER).symlink_to(elsewhere)
+    Heartbeat(tmp_path, Process())._write()
+    Watch(tmp_path)
+    assert (elsewhere / "rank-0.json").read_text() == "mine"
