@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=None, help="write all values and metrics to this file")
     parser.add_argument("--html", type=Path, default=None, help="write a page with a link to everything to this file")
     args = parser.parse_args(argv)
+    from mamba.config.help import quiet_pipe
     from ray_jobs.report.collect import collect
     from ray_jobs.report.index import show_groups, write_index
     from ray_jobs.report.table import write_results
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not any(args.by in row["metrics"] for row in found.rows) and args.by != "val/best_accuracy":
             known = sorted({key for row in found.rows for key in row["metrics"]})
             raise ConfigError(f"--by {args.by}: no trial has it; valid: {', '.join(known)}")
-        show_groups(found.rows, args.by)
+        with quiet_pipe():
+            show_groups(found.rows, args.by)
         if args.csv:
             write_results(args.csv, found.rows, about=("experiment", "group"))
             print(f"table: {args.csv}")

@@ -56,10 +56,12 @@ def draw(space: Space, rows: Rows, baseline: Mapping[str, float], images: int, c
         curves: of training trials.
     """
     figures: dict[str, Figure | None] = {}
+    same = same_models(rows)
+    distinct = [row for row in rows if row["trial"] not in same]  # one model has not two speeds
     objectives = space.objectives
     if len(objectives) == 2:
         good, cost = objectives.items()
-        figures["pareto"] = pareto(rows, good, cost, baseline, images, named=True)
+        figures["pareto"] = pareto(distinct, good, cost, baseline, images, named=True)
     components, together = by_component(rows), joint(rows)
     if sum(map(len, components.values())) > 1:
         figures["components"] = component_map(components, baseline, images)
@@ -70,7 +72,7 @@ def draw(space: Space, rows: Rows, baseline: Mapping[str, float], images: int, c
         figures["joint"] = joint_bars(together, baseline, images)
     for key, mode in COSTS.items():
         if key not in objectives:
-            figures[key.replace("/", "-")] = pareto(rows, (SCORE, "max"), (key, mode), baseline, images)
+            figures[key.replace("/", "-")] = pareto(distinct, (SCORE, "max"), (key, mode), baseline, images)
     objective = next(iter(objectives), None)
     done = [row for row in finished(rows) if objective and measured(row, objective) is not None]
     if objective and space.search and len(done) > 1:
@@ -250,8 +252,7 @@ def slices(rows: Rows, space: Space, objective: str, baseline: Mapping[str, floa
         axis.grid(alpha=0.3)
     for axis in axes[len(keys) :]:
         axis.set_visible(False)
-    for axis in axes[::across]:
-        axis.set_ylabel(metric(objective).title)
+    figure.supylabel(metric(objective).title, fontsize=10)
     marks = {"best trial" if len(space.objectives) == 1 else "Pareto front": (FRONT, FRONT), "other": (INK, INK)}
     if any(row["status"] != "finished" and measured(row, objective) is not None for row in rows):
         marks["stopped early"] = (INK, "none")

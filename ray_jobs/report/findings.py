@@ -80,6 +80,8 @@ def _components(
     components = by_component(rows)
     if not components:
         return []
+    if limit > DEAR:
+        return [f"too few validation images to say what a cut costs: {NOISE} of them are {limit:.0f} points"]
     drops = {name: {rate: _lost(some) for rate, some in points.items()} for name, points in components.items()}
     reach = {}
     for name, points in drops.items():

@@ -64,6 +64,7 @@ def test_images_behind_an_accuracy_and_its_standard_error_are_said():
     )
     three = findings([lost({"cut.mlp": 0.5}, 0.0, 100.0)], {"val/accuracy": 100.0, "val/images": 3.0})
     assert "3 images: one is 33 points" in three and "± 0.00" not in three
+    assert "too few validation images to say what a cut costs: 3 of them are 100 points" in three
 
 
 def test_speed_within_the_noise_is_said():
