@@ -127,21 +127,23 @@ def test_a_killed_run_resumes_bit_for_bit(small_fit, whole, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "model",
+    "kind",
     [
+        {"optim__optimizer": "muon", "optim__schedule": "wsd", "optim__decay_epochs": 1},
+        {"data__augment": "randaugment_inc", "data__crop": "resized", "data__mixup": 0.8, "data__mix_off_epochs": 1},
         {"model__mixer": "bidirectional", "model__stem": "conv"},
         {"model__stem": "cct", "model__head": "attention"},
         {"model__mixer": "multiscale", "model__class_token": "double", "model__pos_embed": "both"},
         {"model__name": "vim_tiny", "model__scan_order": "snake"},
     ],
 )
-def test_every_kind_of_model_trains_and_resumes_bit_for_bit(small_fit, whole, tmp_path, monkeypatch, model):
-    reference = whole(**model, optim__epochs=2)
+def test_every_kind_of_run_trains_and_resumes_bit_for_bit(small_fit, whole, tmp_path, monkeypatch, kind):
+    reference = whole(**kind, optim__epochs=2)
     restore = interrupt_after(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
-        small_fit("run", **model, optim__epochs=2)
+        small_fit("run", **kind, optim__epochs=2)
     restore()
-    small_fit("run", **model, optim__epochs=2)
+    small_fit("run", **kind, optim__epochs=2)
     assert_same_run(reference, tmp_path / "run")
     metrics = result_of(reference)["metrics"]
     assert metrics["train/skipped_steps"] == 0 and math.isfinite(metrics["val/loss"])
