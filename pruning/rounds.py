@@ -19,7 +19,6 @@ Knows nothing of Ray: how a run is trained and measured is passed in.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,8 @@ from mamba.data.loader import eval_batches
 from mamba.errors import CheckpointError, ConfigError
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.files import write_csv, write_json
+from mamba.runs.files import read_json, write_csv, write_json
+from mamba.runs.folder import write_config
 from mamba.runs.provenance import describe_data
 from mamba.runs.start import start_of
 from mamba.train.ema import ModelEma
@@ -115,7 +115,7 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
             if row is None:
                 return None
             write_json(here / "row.json", row)
-        rows.append(_read_json(here / "row.json"))
+        rows.append(_read_row(here / "row.json"))
         write_csv(folder / "rounds.csv", COLUMNS, rows)
         row = rows[-1]
         engine.say(
@@ -219,7 +219,7 @@ def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> 
     if number == 0 and config.model.checkpoint is not None:  # trained already
         measured, seconds, best = engine.measure(own, start), 0.0, start
     else:
-        (here / "config.yaml").write_text(own.to_yaml())
+        write_config(here, own)
         result = engine.train(own, here)
         stop = here / "STOP"
         if result["status"] != "finished" or stop.exists():  # asked for after the last step: the next call goes on
@@ -316,8 +316,6 @@ def calibration_batches(data: ImageData, seed: int) -> Batches:
     return list(eval_batches(data, part, 128, 0, 1, torch.device("cpu")))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it to measure that round again") from None
+def _read_row(path: Path) -> dict[str, Any]:
+    """Raises FolderError where a round's row is damaged."""
+    return read_json(path, "remove it to measure that round again")

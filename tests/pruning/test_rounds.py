@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mamba.errors import CheckpointError, ConfigError
+from mamba.errors import CheckpointError, ConfigError, FolderError
 from mamba.models.model import count_parameters
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.folder import finished_result, request_stop
@@ -275,7 +275,7 @@ def test_what_is_missing_or_damaged_is_said(series):
     s = series(prune__method="refill", prune__rounds=1)
     s.run()
     (s.folder / "round-01" / "row.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"row.json is damaged"):
+    with pytest.raises(FolderError, match=r"row.json is damaged"):
         s.run()
     (s.folder / "round-01" / "row.json").unlink()
     (s.folder / "round-01" / "start").rename(s.folder / "away")
