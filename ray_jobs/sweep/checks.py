@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mamba.config.cli import BESIDE_CHECKPOINT as BESIDE
@@ -24,8 +25,9 @@ TRAINING_DATA = frozenset(
 """Keys of data.* that say how the training images are used; all others decide which images there are."""
 BESIDE_CHECKPOINT = ("model.checkpoint", *BESIDE)
 """Keys of model.* that count where there is a checkpoint."""
-DRAWS = 64
-"""Points of a search that are tried before it starts."""
+DRAWS, TRIED, TRIED_OF_KEY = 512, 16, 8
+"""Points of a search that are drawn before it starts, how many of them are tried in any case, and how many of those
+that have a certain key, which its conditions can make rare."""
 
 EVERY_EPOCH = ("train/loss", "train/lr", "train/images_per_s", "train/data_wait_percent", "train/skipped_steps")
 VALIDATED = ("val/loss", "val/accuracy", "val/best_accuracy")
@@ -56,7 +58,7 @@ def check(space: Space, trials: Sequence[Trial], config: RunConfig) -> None:
                 raise ConfigError(f"grids: trial {trials[i].name} cannot be: {error}") from None
             refusal = error
     if refusal and not configs:
-        raise ConfigError(f"search: none of {DRAWS} points that were drawn can be: {refusal}")
+        raise ConfigError(f"search: none of {len(points)} points that were drawn can be: {refusal}")
     if trials:
         _check_different(space, trials, configs)
     else:
@@ -157,7 +159,8 @@ def _drawn(space: Space, config: RunConfig) -> list[dict[str, Any]]:
     rng = random.Random(0)
     flat = config.flat()
     points = []
-    for _ in range(DRAWS):
+    left = dict.fromkeys(space.search, TRIED_OF_KEY)
+    for i in range(DRAWS):
         values = dict(space.fixed)
         for key, where in space.search.items():
             if not where.holds({**flat, **values}):
@@ -171,7 +174,9 @@ def _drawn(space: Space, config: RunConfig) -> list[dict[str, Any]]:
                 at = low * (high / low) ** share if where.log else low + (high - low) * share
                 at = min(max(at, low), high)
                 values[key] = where.value(round(at) if isinstance(low, int) else at)
-        points.append(values)
+        if i < TRIED or any(left.get(key) for key in values):
+            points.append(values)
+            left.update({key: max(0, left[key] - 1) for key in values if key in left})
     return points
 
 
@@ -205,6 +210,15 @@ def _check_different(space: Space, trials: Sequence[Trial], configs: Sequence[Ru
                 f"grids: trials {other.name} and {trial.name} are the same: {', '.join(keys)} has no effect in them; "
                 "list what makes sense in a grid of its own"
             )
+
+
+def configs_of(space: Space, trials: Sequence[Trial], config: RunConfig) -> list[RunConfig]:
+    """The resolved configs of an experiment's trials; of a search, of those points of a few drawn that can be."""
+    found = []
+    for values in [t.values for t in trials] if trials else _drawn(space, config):
+        with suppress(ConfigError):
+            found.append(config.with_values(dict(values)).resolve())
+    return found
 
 
 def metrics_of(space: Space, config: RunConfig, configs: Sequence[RunConfig]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -137,8 +138,10 @@ def more_trials(folder: Path, trials: int) -> int:
 def outline(experiment: Experiment) -> str:
     """What would run: the config that trials share, the question, and the trials or where they are drawn from."""
     space, config = experiment.space, experiment.config
-    resolved = config.with_values(space.fixed).resolve()
-    lines = [resolved.to_yaml().rstrip(), f"# {space.question}", f"# cost: {space.cost}"]
+    shown = config.with_values(space.fixed)
+    with suppress(ConfigError):  # it may be whole with a trial's own values alone
+        shown = shown.resolve()
+    lines = [shown.to_yaml().rstrip(), f"# {space.question}", f"# cost: {space.cost}"]
     lines += [f"# all trials: {key} {value}" for key, value in space.fixed.items()]
     for trial in experiment.trials:
         lines.append(f"# {trial.name}: {', '.join(f'{key} {value}' for key, value in trial.values.items())}")

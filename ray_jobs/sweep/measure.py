@@ -69,7 +69,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     assert data.val is not None
     if not config.cut.rates:
         raise ConfigError("cut.*: nothing is cut; set at least one component's rate above 0")
-    baseline = measured_baseline(shared, device)
+    baseline = measured_baseline(shared, config, device)
     pruned = cut_model(shared, config, device)
     smaller = pruned.model
     metrics: dict[str, float] = {}
@@ -96,19 +96,18 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
 _baselines: dict[Path, dict[str, float]] = {}
 
 
-def measured_baseline(shared: Shared, device: torch.device) -> dict[str, float]:
-    """Validation accuracy and size of the model that is cut: measured once a process, by the process's first trial, so
-    that no sweep waits for it, and kept in the experiment's folder."""
+def measured_baseline(shared: Shared, config: RunConfig, device: torch.device) -> dict[str, float]:
+    """Validation accuracy and size of the model that is cut: measured once a process, by its first trial, so that no
+    sweep waits for it, and kept in the experiment's folder. `config` is any trial's: all measure on the same data."""
     path = shared.folder
     if path not in _baselines:
         baseline = baseline_of(path)
         if "val/accuracy" not in baseline:
-            config = RunConfig(**shared.config).resolve()
-            data = data_of(shared, config)
+            base, data = RunConfig(**shared.config), data_of(shared, config)
             assert shared.checkpoint is not None and data.val is not None
             model, *_ = trained_model(shared.checkpoint, device)
-            amp = resolve_amp(config.optim.amp, device)
-            accuracy = meter.accuracy(model, data, data.val, config.eval.batch_size, amp)
+            amp = resolve_amp(base.optim.amp, device)
+            accuracy = meter.accuracy(model, data, data.val, base.eval.batch_size, amp)
             images = float(len(data.val))
             baseline = write_baseline(path, {"val/accuracy": accuracy, "val/images": images, **meter.size(model)})
         _baselines[path] = baseline
@@ -126,10 +125,4 @@ def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) ->
         models.append(cut_model(shared, trial_config(shared, name, values), device).model.cpu())
     amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
     batch_size = meter.usual_batch(device)
-    if device.type == "cpu":
-        return meter.speeds(models, batch_size, BENCH_SECONDS, amp)
-    found = []
-    for model in models:
-        found += meter.speeds([model.to(device)], batch_size, BENCH_SECONDS, amp)
-        model.cpu()
-    return found
+    return meter.speeds(models, batch_size, BENCH_SECONDS, amp, device)

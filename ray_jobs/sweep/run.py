@@ -18,7 +18,7 @@ from mamba.runs.provenance import with_split
 from mamba.runs.start import check_start
 from ray_jobs.launch.cluster import Cluster, connected
 from ray_jobs.launch.console import SweepDisplay
-from ray_jobs.sweep.checks import data_identity
+from ray_jobs.sweep.checks import configs_of, data_identity
 from ray_jobs.sweep.experiment import Experiment, load
 from ray_jobs.sweep.measure import time_trials
 from ray_jobs.sweep.results import read_trial, rows, write_baseline, write_trial
@@ -89,8 +89,7 @@ def check_data(experiment: Experiment) -> None:
         ForgeError: missing or unreadable data, batches that it does not fill, a checkpoint of other data.
     """
     base, kind = experiment.config, experiment.space.kind
-    points = [{**experiment.space.fixed, **trial.values} for trial in experiment.trials] or [experiment.space.fixed]
-    resolved = [base.with_values(dict(values)).resolve() for values in points]
+    resolved = configs_of(experiment.space, experiment.trials, base)
     configs = [with_split(config, experiment.checkpoint) for config in resolved]
     for identity in dict.fromkeys(data_identity(config.data) for config in configs):
         data = load_data(identity, base.seed)
@@ -106,11 +105,18 @@ def check_data(experiment: Experiment) -> None:
                     print(f"data: {note}", file=sys.stderr)
         if kind == "measure" and data.val is None:
             raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
-        for config in own if kind == "train" else ():
-            try:
-                check_batch_size(len(data.train), config.data)
-            except DataError as error:
-                raise ConfigError(str(error)) from None
+        refusals = [refusal for c in own if kind == "train" and (refusal := _refusal(len(data.train), c))]
+        if refusals and (experiment.trials or len(refusals) == len(own)):  # of a search, single trials may fail
+            raise ConfigError(refusals[0])
+
+
+def _refusal(train_images: int, config: RunConfig) -> str | None:
+    """Why a trial cannot train on so many images; None: it can."""
+    try:
+        check_batch_size(train_images, config.data)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def resources(experiment: Experiment, cluster: Cluster) -> Resources:
