@@ -25,7 +25,7 @@ import torch
 from mamba.config.schema import DataConfig, RunConfig
 from mamba.data.images import ImageData
 from mamba.data.registry import load_data
-from mamba.errors import ConfigError, ForgeError, TrainingError
+from mamba.errors import ForgeError, TrainingError
 from mamba.runs.files import write_json
 from mamba.runs.folder import epochs_of, finished_result, request_stop
 from mamba.runs.metrics import best_accuracy
@@ -150,16 +150,21 @@ def _claim(folder: Path) -> None:
 
 
 def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunConfig:
-    """A trial's whole config; raises ConfigError where its values do not go together."""
+    """A trial's whole config; raises ForgeError where its values do not go together."""
     base = RunConfig(**shared.config)
     own = {"out": shared.folder.parent, "name": shared.folder.name, "trial": name}
-    return base.with_values({**values, **own}).resolve()
+    config = base.with_values({**values, **own}).resolve()
+    if shared.kind == "train":  # so that workers of its own, and who repeats it alone, validate on the same images
+        config = with_split(config)
+        if config.data.split_seed is None:
+            config = config.with_values({"data.split_seed": base.seed})
+    return config
 
 
 def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str) -> None:
     """A trial's line in TensorBoard's HPARAMS tab, also of one whose values do not go together."""
     config = RunConfig(**shared.config)
-    with suppress(ConfigError):
+    with suppress(ForgeError):
         config = config.with_values(dict(values))
         config = trial_config(shared, name, values)
     write_hparams(shared.folder / name, config, status, shared.compared or FIRST_HPARAMS)

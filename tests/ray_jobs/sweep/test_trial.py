@@ -153,6 +153,7 @@ def test_data_is_loaded_once_for_trials_on_the_same_images(shared_of):
     ]
     first, *others = [data_of(shared, config) for config in configs]
     assert all(data is first for data in others), "another seed must not validate on other images"
+    assert {config.data.split_seed for config in configs} == {0}, "workers of a trial's own split by its seed"
 
 
 @pytest.mark.parametrize("metrics", [{"val/loss": math.nan}, {"train/loss": math.inf}, {"val/accuracy": math.nan}])
