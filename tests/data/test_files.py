@@ -118,6 +118,7 @@ print("seen", seen)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_a_data_set_larger_than_the_allowed_memory(tmp_path):
     """802 images of 512x512, 631 MB decoded, in a process that may take 300 MiB beside what torch takes."""
