@@ -8,7 +8,6 @@ from typing import get_args
 
 import pytest
 import torch
-from plain_loops import ROPE, agree, images, small
 from torch import nn
 
 from mamba.config.schema import ModelConfig
@@ -18,6 +17,7 @@ from mamba.models.model import Architecture, MambaModel, count_parameters, named
 from mamba.models.ssm import MIXERS as REGISTRY
 from mamba.runs.checkpoint import load_model, save_checkpoint
 from mamba.train.optim import parameter_groups
+from tests.models.plain_loops import ROPE, agree, images, small
 
 MIXERS = ("forward", "bidirectional", "bidirectional_shared", "multiscale", "alternating", "cross")
 CLASS_TOKENS = ("none", "start", "middle", "double")

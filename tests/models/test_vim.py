@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_loops import agree, small
 from torch import nn
 
 from mamba.models.embed import resize_positions
 from mamba.models.model import count_parameters
 from mamba.models.vim import vim_base, vim_small, vim_tiny
+from tests.models.plain_loops import agree, small
 
 
 @pytest.mark.parametrize("make, count", [(vim_tiny, 7_148_008), (vim_small, 25_796_584), (vim_base, 97_598_440)])

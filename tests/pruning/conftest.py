@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import FAMILY, PLAIN, build
 
 from mamba.models.model import MambaModel
+from tests.pruning.small_models import FAMILY, PLAIN, build
 
 
 @pytest.fixture

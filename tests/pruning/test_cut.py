@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_models import FAMILY, build
 
 from mamba.errors import ConfigError
 from mamba.models.model import MambaModel, count_parameters, mamba_small
@@ -31,6 +30,7 @@ from pruning.cut import cut
 from pruning.importance import SCORES, element_scores, unit_scores
 from pruning.masks import combine
 from pruning.shrink import shrink
+from tests.pruning.small_models import FAMILY, build
 
 STRUCTURED = [
     (name, granularity)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import PLAIN, build, turns
 
 from mamba.errors import ConfigError
 from mamba.models.model import count_parameters, mamba_small
@@ -18,6 +17,7 @@ from pruning import (
 )
 from pruning.importance import element_scores, unit_scores
 from pruning.lite import describe
+from tests.pruning.small_models import PLAIN, build, turns
 
 
 def test_the_lite_model_of_mamba_small():

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import FAMILY, build
 
 from mamba.errors import ConfigError
 from mamba.models.model import count_parameters
 from pruning import apply_mask_mamba, compute_rsst_loss, refill_masks
 from pruning.refill import REFILL_SCORES, prune_survivors, units_to_keep, weights_of
 from pruning.shrink import shrink
+from tests.pruning.small_models import FAMILY, build
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.data())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import PLAIN, build
 
 from mamba.errors import ConfigError
 from pruning.cut import cut
@@ -12,6 +11,7 @@ from pruning.masks import unit_masks
 from pruning.plans import apply_plan
 from pruning.repair import _fit, _look, repair
 from pruning.shrink import shrink
+from tests.pruning.small_models import PLAIN, build
 
 
 @pytest.fixture

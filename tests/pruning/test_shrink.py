@@ -6,11 +6,11 @@ import copy
 import json
 
 import torch
-from small_models import build, turns
 
 from mamba.models.model import Architecture, MambaModel
 from pruning import apply_mask_mamba
 from pruning.shrink import shrink
+from tests.pruning.small_models import build, turns
 
 
 def close(a, b):

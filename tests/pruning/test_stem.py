@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import PLAIN, build
 
 from mamba.errors import ConfigError
 from mamba.models.model import Architecture, MambaModel, named_model
@@ -13,6 +12,7 @@ from pruning import extract_mask_mamba, get_prunable_layers, prune_component
 from pruning.cut import cut
 from pruning.importance import SCORES
 from pruning.shrink import shrink, shrink_ema, shrink_optimizer
+from tests.pruning.small_models import PLAIN, build
 
 
 def stemmed(stem="conv", channels=(6, 8), **choices):

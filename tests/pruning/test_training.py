@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import build
 
 from mamba.config.schema import OptimConfig
 from mamba.runs import checkpoint as ckpt
@@ -20,6 +19,7 @@ from pruning.cut import cut
 from pruning.masks import FILE
 from pruning.rounds import expand, hooks_for
 from pruning.shrink import shrink, shrink_ema, shrink_optimizer
+from tests.pruning.small_models import build
 
 CUTS = {"mlp:neuron": 0.5, "linear_in:expand": 0.4, "linear_B_C:state": 0.3, "linear_out:output": 0.4,
         "conv1d:width": 0.5, "block": 0.34, "linear_gate:element": 0.5}  # fmt: skip
