@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,14 @@ SETTINGS = {
 
 def torchrun(*folders):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(SCRIPT)]
-    done = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True, timeout=300)
+    paths = [str(SCRIPT.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]  # the script imports `tests`
+    done = subprocess.run(
+        [*command, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -301,7 +301,7 @@ def test_a_run_that_only_diverges_fails_with_the_reason(small_fit, small_data, t
 def test_finite_averaged_weights_are_best_where_the_raw_ones_are_not(small_fit, monkeypatch):
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=1):
+    def evaluate(self, model, split, views=ONE):
         return Score(math.nan, math.nan) if model is self.model else original(self, model, split, views)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
@@ -444,7 +444,7 @@ def test_the_test_set_is_read_once_and_never_selects(small_config, small_data, t
     seen = []
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=1):
+    def evaluate(self, model, split, views=ONE):
         seen.append("test" if split is small_data.test else "val")
         return original(self, model, split, views)
 
@@ -457,7 +457,7 @@ def test_the_best_by_validation_is_what_is_tested(small_fit, tmp_path, monkeypat
     scores = iter([50.0, 40.0, 70.0, 80.0, 60.0, 20.0])  # raw and averaged, three epochs
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=1):
+    def evaluate(self, model, split, views=ONE):
         loss, accuracy = original(self, model, split, views)
         return loss, accuracy if split is self.data.test else next(scores)
 
@@ -474,7 +474,7 @@ def test_only_the_best_is_kept_and_the_first_of_equals_wins(small_fit, tmp_path,
     scores = iter([50.0, 50.0, 60.0, 60.0, 60.0, 60.0])
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=1):
+    def evaluate(self, model, split, views=ONE):
         loss, accuracy = original(self, model, split, views)
         return loss, accuracy if split is self.data.test else next(scores)
 
