@@ -399,6 +399,14 @@ def test_out_of_memory_is_the_same_sentence_wherever(small_fit, monkeypatch, whe
         small_fit()
 
 
+@pytest.mark.parametrize("cpus, processes", [(1, 0), (4, 3), (64, 16)])
+def test_cpus_per_worker_reach_the_loaders(small_config, small_data, tmp_path, cpus, processes):
+    config = small_config(scaling__cpus_per_worker=cpus, data__augment="basic")
+    trainer = Trainer(config, local_process(), tmp_path, small_data)
+    assert trainer.batches.loader.num_workers == processes
+    trainer.close()
+
+
 def test_a_skipped_step_leaves_the_average_alone(small_config, small_data, tmp_path):
     trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     images, targets = torch.randn(16, 3, 8, 8), torch.full((16, 3), 1 / 3)

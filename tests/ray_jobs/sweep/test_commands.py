@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 from ray_jobs.ablate import main as ablate
+from ray_jobs.prune import main as prune
+from ray_jobs.train import main as train
 from ray_jobs.tune import main as tune
 
 
@@ -52,3 +57,42 @@ def test_bad_input_is_named_before_anything_starts(trained, tmp_path, capsys, sc
     assert script([*words, *([] if "--resume" in words else ["--out", str(tmp_path / "runs")])]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "script, words, key",
+    [
+        (train, ["--model.checkpoint", "CHECKPOINT"], "model.checkpoint"),
+        (train, ["--distill.teacher", "CHECKPOINT"], "distill.teacher"),
+        (prune, ["--plan", "stage2", "--checkpoint", "CHECKPOINT"], "model.checkpoint"),
+        (prune, ["--method", "refill", "--rounds", "1", "--checkpoint", "CHECKPOINT"], "model.checkpoint"),
+        (ablate, ["--checkpoint", "CHECKPOINT"], "--checkpoint"),
+        (tune, ["--space", "pruning", "--checkpoint", "CHECKPOINT"], "--checkpoint"),
+        (tune, ["--space", "quickstart", "--checkpoint", "CHECKPOINT"], "model.checkpoint"),
+        (tune, ["--space", "quickstart", "--distill.teacher", "CHECKPOINT"], "distill.teacher"),
+    ],
+)
+@pytest.mark.parametrize("other", ["order", "names", "split"])
+def test_every_command_compares_a_trained_model_with_the_data(
+    trained_on_digits, tmp_path, capsys, script, words, key, other
+):
+    """Before anything starts: its classes, their order, and which images it was trained on."""
+    run = shutil.copytree(trained_on_digits, tmp_path / "trained")
+    for file in run.glob("checkpoints/*/config.json"):
+        tree = json.loads(file.read_text())
+        if other == "order":
+            tree["classes"][3], tree["classes"][5] = tree["classes"][5], tree["classes"][3]
+        elif other == "names":
+            tree["classes"][3] = "owl"
+        file.write_text(json.dumps(tree))
+    words = [str(run) if word == "CHECKPOINT" else word for word in words]
+    words += ["--data.split-seed", "7"] if other == "split" else []
+    assert script([*words, "--out", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    gist = {
+        "order": "in another order: number 3 is",
+        "names": "without owl and with",
+        "split": "would validate on images",
+    }
+    assert said.startswith(f"error: {key} {run} ") and gist[other] in said, said
+    assert not list((tmp_path / "runs").glob("*/*/")), "a run or a trial had begun"
