@@ -26,7 +26,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @cache
 def _revision() -> str:
-    """The commit of the code that runs, `+changes` where the tree differs from it, `unknown` outside a checkout."""
+    """The commit of the code that runs, `+changes` where the tree differs from it; `unknown` outside a checkout, and of
+    a copy that lies in somebody else's checkout."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -35,6 +36,7 @@ def _revision() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -15,7 +15,7 @@ from ray_jobs.report.page import write_report
 from ray_jobs.report.rows import SCORE, ranked
 from ray_jobs.report.table import show, write_results
 from ray_jobs.sweep import experiment
-from ray_jobs.sweep.run import run
+from ray_jobs.sweep.run import check_data, run
 
 SHOWN = 10
 """Trials in the table at the end."""
@@ -36,7 +36,14 @@ def perform(args: TrainArgs, asked: Callable[[], experiment.Experiment], script:
         with quiet_pipe():
             print(text)
         return 0
-    return conclude(args.resume.absolute() if args.resume else experiment.create(asked(), sys.argv), script)
+    if args.resume:
+        folder = args.resume.absolute()
+        check_data(experiment.load(folder))
+    else:
+        wanted = asked()
+        check_data(wanted)  # first, so that what is refused leaves no folder behind
+        folder = experiment.create(wanted, sys.argv)
+    return conclude(folder, script)
 
 
 def conclude(folder: Path, script: str) -> int:

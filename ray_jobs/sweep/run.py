@@ -34,7 +34,8 @@ SCORE = "val/best_accuracy"
 
 
 def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -> tuple[bool, list[dict[str, Any]]]:
-    """Run what is left of the experiment in `folder`; `settled` is called whenever a trial has left its result.
+    """Run what is left of the experiment in `folder`, whose data was checked; `settled` is called whenever a trial has
+    left its result.
 
     Returns:
         whether it ran to its end (False: interrupted), and a row for every trial that has a result.
@@ -44,7 +45,6 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
     """
     experiment = load(folder)
     config, space = experiment.config, experiment.space
-    check_data(experiment)
     with exclusive(folder):
         search = _search(experiment, folder)
         with connected(say) as cluster:

@@ -64,6 +64,7 @@ def cluster(tmp_path):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_an_ablation_as_a_job_submitted_and_stopped(cluster, tmp_path, monkeypatch):
     env, address = cluster

@@ -112,6 +112,7 @@ def test_bad_input_is_named_before_anything_starts(trained, tmp_path, capsys, wo
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_killed_series_goes_on_where_it_was(tmp_path):
     words = ["--method", "rsst", "--rounds", "1", "--rate", "0.4", "--optim.epochs", "12", "--data.batch-size", "32"]
     command = [sys.executable, "ray_jobs/prune.py", *FAST[:6], *LOCAL, *words, "--out", str(tmp_path), "--trial", "one"]

@@ -95,4 +95,5 @@ def test_every_command_compares_a_trained_model_with_the_data(
         "split": "would validate on images",
     }
     assert said.startswith(f"error: {key} {run} ") and gist[other] in said, said
+    assert not list((tmp_path / "runs").glob("**/*.json")), "a folder blocks the name"
     assert not list((tmp_path / "runs").glob("*/*/")), "a run or a trial had begun"
