@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from mamba.config.help import quiet_pipe
     from ray_jobs.report.collect import collect
-    from ray_jobs.report.index import show_groups, write_index
+    from ray_jobs.report.comparison import show_groups, write_index
     from ray_jobs.report.table import write_results
 
     try:
