@@ -6,7 +6,6 @@ import pytest
 
 from tests.fuzz.targets import TARGETS
 
-
 IN_CI = {"spaces": 300}
 
 

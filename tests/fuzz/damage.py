@@ -53,7 +53,8 @@ def holds(given: dict[str, Any], folder: Path) -> None:
     at = min(int(given["where"] * len(content)), len(content) - 1)
     if given["how"] == "flip":
         content[at] ^= 1 << given["bit"]
-    content = {"cut": content[:at], "empty": b"", "list": b"[1, 2]", "text": b"no longer\0this"}.get(given["how"], content)
+    others = {"cut": content[:at], "empty": b"", "list": b"[1, 2]", "text": b"no longer\0this"}
+    content = others.get(given["how"], content)
     if given["how"] == "gone":
         file.unlink()
     else:

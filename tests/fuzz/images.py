@@ -16,8 +16,8 @@ from tests.fuzz import Target, sentence
 
 FULL = {"L": 255, "RGB": 255, "RGBA": 255, "LA": 255, "I;16": 65535, "P": 255, "1": 1, "CMYK": 255}
 """What white is in a mode; CMYK is written from RGB."""
-ENDINGS = {"L": ["png", "bmp", "tif"], "RGB": ["png", "bmp", "tif", "webp"], "I;16": ["png", "tif"], "1": ["png", "tif"],
-           "RGBA": ["png", "webp"], "LA": ["png"], "P": ["png", "gif"], "CMYK": ["tif"]}  # fmt: skip
+ENDINGS = {"L": ["png", "bmp", "tif"], "RGB": ["png", "bmp", "tif", "webp"], "I;16": ["png", "tif"],
+           "1": ["png", "tif"], "RGBA": ["png", "webp"], "LA": ["png"], "P": ["png", "gif"], "CMYK": ["tif"]}  # fmt: skip
 CLOSE = 4
 """Levels of 256 that a file format may move a grey."""
 
