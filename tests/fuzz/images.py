@@ -17,7 +17,8 @@ from tests.fuzz import Target, sentence
 FULL = {"L": 255, "RGB": 255, "RGBA": 255, "LA": 255, "I;16": 65535, "P": 255, "1": 1, "CMYK": 255}
 """What white is in a mode; CMYK is written from RGB."""
 ENDINGS = {"L": ["png", "bmp", "tif"], "RGB": ["png", "bmp", "tif", "webp"], "I;16": ["png", "tif"],
-           "1": ["png", "tif"], "RGBA": ["png", "webp"], "LA": ["png"], "P": ["png", "gif"], "CMYK": ["tif"]}  # fmt: skip
+           "1": ["png", "tif"], "RGBA": ["png", "webp"], "LA": ["png"], "P": ["png", "gif"],
+           "CMYK": ["tif"]}  # fmt: skip
 CLOSE = 4
 """Levels of 256 that a file format may move a grey."""
 
@@ -65,11 +66,13 @@ def holds(given: dict[str, Any], folder: Path) -> None:
     content = whole.read_bytes()
     file.write_bytes(content[: round(given["kept"] * len(content))])
     values = {"data.dataset": "folder", "data.root": folder, "data.img_size": 8, "data.val_fraction": 0.0}
+    refused = ""
     try:
         data = load_data(RunConfig().with_values({**values, "data.fit": given["fit"]}).resolve().data, 0)
     except DataError as error:
-        assert file.name in sentence(error), error
-        assert given["kept"] < 1, f"a whole file is refused: {error}"
+        refused = sentence(error)
+    if refused:
+        assert file.name in refused and given["kept"] < 1, refused
         return
     count = len(data.train)
     if count == 6:
