@@ -248,11 +248,12 @@ class MambaModel(nn.Module):
         return replace(self.base, blocks=tuple(block.shape for block in self.stack))
 
     def forward(self, images: Tensor) -> Tensor:
-        side = self.base.img_size
-        if images.ndim != 4 or images.shape[-2:] != (side, side):  # as many tokens by chance would have wrong places
+        side, channels = self.base.img_size, self.base.in_chans
+        if images.ndim != 4 or images.shape[1:] != (channels, side, side):  # as many tokens would have wrong places
             shape = tuple(images.shape)
             raise ValueError(
-                f"images of shape {shape} for a model of {side}x{side} pixels; valid: (batch, 3, {side}, {side})"
+                f"images of shape {shape} for a model of {side}x{side} pixels; "
+                f"valid: (batch, {channels}, {side}, {side})"
             )
         x = self._tokens(images)
         rotary = (self.cos, self.sin) if self.rotary else None

@@ -11,6 +11,7 @@ from mamba.runs.metrics import number
 from pruning.measure import ratio
 from ray_jobs.report.noise import error_of, images_in_words, images_of, standard_error
 from ray_jobs.report.rows import (
+    RATES,
     best_of,
     by_component,
     by_layer,
@@ -23,8 +24,10 @@ from ray_jobs.report.rows import (
     measured,
     over_seeds,
     ranked,
+    repaired,
     same_models,
     score,
+    setting,
     varied,
 )
 
@@ -63,6 +66,7 @@ def findings(
     lines += _components(rows, baseline, limit, images)
     lines += _layers(rows, limit)
     lines += _together(rows, baseline)
+    lines += _given_back(rows, limit)
     lines += _means(over_seeds(rows))
     return "\n".join(lines)
 
@@ -82,7 +86,12 @@ def _components(
         return []
     if limit > DEAR:
         return [f"too few validation images to say what a cut costs: {NOISE} of them are {limit:.0f} points"]
-    drops = {name: {rate: _lost(some) for rate, some in points.items()} for name, points in components.items()}
+    idle = [(name, rate) for name, points in components.items() for rate in points if _idle(points[rate], baseline)]
+    drops = {
+        name: {rate: _lost(some) for rate, some in points.items() if (name, rate) not in idle}
+        for name, points in components.items()
+    }
+    drops = {name: points for name, points in drops.items() if points}
     reach = {}
     for name, points in drops.items():
         dear = min((rate for rate, lost in points.items() if lost > limit), default=float("inf"))
@@ -118,22 +127,33 @@ def _components(
         rate = min(points)
         if not reach[name]:
             lines.append(f"careful: {name} costs {points[rate]:.2f} points already at {rate:g}")
+    lines += [f"{name} at {rate:g} takes nothing from this model" for name, rate in idle]
     return lines
+
+
+def _idle(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> bool:
+    """Whether units should have gone and none went: a rate below one unit."""
+    sizes = ("model/params", "model/nonzero")
+    return all(
+        row["values"].get("cut.structured")
+        and all(measured(row, key) is not None and measured(row, key) == finite(baseline.get(key)) for key in sizes)
+        for row in rows
+    )
 
 
 def _nonzero_share(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> str:
     left, whole = measured(rows[0], "model/nonzero"), finite(baseline.get("model/nonzero"))
-    return f", {100 * (1 - left / whole):.1f} % of the model's" if left is not None and whole else ""
+    return f", {100 * (1 - left / whole):.1f} % of the model's parameters" if left is not None and whole else ""
 
 
 def _layers(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
     lines = []
-    for setting, blocks in by_layer(rows).items():
+    for words_of, blocks in by_layer(rows).items():
         layers = {layer: _lost(some) for layer, some in blocks.items()}
         order = sorted(layers, key=lambda layer: layers[layer])
         words = [f"{layer} ({layers[layer]:.2f})" for layer in order]
         named = min(3, max(1, len(words) // 2))  # none is in both lists
-        where = f" [{setting}]" if setting else ""
+        where = f" [{words_of}]" if words_of else ""
         lines.append(f"blocks that matter least, points lost{where}: {', '.join(words[:named])}")
         last = [i for i, layer in enumerate(order) if i >= named and layers[layer] > limit][-named:]
         touchy = ", ".join(words[i] for i in reversed(last)) or f"none costs more than {limit:.2f} alone"
@@ -144,9 +164,11 @@ def _layers(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
 def _together(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> list[str]:
     lines = []
     same = same_models(rows)
-    for row in joint(rows):
+    together = joint(rows)
+    for row in together:
         kind = "units removed" if row["values"].get("cut.structured") else "weights zeroed"
-        said = f"together ({kind}): {cut_in_words(row)}: "
+        how = ", ".join(filter(None, [kind, setting(together, row, {*RATES, "cut.structured"})]))
+        said = f"together ({how}): {cut_in_words(row)}: "
         if row["trial"] in same:
             earlier = next(r for r in rows if r["trial"] == same[row["trial"]])
             lines.append(f"{said}the same model as {cut_in_words(earlier)} (units of one group go together)")
@@ -157,6 +179,19 @@ def _together(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) 
         faster = ratio(baseline, row["metrics"], "bench/images_per_s")
         said += f", {faster.value:.2f} times the throughput{faster.note}" if faster else ""
         lines.append(said)
+    return lines
+
+
+def _given_back(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
+    """What repair gave back, of the cuts that cost more than `limit` without it."""
+    pairs = [(plain, mended) for plain, mended in repaired(rows) if _lost([plain]) > limit]
+    lines = []
+    for plain, mended in sorted(pairs, key=lambda pair: -_lost([pair[0]])):
+        lost, left = _lost([plain]), _lost([mended])
+        lines.append(
+            f"repair of {cut_in_words(plain)}: {lost:.2f} points lost without, {left:.2f} with; "
+            f"{100 * (lost - left) / lost:.0f} % given back"
+        )
     return lines
 
 

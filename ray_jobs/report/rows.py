@@ -73,7 +73,7 @@ def by_component(rows: Sequence[AnyRow]) -> dict[str, dict[float, list[AnyRow]]]
     found: dict[str, dict[float, list[AnyRow]]] = {}
     for row in some:
         ((name, rate),) = cut_of(row).items()
-        words = _setting(some, row, RATES)
+        words = setting(some, row, RATES)
         found.setdefault(f"{name} ({words})" if words else name, {}).setdefault(rate, []).append(row)
     return found
 
@@ -86,7 +86,7 @@ def by_layer(rows: Sequence[AnyRow]) -> dict[str, dict[int, list[AnyRow]]]:
     for row in some:
         layer = layer_of(row)
         assert layer is not None
-        words = _setting(some, row, {"cut.layer"})
+        words = setting(some, row, {"cut.layer"})
         found.setdefault(words, {}).setdefault(layer, []).append(row)
     return found
 
@@ -123,12 +123,22 @@ def same_models(rows: Sequence[Row]) -> dict[str, str]:
     return same
 
 
+def repaired(rows: Sequence[AnyRow]) -> list[tuple[AnyRow, AnyRow]]:
+    """The finished trials that know what they cost and differ in nothing but `cut.repair`: without it, and with it."""
+    found: dict[str, dict[bool, AnyRow]] = {}
+    for row in finished(rows):
+        if measured(row, "val/drop") is not None and isinstance(row["values"].get("cut.repair"), bool):
+            others = {k: v for k, v in row["values"].items() if k != "cut.repair"}
+            found.setdefault(json.dumps(others, sort_keys=True, default=str), {})[row["values"]["cut.repair"]] = row
+    return [(pair[False], pair[True]) for pair in found.values() if len(pair) == 2]
+
+
 def varied(rows: Sequence[Row], row: Row) -> dict[str, Any]:
     """A trial's values, without those that are the same in all trials."""
     return {k: v for k, v in row["values"].items() if any(r["values"].get(k, ...) != v for r in rows)}
 
 
-def _setting(rows: Sequence[Row], row: Row, known: Collection[str]) -> str:
+def setting(rows: Sequence[Row], row: Row, known: Collection[str]) -> str:
     """What tells a trial from the others, besides some known keys and the seed, in words."""
     others = {k: v for k, v in varied(rows, row).items() if k not in known and k != "seed"}
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in others.items())

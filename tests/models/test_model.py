@@ -217,7 +217,7 @@ def test_wrong_arguments():
         mamba_tiny(drop_path=1.0)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 4, 16), (1, 3, 16, 4), (1, 3, 16, 16), (3, 8, 8)])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 16), (1, 3, 16, 4), (1, 3, 16, 16), (3, 8, 8), (1, 1, 8, 8)])
 def test_images_of_another_shape(shape):
     """4x16 pixels make as many tokens as 8x8 do, and would get their positions."""
     with pytest.raises(ValueError, match="for a model of 8x8 pixels; valid: .batch, 3, 8, 8"):

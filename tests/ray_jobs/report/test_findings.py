@@ -26,8 +26,8 @@ def test_findings_say_what_the_numbers_say():
     dense = {"val/accuracy": 90.0, "model/params": 100, "model/nonzero": 100, "bench/images_per_s": 20.0}
     text = findings(rows, dense)
     assert "components by the highest rate that costs at most 1.00 points" in text, "the threshold is said"
-    assert "prune first: mlp up to 0.7 costs 0.90 points (weights zeroed, 40.0 % of the model's)" in text
-    assert "2. linear_in up to 0.5 costs 0.50 points (weights zeroed, 20.0 % of the model's)" in text
+    assert "prune first: mlp up to 0.7 costs 0.90 points (weights zeroed, 40.0 % of the model's parameters)" in text
+    assert "2. linear_in up to 0.5 costs 0.50 points (weights zeroed, 20.0 % of the model's parameters)" in text
     assert "careful: conv1d costs 6.00 points already at 0.3" in text and "prune first: conv1d" not in text
     assert "matter least, points lost: 0 (0.00), 1 (1.00), 2 (2.00)" in text
     assert "not to touch, points lost: 5 (5.00), 4 (4.00), 3 (3.00)" in text
@@ -151,3 +151,25 @@ def test_no_front_through_trials_that_changed_nothing(structured):
     else:
         assert "front" not in text and "every trial has the same model/macs, 100: it sets none apart" in text
         assert "best: cut.mlp-0.2" in text
+
+
+def test_what_repair_gave_back_is_said_for_each_cut():
+    def cut(repair: bool, drop: float, **rates: float):
+        values = {f"cut.{name}": rate for name, rate in rates.items()}
+        return lost({"cut.repair": repair, "cut.structured": True, **values}, drop, model__params=50, model__nonzero=50)
+
+    rows = [cut(False, 16.0, mlp=0.7, linear_out=0.5), cut(True, 4.0, mlp=0.7, linear_out=0.5)]
+    rows += [cut(False, 0.2, linear_gate=0.3), cut(True, 0.1, linear_gate=0.3)]
+    text = findings(rows, {"val/accuracy": 90.0, "val/images": 5000, "model/params": 100, "model/nonzero": 100})
+    assert "together (units removed, repair False): mlp 0.7, linear_out 0.5: 16.00 points" in text
+    assert "together (units removed, repair True): mlp 0.7, linear_out 0.5: 4.00 points" in text
+    assert "repair of mlp 0.7, linear_out 0.5: 16.00 points lost without, 4.00 with; 75 % given back" in text
+    assert text.count("given back") == 1, "a share of nothing says nothing"
+
+
+def test_a_cut_that_takes_nothing_is_not_advised():
+    kept = {"model__params": 100, "model__nonzero": 100}
+    rows = [lost({"cut.block": 0.1, "cut.structured": True}, 0.0, **kept)]
+    rows += [lost({"cut.mlp": 0.5, "cut.structured": True}, 0.4, model__params=80, model__nonzero=80)]
+    text = findings(rows, {"val/accuracy": 90.0, "val/images": 5000, "model/params": 100, "model/nonzero": 100})
+    assert "block at 0.1 takes nothing from this model" in text and "block up to" not in text
