@@ -11,7 +11,6 @@ from rich.console import Console
 from mamba.config.cli import TrainArgs
 from mamba.config.help import quiet_pipe
 from ray_jobs.report.findings import findings
-from ray_jobs.report.page import write_report
 from ray_jobs.report.rows import SCORE, ranked
 from ray_jobs.report.table import show, write_results
 from ray_jobs.sweep import experiment
@@ -78,6 +77,8 @@ def conclude(folder: Path, script: str) -> int:
     text = findings(rows, experiment.baseline_of(folder), told.space.objectives)
     console.print(text, markup=False)
     if rows:
+        from ray_jobs.report.page import write_report  # draws: nothing that a sweep should wait for before it starts
+
         console.print(f"report: {write_report(folder, rows, text)}", markup=False)
     console.print(f"table: {folder / 'results.csv'}", markup=False)
     if not ended:
