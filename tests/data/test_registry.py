@@ -20,3 +20,13 @@ def test_a_data_set_is_one_entry(monkeypatch):
     monkeypatch.setitem(DATASETS, "toy", Source(8, load_digits_images))
     data = load_data(config(dataset="digits").model_copy(update={"dataset": "toy"}), 0)
     assert len(data.train) == 1295
+
+
+def test_the_digits_file_holds_what_scikit_learn_reads():
+    from sklearn.datasets import load_digits
+
+    from mamba.data.digits import read_digits
+
+    levels, labels = read_digits()
+    bunch = load_digits()
+    assert (levels == bunch.images).all() and (labels == bunch.target).all() and labels.dtype == "int64"
