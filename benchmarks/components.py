@@ -13,10 +13,14 @@ import argparse
 import csv
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, wherever this is run from
+
+from benchmarks.trained import trained
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError, ForgeError
@@ -31,6 +35,7 @@ from pruning.plans import Plan
 from pruning.shrink import shrink
 
 FIELDS = ("what", "rate", "val_accuracy", "params", "nonzero", "macs", "images_per_s", "latency_ms", "peak_memory_mib")
+CUTTABLE = [n for n, c in COMPONENTS.items() if c.refused is None]
 OUTPUT_PLAN = {"linear_out:output": 0.5, "mlp:neuron": 0.7, "linear_gate:element": 0.6, "linear_in:expand": 0.25}
 """Stage 2 with linear_out cut by output channels instead of by input channels."""
 
@@ -39,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint's")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9])
-    parser.add_argument("--components", nargs="+", default=[n for n, c in COMPONENTS.items() if c.refused is None])
+    parser.add_argument("--components", nargs="+", default=CUTTABLE)
     parser.add_argument("--score", default="l1")
     parser.add_argument("--batch-size", type=int, default=None, help="of the throughput; 1024 on a GPU, 128 on a CPU")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long each speed is timed")
@@ -47,20 +52,27 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=None)
     parser.add_argument("--figure", type=Path, default=None, help="accuracy against rate, a line a granularity")
     args = parser.parse_args()
+    device = own_device()
+    about = {"command": " ".join(["python", *sys.argv]), "date": str(date.today()), **environment(device)}
+    print(json.dumps(about["hardware"]), json.dumps(about["versions"]))
+    found: list[dict[str, Any]] = []
     try:
-        rows, about = run(args)
+        print("  ".join(f"{key:>{20 if key == 'what' else 12}}" for key in FIELDS))
+        for row in rows(args.checkpoint, args.rates, args.components, args.score, args.batch_size, args.seconds):
+            found.append(row)
+            print("  ".join(f"{row.get(key, '')!s:>{20 if key == 'what' else 12}}" for key in FIELDS), flush=True)
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, restval="")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(found)
     if args.figure:
-        draw(rows, args.figure)
+        draw(found, args.figure)
     return 0
 
 
@@ -96,68 +108,63 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def rows(
+    checkpoint: Path | str | None = None,
+    rates: Sequence[float] = (0.3, 0.5, 0.7, 0.9),
+    components: Sequence[str] | None = None,
+    score: str = "l1",
+    batch_size: int | None = None,
+    seconds: float = 0.5,
+    epochs: int = 20,
+) -> Iterator[dict[str, Any]]:
+    """A row the dense model, a plan, a component at a rate. Without a checkpoint: of the quickstart model, trained here
+    for so many epochs."""
     device = own_device()
-    model, description = ckpt.load_model(args.checkpoint, device=device)
-    config = RunConfig.stored(description["config"], args.checkpoint)
-    data = load_data(config.data, config.seed)
-    if data.val is None:
-        raise ConfigError("the run kept no validation split (data.val_fraction 0); there is nothing to measure on")
-    amp = resolve_amp(config.optim.amp, device)
-    batch_size = args.batch_size or measure.usual_batch(device)
-    about = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": str(date.today()),
-        "checkpoint": {k: description.get(k) for k in ("epoch", "metrics")},
-        "score": args.score,
-        "batch_size": batch_size,
-        "amp": str(amp),
-        "val_images": len(data.val),
-        **environment(device),
-    }
-    print(json.dumps(about["hardware"]), json.dumps(about["versions"]))
-    rows: list[dict[str, Any]] = []
+    with trained(checkpoint, epochs) as path:
+        model, description = ckpt.load_model(path, device=device)
+        config = RunConfig.stored(description["config"], path)
+        data = load_data(config.data, config.seed)
+        if data.val is None:
+            raise ConfigError("the run kept no validation split (data.val_fraction 0); there is nothing to measure on")
+        amp, val = resolve_amp(config.optim.amp, device), data.val
+        batch = batch_size or measure.usual_batch(device)
 
-    def record(what: str, rate: float, pruned: Any, timed: bool) -> None:
-        assert data.val is not None
-        size = measure.size(pruned)
-        row = {
-            "what": what,
-            "rate": rate,
-            "val_accuracy": round(measure.accuracy(pruned, data, data.val, config.eval.batch_size, amp), 2),
-            **{key: int(size[f"model/{key}"]) for key in ("params", "nonzero", "macs")},
-        }
-        if timed:
-            speed = measure.speed(pruned, batch_size, args.seconds, amp)
-            row |= {key.removeprefix("bench/"): round(value, 4) for key, value in speed.items()}
-        rows.append(row)
-        print("  ".join(f"{row.get(key, '')!s:>{20 if key == 'what' else 12}}" for key in FIELDS), flush=True)
+        def row(what: str, rate: float, pruned: Any, timed: bool) -> dict[str, Any]:
+            size = measure.size(pruned)
+            found = {
+                "what": what,
+                "rate": rate,
+                "val_accuracy": round(measure.accuracy(pruned, data, val, config.eval.batch_size, amp), 2),
+                **{key: int(size[f"model/{key}"]) for key in ("params", "nonzero", "macs")},
+            }
+            if timed:
+                speed = measure.speed(pruned, batch, seconds, amp)
+                found |= {key.removeprefix("bench/"): round(value, 4) for key, value in speed.items()}
+            return found
 
-    print("  ".join(f"{key:>{20 if key == 'what' else 12}}" for key in FIELDS))
-    record("dense", 0.0, model, True)
-    for name in PLANS:
-        try:
-            record(name, 0.0, apply_plan(model, name, args.score).model, True)
-        except ConfigError as error:
-            print(f"{name:>20}  refused: {error}")
-    how: Plan = PLANS["stage2"]
-    record("stage2, output", 0.0, cut(model, OUTPUT_PLAN, True, score=args.score, **how.how).model, True)
-    record("dense again", 0.0, model, True)
-    for name in args.components:
-        for granularity in COMPONENTS[name].granularities:
-            for rate in args.rates:
-                what = f"{name}:{granularity}"
-                try:
-                    masked = cut(model, {what: rate}, score=args.score)
-                    element = granularity == ELEMENT
-                    smaller = masked.model if element else shrink(masked.model, masked.masks).model
-                    if granularity in COMPONENTS[name].replacements:
-                        smaller = cut(model, {what: rate}, True, score=args.score).model
-                except ConfigError as error:
-                    print(f"{what:>20}  {rate:>12}  refused: {error}")
-                    continue
-                record(what, rate, smaller, False)
-    return rows, about
+        yield row("dense", 0.0, model, True)
+        for name in PLANS:
+            try:
+                yield row(name, 0.0, apply_plan(model, name, score).model, True)
+            except ConfigError as error:
+                print(f"{name:>20}  refused: {error}")
+        how: Plan = PLANS["stage2"]
+        yield row("stage2, output", 0.0, cut(model, OUTPUT_PLAN, True, score=score, **how.how).model, True)
+        yield row("dense again", 0.0, model, True)
+        for name in CUTTABLE if components is None else components:
+            for granularity in COMPONENTS[name].granularities:
+                for rate in rates:
+                    what = f"{name}:{granularity}"
+                    try:
+                        masked = cut(model, {what: rate}, score=score)
+                        element = granularity == ELEMENT
+                        smaller = masked.model if element else shrink(masked.model, masked.masks).model
+                        if granularity in COMPONENTS[name].replacements:
+                            smaller = cut(model, {what: rate}, True, score=score).model
+                    except ConfigError as error:
+                        print(f"{what:>20}  {rate:>12}  refused: {error}")
+                        continue
+                    yield row(what, rate, smaller, False)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,20 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import hardware
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, wherever this is run from
 
 from mamba.config.schema import RunConfig
 from mamba.data.device_loader import make_train_batches
 from mamba.data.images import ImageData
 from mamba.data.registry import load_data
-from mamba.train.distributed import local_process
+from mamba.runs.environment import environment
+from mamba.train.distributed import local_process, own_device
 
 
 def measure(config: RunConfig, data: ImageData, epochs: int) -> dict[str, float]:
@@ -43,7 +46,30 @@ def measure(config: RunConfig, data: ImageData, epochs: int) -> dict[str, float]
             torch.cuda.synchronize()
         if epoch:
             speeds.append(images / (time.perf_counter() - began))
-    return {"images_per_s": statistics.median(speeds), "slowest": min(speeds), "fastest": max(speeds)}
+    low_high = {"images_per_s_low": min(speeds), "images_per_s_high": max(speeds)}
+    return {"images_per_s": statistics.median(speeds), **low_high}
+
+
+def rows(
+    augments: Sequence[str],
+    workers: Sequence[int],
+    dataset: str = "folder",
+    root: str = "data",
+    side: int = 32,
+    batch: int = 128,
+    erasing: float = 0.25,
+    epochs: int = 3,
+) -> Iterator[dict[str, Any]]:
+    """A row an augmentation and way: so many loader processes, or the device path."""
+    values = {"data.dataset": dataset, "data.root": Path(root), "data.img_size": side, "data.batch_size": batch,
+              "data.random_erasing": erasing}  # fmt: skip
+    base = RunConfig().with_values(values).resolve()
+    data = load_data(base.data, base.seed)
+    ways = {f"loader {n}": {"data.device": "cpu", "data.loader_workers": n} for n in workers}
+    for augment in augments:
+        for way, chosen in {**ways, "device": {"data.device": "gpu"}}.items():
+            row = measure(base.with_values({"data.augment": augment, **chosen}), data, epochs)
+            yield {"augment": augment, "way": way, **row}
 
 
 def main() -> None:
@@ -58,20 +84,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    report: dict[str, Any] = {"hardware": hardware(), "command": " ".join(sys.argv), "rows": []}
-    print(" ".join(f"{k}={v}" for k, v in report["hardware"].items()))
+    report: dict[str, Any] = {**environment(own_device()), "command": " ".join(sys.argv), "rows": []}
+    print(json.dumps(report["hardware"]), json.dumps(report["versions"]))
     print(f"{'augment':>12} {'way':>10} {'images/s':>9} {'slowest':>8} {'fastest':>8}")
-    values = {"data.dataset": args.dataset, "data.root": args.root, "data.img_size": args.side,
-              "data.batch_size": args.batch, "data.random_erasing": args.erasing}  # fmt: skip
-    base = RunConfig().with_values(values).resolve()
-    data = load_data(base.data, base.seed)
-    ways = {f"loader {n}": {"data.device": "cpu", "data.loader_workers": n} for n in args.workers}
-    for augment in args.augment:
-        for way, chosen in {**ways, "device": {"data.device": "gpu"}}.items():
-            row = measure(base.with_values({"data.augment": augment, **chosen}), data, args.epochs)
-            report["rows"].append({"augment": augment, "way": way, **row})
-            print(f"{augment:>12} {way:>10} {row['images_per_s']:9.0f} {row['slowest']:8.0f} {row['fastest']:8.0f}",
-                  flush=True)  # fmt: skip
+    for row in rows(args.augment, args.workers, args.dataset, args.root, args.side, args.batch, args.erasing,
+                    args.epochs):  # fmt: skip
+        report["rows"].append(row)
+        print(f"{row['augment']:>12} {row['way']:>10} {row['images_per_s']:9.0f} {row['images_per_s_low']:8.0f} "
+              f"{row['images_per_s_high']:8.0f}", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -16,14 +16,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from train_step import FASTEST, MODES, hardware, run_case
 
-from mamba.train.distributed import torchrun_process
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, wherever this is run from
+
+from benchmarks.train_step import FASTEST, MODES, run_case
+from mamba.runs.environment import environment
+from mamba.train.distributed import own_device, torchrun_process
 from mamba.train.gradients import CHOICE
 
 
@@ -38,6 +42,40 @@ def run_cases(cases: list[dict[str, Any]]) -> None:
         if process.rank == 0:
             print(json.dumps(result), flush=True)
     dist.destroy_process_group()
+
+
+def rows(
+    gpus: Sequence[int],
+    batches: Sequence[int],
+    model: str = "mamba_small",
+    gradients: Sequence[str] = (),
+    mode: str = FASTEST,
+    dataset: str = "folder",
+    root: str = "data",
+    epochs: int = 3,
+    steps: int = 0,
+    profile: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A row a count of GPUs, batch a GPU, and way of averaging gradients."""
+    common = {"model": model, "mode": mode, "dataset": dataset, "root": str(root), "epochs": epochs, "steps": steps,
+              "profile": profile, "scan": "default", "overrides": dict(overrides or {})}  # fmt: skip
+    firsts: dict[int, float] = {}
+    for count in gpus:
+        ways = gradients if gradients and count > 1 else [None]
+        cases = [{**common, "batch": batch, "gradients": way} for batch in batches for way in ways]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
+        done = subprocess.run([*command, "--cases", json.dumps(cases)], env=os.environ, capture_output=True, text=True)
+        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        for case, result in zip(cases, found, strict=False):
+            row = {"model": model, "gpus": count, "batch": case["batch"], "gradients": case["gradients"] or "-"}
+            first = firsts.setdefault(case["batch"], result["images_per_s"])
+            yield row | result | {"ratio": result["images_per_s"] / first}
+        if done.returncode:
+            row = {"model": model, "gpus": count, "batch": cases[len(found)]["batch"] if len(found) < len(cases) else 0}
+            yield row | {"gradients": "-", "images_per_s": f"failed: {done.stderr.strip()[-600:]}"}
+        if profile:
+            print(done.stderr[-4000:], flush=True)
 
 
 def main() -> None:
@@ -58,30 +96,19 @@ def main() -> None:
     if args.cases:
         run_cases(json.loads(args.cases))
         return
-    report: dict[str, Any] = {"hardware": hardware(), "command": " ".join(sys.argv), "rows": []}
-    print(" ".join(f"{k}={v}" for k, v in report["hardware"].items()))
+    report: dict[str, Any] = {**environment(own_device()), "command": " ".join(sys.argv), "rows": []}
+    print(json.dumps(report["hardware"]), json.dumps(report["versions"]))
     print(f"{'GPUs':>5} {'batch':>6} {'gradients':>9} {'images/s':>9} {'slowest':>8} {'fastest':>8} {'ratio':>6} "
           f"{'per GPU':>8}")  # fmt: skip
-    common = {"model": args.model, "mode": args.mode, "dataset": args.dataset, "root": str(args.root),
-              "epochs": args.epochs, "steps": args.steps, "profile": args.profile, "scan": "auto",
-              "overrides": {}}  # fmt: skip
-    for count in args.gpus:
-        ways = args.gradients if args.gradients and count > 1 else [None]
-        cases = [{**common, "batch": batch, "gradients": way} for batch in args.batches for way in ways]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
-        done = subprocess.run([*command, "--cases", json.dumps(cases)], env=os.environ, capture_output=True, text=True)
-        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        for case, result in zip(cases, found, strict=False):
-            row = {"gpus": count, "batch": case["batch"], "gradients": case["gradients"], **result}
-            report["rows"].append(row)
-            first = next(r for r in report["rows"] if r["batch"] == case["batch"])
-            print(f"{count:>5} {row['batch']:>6} {row['gradients'] or '-':>9} {row['images_per_s']:9.0f} "
-                  f"{row['slowest']:8.0f} {row['fastest']:8.0f} {row['images_per_s'] / first['images_per_s']:6.2f} "
-                  f"{row['images_per_s'] / count:8.0f}", flush=True)  # fmt: skip
-        if done.returncode:
-            print(f"{count:>5} failed: {done.stderr.strip()[-600:]}")
-        if args.profile:
-            print(done.stderr[-4000:], flush=True)
+    for row in rows(args.gpus, args.batches, args.model, args.gradients or (), args.mode, args.dataset, args.root,
+                    args.epochs, args.steps, args.profile):  # fmt: skip
+        report["rows"].append(row)
+        if isinstance(row["images_per_s"], str):
+            print(f"{row['gpus']:>5} {row['images_per_s']}", flush=True)
+            continue
+        print(f"{row['gpus']:>5} {row['batch']:>6} {row['gradients']:>9} {row['images_per_s']:9.0f} "
+              f"{row['images_per_s_low']:8.0f} {row['images_per_s_high']:8.0f} {row['ratio']:6.2f} "
+              f"{row['images_per_s'] / row['gpus']:8.0f}", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -24,17 +24,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from one_channel_scan import one_channel_scan
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, wherever this is run from
+
+from benchmarks.one_channel_scan import one_channel_scan
 from mamba.ops.scan import BACKENDS, bidirectional_scan, cpu, selective_scan
 from mamba.ops.scan.reference import selective_scan_reference
+from mamba.runs.environment import environment
 
 DEFAULT_SHAPES = {
     "cuda": ["1024x384x64x16", "256x384x196x16", "64x384x1024x16"],
@@ -171,7 +175,7 @@ def measure(
     result: dict[str, dict[str, float | int]] = {}
     for name, values in times.items():
         p10, median, p90 = torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-        result[name] = {"median_ms": median, "p10_ms": p10, "p90_ms": p90, "repeats": len(values)}
+        result[name] = {"median_ms": median, "median_ms_low": p10, "median_ms_high": p90, "repeats": len(values)}
     return result
 
 
@@ -185,14 +189,44 @@ def print_levels(rows: list[dict]) -> None:
         print(f"{what:>34} {claimed:8.1f} " + " ".join(f"{'-' if x is None else f'{x:.1f}':>14}" for x in ours))
 
 
-def hardware(device: str) -> dict[str, str | int]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    found = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    if importlib.util.find_spec("triton"):
-        import triton
-
-        found["triton"] = triton.__version__
-    return found
+def rows(
+    shapes: Sequence[str] | None = None,
+    backends_: Sequence[str] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    modes: Sequence[str] = MODES,
+    repeats: int = 50,
+    seconds: float = 5.0,
+    graph: bool = False,
+    threads: int | None = None,
+    clock: str = "wall",
+) -> Iterator[dict[str, Any]]:
+    """A row a shape, mode and backend: see this file's head."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
+    if threads:
+        torch.set_num_threads(threads)
+    ticks = time.process_time if clock == "cpu" else time.perf_counter
+    medians: dict[tuple[str, str | None, str], float] = {}
+    for text in shapes or DEFAULT_SHAPES[device]:
+        shape = tuple(int(n) for n in text.split("x"))
+        tensors = make_inputs(shape, kind, device)
+        wanted = None if backends_ is None else list(backends_)
+        ways = {name: calls(name, scan, tensors) for name, scan in backends(wanted, shape, device, kind).items()}
+        for mode in modes:
+            table = {name: way[mode] for name, way in ways.items() if mode in way}
+            if graph and device == "cuda":
+                table = {name: captured(call) for name, call in table.items()}
+            found = measure(table, device, repeats, seconds, ticks)
+            for name, row in found.items():
+                one_way = medians.get((text, ONE_WAY.get(mode), name))
+                medians[text, mode, name] = row["median_ms"]
+                more = {}
+                if "reference" in found:
+                    more["speedup"] = found["reference"]["median_ms"] / row["median_ms"]
+                if one_way is not None:
+                    more["ratio"] = row["median_ms"] / one_way
+                yield {"shape": text, "mode": mode, "backend": name, **row, **more}
 
 
 def main() -> None:
@@ -209,46 +243,18 @@ def main() -> None:
     parser.add_argument("--graph", action="store_true", help="replay a CUDA graph of the call")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    report = {
-        "hardware": hardware(args.device),
-        "dtype": str(dtype),
-        "graph": args.graph,
-        "clock": args.clock,
-        "rows": [],
-    }
-    print(" ".join(f"{k}={v}" for k, v in report["hardware"].items()), str(dtype), "graph" if args.graph else "eager")
+    about = environment(torch.device(args.device))
+    report = {**about, "dtype": args.dtype, "graph": args.graph, "clock": args.clock, "rows": []}
+    print(json.dumps(about["hardware"]), json.dumps(about["versions"]), "graph" if args.graph else "eager")
     header = f"{'shape':>16} {'mode':>17} {'backend':>19} {'median ms':>10} {'p10':>9} {'p90':>9}"
     print(f"{header} {'speedup':>8} {'ratio':>6}")
-    medians: dict[tuple[str, str | None, str], float] = {}
-    for text in args.shapes or DEFAULT_SHAPES[args.device]:
-        shape = tuple(int(n) for n in text.split("x"))
-        tensors = make_inputs(shape, dtype, args.device)
-        ways = {
-            name: calls(name, scan, tensors)
-            for name, scan in backends(args.backends, shape, args.device, dtype).items()
-        }
-        for mode in args.modes:
-            table = {name: way[mode] for name, way in ways.items() if mode in way}
-            if args.graph:
-                table = {name: captured(call) for name, call in table.items()}
-            rows = measure(table, args.device, args.repeats, args.seconds, clock)
-            for name, row in rows.items():
-                numbers = f"{row['median_ms']:10.3f} {row['p10_ms']:9.3f} {row['p90_ms']:9.3f}"
-                if "reference" in rows:
-                    row["speedup"] = rows["reference"]["median_ms"] / row["median_ms"]
-                    numbers += f" {row['speedup']:8.1f}"
-                one_way = medians.get((text, ONE_WAY.get(mode), name))
-                medians[text, mode, name] = row["median_ms"]
-                if one_way is not None:
-                    row["ratio"] = row["median_ms"] / one_way
-                    numbers += f" {row['ratio']:6.2f}"
-                report["rows"].append({"shape": text, "mode": mode, "backend": name, **row})
-                print(f"{text:>16} {mode:>17} {name:>19} {numbers}", flush=True)
+    for row in rows(args.shapes, args.backends, args.device, args.dtype, args.modes, args.repeats, args.seconds,
+                    args.graph, args.threads, args.clock):  # fmt: skip
+        report["rows"].append(row)
+        numbers = f"{row['median_ms']:10.3f} {row['median_ms_low']:9.3f} {row['median_ms_high']:9.3f}"
+        for key, width in (("speedup", "8.1f"), ("ratio", "6.2f")):
+            numbers += f" {row[key]:{width}}" if key in row else ""
+        print(f"{row['shape']:>16} {row['mode']:>17} {row['backend']:>19} {numbers}", flush=True)
     if args.device == "cpu" and any("speedup" in row for row in report["rows"]):
         print_levels(report["rows"])
     if args.json:

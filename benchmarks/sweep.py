@@ -12,8 +12,13 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, wherever this is run from
+
+from benchmarks.trained import trained
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError
@@ -43,6 +48,24 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
+
+
+def rows(checkpoint: Path | str | None = None, epochs: int = 20) -> Iterator[dict[str, Any]]:
+    """One row. Without a checkpoint: the quickstart model, trained here for so many epochs."""
+    with trained(checkpoint, epochs) as path:
+        found = compare(path)
+    found.pop("environment")
+    yield {"grid": "components", **{NAMES[key]: value for key, value in found.items()}}
+
+
+NAMES = {
+    "trials": "trials",
+    "plain loop, s": "loop_s",
+    "sweep, s": "sweep_s",
+    "sweep, to its first result, s": "first_result_s",
+    "sweep, first to last result, s": "results_s",
+    "overhead per trial, s": "overhead_s",
+}
 
 
 def compare(checkpoint: Path) -> dict[str, object]:

@@ -12,29 +12,33 @@ trainer to the end of the first optimizer step (importing torch left out), the d
 most that tensors took. Modes: `recorded` (compiled blocks in a CUDA graph), `compiled`, `graph` (recorded, not
 compiled), `plain`; `uneven` is `recorded` with different widths in every block, as pruning leaves them. `--profile N`
 prints the N kernels that take the most time in three steps. `--scan` puts another scan into the same training:
-`reference` (the plain loop over tokens), `two_phase`, or `mamba_ssm` where it is importable.
+`loop` (the plain loop over tokens), or `mamba_ssm` where it is importable.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project, wherever this is run from
+
+from benchmarks.others import has_mamba_ssm
+from benchmarks.side_by_side import scanning
 from mamba.errors import ForgeError
-from mamba.train.distributed import Process, local_process
+from mamba.runs.environment import environment
+from mamba.train.distributed import Process, local_process, own_device
 
 MODES = {
     "recorded": {"optim.compile": True, "optim.cuda_graph": True},
@@ -65,18 +69,6 @@ def uneven_checkpoint(folder: Path, model: str, classes: int, side: int) -> Path
     return save_checkpoint(folder / "uneven", model_, None, description, None)
 
 
-def use_scan(name: str) -> None:
-    """Let one-way mixers of this process scan by a backend, or by mamba-ssm's own function."""
-    import mamba.models.ssm
-
-    if name == "mamba_ssm":
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-        mamba.models.ssm.selective_scan = selective_scan_fn
-    elif name != "auto":
-        mamba.models.ssm.selective_scan = partial(mamba.models.ssm.selective_scan, backend=name)  # type: ignore[assignment]
-
-
 def run_case(case: dict[str, Any], process: Process) -> dict[str, Any]:
     """One case in this process, which may be one of several that train together."""
     from mamba.config.presets import get_preset
@@ -93,8 +85,7 @@ def run_case(case: dict[str, Any], process: Process) -> dict[str, Any]:
         **case["overrides"],
     }
     gpu = process.device.type == "cuda"
-    use_scan(case["scan"])
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, scanning(case["scan"]):
         config = get_preset("v2").with_values({**values, "out": Path(scratch)}).resolve()
         data = load_data(config.data, config.seed)
         if case["mode"] == "uneven":
@@ -129,8 +120,8 @@ def run_case(case: dict[str, Any], process: Process) -> dict[str, Any]:
             profile(trainer, case["profile"])
         result = {
             "images_per_s": statistics.median(speeds),
-            "slowest": min(speeds),
-            "fastest": max(speeds),
+            "images_per_s_low": min(speeds),
+            "images_per_s_high": max(speeds),
             "wait_percent": statistics.median(waits),
             "first_step_s": first[0],
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
@@ -159,17 +150,44 @@ def profile(trainer: Any, rows: int) -> None:
         print(f"  {e.self_device_time_total / 3e3:8.3f} ms {e.count / 3:6.0f} x  {e.key[:110]}", file=sys.stderr)
 
 
-def hardware() -> dict[str, str]:
-    gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
-    found = {"device": name, "torch": torch.__version__, "date": date.today().isoformat()}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return found
+def rows(
+    models: Sequence[str],
+    batches: Sequence[int],
+    modes: Sequence[str] = (FASTEST,),
+    scans: Sequence[str] = ("default",),
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    dataset: str = "folder",
+    root: str = "data",
+    epochs: int = 3,
+    steps: int = 0,
+    profile: int = 0,
+    cold: bool = False,
+    isolated: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """A row a case: model, batch, mode, scan, variant. `variants`: name -> config values, by dotted keys.
+    `isolated`: each in a process of its own, so that none finds what another left."""
+    for model, batch, mode, scan, (variant, values) in itertools.product(
+        models, batches, modes, scans, (variants or {"-": {}}).items()
+    ):
+        if scan == "mamba_ssm" and not has_mamba_ssm():
+            continue
+        case = {"model": model, "batch": batch, "mode": mode, "dataset": dataset, "root": str(root), "scan": scan,
+                "epochs": epochs, "steps": steps, "profile": profile, "overrides": dict(values)}  # fmt: skip
+        row = {"model": model, "batch": batch, "mode": mode, "scan": scan, "variant": variant}
+        if not isolated:
+            yield row | run_case(case, local_process())
+            continue
+        with tempfile.TemporaryDirectory() as empty:
+            caches = ("MAMBA_FORGE_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+            env = {**os.environ, **(dict.fromkeys(caches, empty) if cold else {})}
+            done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], env=env,
+                                  capture_output=True, text=True)  # fmt: skip
+        if done.returncode:
+            yield row | {"images_per_s": f"failed: {done.stderr.strip()[-600:]}"}
+            continue
+        if profile:
+            print(done.stderr[-6000:], flush=True)
+        yield row | json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -184,7 +202,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="give every case an empty compile cache")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config values, as data.device=cpu")
     parser.add_argument("--profile", type=int, default=0, metavar="N")
-    parser.add_argument("--scan", choices=["auto", "reference", "two_phase", "mamba_ssm"], default="auto")
+    parser.add_argument("--scan", choices=["default", "loop", "mamba_ssm"], default="default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -195,34 +213,22 @@ def main() -> None:
             raise SystemExit(str(error)) from None
         return
 
-    report: dict[str, Any] = {"hardware": hardware(), "command": " ".join(sys.argv), "rows": []}
-    print(" ".join(f"{k}={v}" for k, v in report["hardware"].items()))
+    report: dict[str, Any] = {**environment(own_device()), "command": " ".join(sys.argv), "rows": []}
+    print(json.dumps(report["hardware"]), json.dumps(report["versions"]))
     print(f"{'model':>12} {'batch':>6} {'mode':>9} {'images/s':>9} {'slowest':>8} {'fastest':>8} "
           f"{'wait %':>7} {'first step s':>12} {'memory GiB':>10}")  # fmt: skip
     overrides = {key: json.loads(value) if value[:1] in "0123456789tfn" else value
                  for key, value in (item.split("=", 1) for item in args.set)}  # fmt: skip
-    for model in args.models:
-        for batch in args.batches:
-            for mode in args.modes:
-                case = {"model": model, "batch": batch, "mode": mode, "dataset": args.dataset, "root": str(args.root),
-                        "epochs": args.epochs, "steps": args.steps, "profile": args.profile, "scan": args.scan,
-                        "overrides": overrides}  # fmt: skip
-                with tempfile.TemporaryDirectory() as empty:
-                    caches = ("MAMBA_FORGE_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-                    env = {**os.environ, **(dict.fromkeys(caches, empty) if args.cold else {})}
-                    done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], env=env,
-                                          capture_output=True, text=True)  # fmt: skip
-                if done.returncode:
-                    print(f"{model:>12} {batch:>6} {mode:>9} failed: {done.stderr.strip()[-600:]}", flush=True)
-                    continue
-                row = json.loads(done.stdout.splitlines()[-1])
-                report["rows"].append({"model": model, "batch": batch, "mode": mode, **row})
-                memory = f"{row['peak_gib']:10.2f}" if row["peak_gib"] else f"{'-':>10}"
-                print(f"{model:>12} {batch:>6} {mode:>9} {row['images_per_s']:9.0f} {row['slowest']:8.0f} "
-                      f"{row['fastest']:8.0f} {row['wait_percent']:7.2f} {row['first_step_s']:12.1f} {memory}",
-                      flush=True)  # fmt: skip
-                if args.profile:
-                    print(done.stderr[-6000:], flush=True)
+    for row in rows(args.models, args.batches, args.modes, [args.scan], {"-": overrides}, args.dataset, args.root,
+                    args.epochs, args.steps, args.profile, args.cold):  # fmt: skip
+        report["rows"].append(row)
+        line = f"{row['model']:>12} {row['batch']:>6} {row['mode']:>9} "
+        if isinstance(row["images_per_s"], str):
+            print(line + row["images_per_s"], flush=True)
+            continue
+        memory = f"{row['peak_gib']:10.2f}" if row["peak_gib"] else f"{'-':>10}"
+        print(f"{line}{row['images_per_s']:9.0f} {row['images_per_s_low']:8.0f} {row['images_per_s_high']:8.0f} "
+              f"{row['wait_percent']:7.2f} {row['first_step_s']:12.1f} {memory}", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
