@@ -85,6 +85,8 @@ def run_case(case: dict[str, Any], process: Process) -> dict[str, Any]:
         **case["overrides"],
     }
     gpu = process.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as scratch, scanning(case["scan"]):
         config = get_preset("v2").with_values({**values, "out": Path(scratch)}).resolve()
         data = load_data(config.data, config.seed)

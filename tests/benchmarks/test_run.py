@@ -12,7 +12,8 @@ from benchmarks.run import main
 from mamba.errors import ConfigError
 
 CLUSTER = {"sweep"}
-TOYS = [pytest.param(name, marks=[pytest.mark.cluster, pytest.mark.long] if name in CLUSTER else ()) for name in BENCHMARKS]
+MARKS = [pytest.mark.cluster, pytest.mark.long]
+TOYS = [pytest.param(name, marks=MARKS if name in CLUSTER else ()) for name in BENCHMARKS]
 
 
 @pytest.mark.parametrize("name", TOYS)
