@@ -99,18 +99,18 @@ def measured(args: argparse.Namespace, command: str) -> results.Results:
         used = {**b.settings, **(b.toy if args.toy else {}), **changed[name]}
         print(f"{name}: {json.dumps(used, default=str)}", flush=True)
         load, rows, began = os.getloadavg()[0], [], time.perf_counter()
+        about: dict[str, Any] = {**environment(device), "command": command, "date": str(datetime.date.today())}
+        found[name] = {"about": about, "settings": used, "toy": args.toy, "rows": rows}
         for row in b.run(used):
             rows.append(row)
+            if args.json:  # a machine that goes away in the middle leaves what it has measured
+                results.write(args.json, found)
             print("  " + "  ".join(f"{k}={page.number(v) if isinstance(v, int | float) else v}" for k, v in row.items()
                                    if v is not None), flush=True)  # fmt: skip
         results.check_rows(name, rows)
-        about: dict[str, Any] = {**environment(device), "command": command, "date": str(datetime.date.today())}
         about["seconds"] = round(time.perf_counter() - began, 1)
         if device.type == "cpu":
             about["load"] = [load, os.getloadavg()[0]]
-        found[name] = {"about": about, "settings": used, "toy": args.toy, "rows": rows}
-        if args.json:  # a machine that goes away in the middle leaves what it has measured
-            results.write(args.json, found)
     return found
 
 

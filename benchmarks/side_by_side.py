@@ -79,6 +79,12 @@ def build(size: str, how: str, side: int, **overrides: object) -> nn.Module:
     return named_model(size, CLASSES, side, **overrides)  # type: ignore[arg-type]
 
 
+def made(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """On the device from the start: weights drawn on a CPU take longer than what is timed."""
+    with device:
+        return make().to(device)
+
+
 @contextmanager
 def scanning(how: str) -> Iterator[None]:
     """Let mixers of one direction scan in another way."""
@@ -111,7 +117,7 @@ def facts(make: Callable[[], nn.Module]) -> Row:
 
 
 def forward_row(make: Callable[[], nn.Module], device: torch.device, seconds: float, batch: int) -> Row:
-    model = make().to(device).eval()
+    model = made(make, device).eval()
     images, _ = random_batch(model, batch, device)
     with torch.no_grad():
         call = replayed(partial(forward, model, images), device)
@@ -124,7 +130,7 @@ def training_row(
 ) -> Row:
     """Recorded where that can be, else launched one by one."""
     while True:
-        model = make().to(device).train()
+        model = made(make, device).train()
         if compile and isinstance(model, MambaModel):
             compile_blocks(model)
         try:
@@ -179,7 +185,7 @@ def memory_row(make: Callable[[], nn.Module], device: torch.device, batch: int) 
     """Of an image, beyond weights, gradients and images: the most that a pass of `batch` takes, divided by it."""
     if device.type != "cuda":
         return {"forward_mib_per_image": None, "training_mib_per_image": None}
-    model = make().to(device).eval()
+    model = made(make, device).eval()
     images, labels = random_batch(model, batch, device)
     with torch.no_grad():
         ahead = peak_mib(partial(forward, model, images), device)
