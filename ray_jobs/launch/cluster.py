@@ -28,6 +28,7 @@ RAY_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own banner; its verbosity 0 silences the older output
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # its own TensorBoard files would take over the HPARAMS tab
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no objective, and must not end the sweep
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's controller does so
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it warns about otherwise
 }
 """Environment variables that Ray reads when a cluster or a run starts; a user's own setting wins."""
@@ -39,11 +40,13 @@ LOOK_S = 0.2
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the cluster has in all, and where it runs ("a local cluster", or whose it is and at which address)."""
+    """What the cluster has in all, and where it runs ("a local cluster", or whose it is and at which address).
+    `private`: it was started here, and ends with this process."""
 
     cpus: int
     gpus: int
     where: str
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
         threading.Thread(target=_watch, args=(_processes(), announce, over), daemon=True).start()
     try:
         total = ray.cluster_resources()
-        _current = Cluster(int(total.get("CPU", 1)), int(total.get("GPU", 0)), where)
+        _current = Cluster(int(total.get("CPU", 1)), int(total.get("GPU", 0)), where, local)
         yield _current
     finally:
         _current = None

@@ -12,12 +12,15 @@ from mamba.train.distributed import own_device
 from mamba.train.trainer import resolve_amp
 from pruning import measure as meter
 from pruning.store import load_smaller
+from ray_jobs.launch.workers import Workers
 
 SECONDS = 0.5
 """How long latency and throughput are timed, each."""
 
 
-def measure(config: RunConfig, path: Path, batch_size: int | None = None) -> dict[str, float]:
+def measure(
+    config: RunConfig, path: Path, batch_size: int | None = None, workers: Workers | None = None
+) -> dict[str, float]:
     """Metrics of a checkpoint's best model, the units that its masks take whole removed: model/*, bench/*,
     val/accuracy (where there is a split), test/accuracy. On a GPU of the connected cluster where it has one, else in
     this process.
@@ -26,22 +29,28 @@ def measure(config: RunConfig, path: Path, batch_size: int | None = None) -> dic
         config: says where the data is, and the precision.
         path: a checkpoint or a run's folder.
         batch_size: of the throughput; None: 1024 on a GPU, 128 on a CPU.
+        workers: those that hold the cluster's GPUs, which do it then.
     """
-    return compare(config, [path], batch_size)[0]
+    return compare(config, [path], batch_size, workers)[0]
 
 
-def compare(config: RunConfig, paths: Sequence[Path], batch_size: int | None = None) -> list[dict[str, float]]:
+def compare(
+    config: RunConfig, paths: Sequence[Path], batch_size: int | None = None, workers: Workers | None = None
+) -> list[dict[str, float]]:
     """`measure` of several checkpoints, their speeds comparable."""
     spec = {"config": config.model_dump(mode="json"), "paths": [str(p) for p in paths], "batch_size": batch_size}
+    if workers is not None and workers.gpu:
+        return workers.measure(spec, print)
     if config.scaling.num_workers != 0:
         import ray
 
         if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0:
-            return ray.get(ray.remote(num_gpus=1)(_compare).remote(spec))
-    return _compare(spec)
+            return ray.get(ray.remote(num_gpus=1)(measured).remote(spec))
+    return measured(spec)
 
 
-def _compare(spec: dict[str, Any]) -> list[dict[str, float]]:
+def measured(spec: dict[str, Any]) -> list[dict[str, float]]:
+    """`compare`, in this process, whose first GPU is used if it has one."""
     config = RunConfig(**spec["config"])
     device = own_device()
     amp = resolve_amp(config.optim.amp, device)

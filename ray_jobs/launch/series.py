@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from mamba.runs.provenance import with_split
 from mamba.runs.start import prepare_resume
 from pruning.report import rounds_figure, rounds_table
 from pruning.rounds import Engine, check_rounds, check_series, run_rounds
-from ray_jobs.launch.cluster import connected_if
 from ray_jobs.launch.console import Display, stop_on_signal
 from ray_jobs.launch.measure import measure
-from ray_jobs.launch.run import preflight, run
+from ray_jobs.launch.run import preflight, run, workers_for
+from ray_jobs.launch.workers import Workers
 
 
 def run_series(args: PruneArgs, command: str) -> int:
@@ -46,9 +47,11 @@ def run_series(args: PruneArgs, command: str) -> int:
     say = lambda text: console.print(text, markup=False)  # noqa: E731
     say(f"folder: {folder}")
     try:
-        with exclusive(folder), connected_if(config.scaling.num_workers != 0, say):
+        # one group of workers for all rounds
+        with exclusive(folder), workers_for(config, folder, say) as workers:
             data = load_data(config.data, config.seed)
-            rows = run_rounds(config, folder, data, Engine(_train, measure, say))
+            engine = Engine(partial(_train, workers=workers), partial(measure, workers=workers), say)
+            rows = run_rounds(config, folder, data, engine)
     except ForgeError:
         if args.resume is None:
             discard_if_unused(folder)
@@ -63,11 +66,11 @@ def run_series(args: PruneArgs, command: str) -> int:
     return 0
 
 
-def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
+def _train(config: RunConfig, folder: Path, workers: Workers | None) -> dict[str, Any]:
     """One round's training, with its progress shown and the first Ctrl-C turned into a checkpoint."""
     done = finished_result(folder)
     if done is not None:
         return done
     prepare_resume(folder)
     with Display(folder) as display, stop_on_signal(folder, display):
-        return run(config, folder, lambda text: display.say(f"{folder.name}: {text}"))
+        return run(config, folder, lambda text: display.say(f"{folder.name}: {text}"), workers)

@@ -35,9 +35,9 @@ from mamba.runs.tracking import FIRST_HPARAMS, write_hparams
 from mamba.train.distributed import Process, own_device
 from mamba.train.trainer import fit
 from pruning.rounds import hooks_for
-from ray_jobs.launch.run import await_orphans
+from ray_jobs.launch.process import restored
+from ray_jobs.launch.workers import await_orphans
 from ray_jobs.sweep.checks import data_identity
-from ray_jobs.sweep.process import restored
 from ray_jobs.sweep.results import read_trial, write_trial
 
 Report = Callable[[Mapping[str, float]], None]

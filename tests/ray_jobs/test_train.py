@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from mamba.errors import FolderError, TrainingError
 from mamba.runs import checkpoint as ckpt
-from ray_jobs.launch.run import _sentence, train_loop
+from mamba.train.distributed import Process
+from ray_jobs.launch.workers import _sentence, train_task
 from ray_jobs.train import main
 from tests.runs.test_tracking import shown_status
 
@@ -176,41 +176,20 @@ def test_a_loss_that_is_never_finite_ends_with_one_sentence(tmp_path, capsys):
     assert shown_status(run) == "failed" and "not finite in" in (run / "train.log").read_text()
 
 
-class Context:
-    """What Ray Train tells a worker."""
-
-    def __init__(self, rank, world_size):
-        self.rank, self.world_size = rank, world_size
-
-    def get_world_rank(self):
-        return self.rank
-
-    def get_world_size(self):
-        return self.world_size
-
-    get_local_world_size = get_world_size
-
-
 @pytest.mark.parametrize("world_size, every_rank, comes_back", [(1, False, True), (2, True, True), (2, False, False)])
 def test_errors_of_all_ranks_come_back_from_workers_and_are_not_retried(
     tmp_path, monkeypatch, small_config, world_size, every_rank, comes_back
 ):
-    import ray.train
-    import ray.train.torch
-
     def fail(*_args, **_options):
         raise TrainingError("the loss is not finite", every_rank=every_rank)
 
-    monkeypatch.setattr(ray.train, "get_context", lambda: Context(0, world_size))
-    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr("ray_jobs.launch.run.fit", fail)
-    (tmp_path / ".ray").mkdir()
+    monkeypatch.setattr("ray_jobs.launch.workers.fit", fail)
     spec = {"config": small_config().model_dump(mode="json"), "folder": str(tmp_path)}
     if comes_back:
-        assert train_loop(spec) == {"error": "the loss is not finite"}
+        assert train_task(Process(0, world_size), spec) == {"error": "the loss is not finite"}
     else:
         with pytest.raises(TrainingError, match="the loss is not finite"):
-            train_loop(spec)
+            train_task(Process(0, world_size), spec)
     assert json.loads((tmp_path / ".ray" / "worker-0.json").read_text())["pid"] == os.getpid()
 
 
@@ -224,7 +203,7 @@ def test_what_ended_ray_train_is_a_sentence_though_the_disk_is_full(tmp_path, mo
         == f"worker 0 failed: ValueError: what counts (full traceback: {tmp_path}/error.log)"
     )
     assert "most recent call last" in (tmp_path / "error.log").read_text()
-    monkeypatch.setattr("ray_jobs.launch.run.write_text", full)
+    monkeypatch.setattr("ray_jobs.launch.workers.write_text", full)
     assert "ValueError: what counts" in str(_sentence(error, tmp_path))
 
 

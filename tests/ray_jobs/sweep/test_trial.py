@@ -18,9 +18,9 @@ from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
 from pruning import measure as meter
 from pruning import prune_multiple
+from ray_jobs.launch.process import restored
 from ray_jobs.sweep.grid import expand
 from ray_jobs.sweep.measure import time_trials
-from ray_jobs.sweep.process import restored
 from ray_jobs.sweep.results import TRIAL, baseline_of, read_trial
 from ray_jobs.sweep.space import load_space
 from ray_jobs.sweep.trial import check_finite, data_of, reported_epochs, run_trial, trial_config
