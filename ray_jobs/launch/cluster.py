@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,7 +46,7 @@ class Cluster:
     cpus: int
     gpus: int
     where: str
-    private: bool = False
+    private: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
