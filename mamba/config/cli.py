@@ -37,8 +37,8 @@ class TrainArgs:
     file: Annotated[Path | None, arg(name="config", metavar="FILE.yaml")] = None
     """Keys and values over the preset's, under the command line's own: any of them, or a run's own config.yaml."""
     resume: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """Continue the run in this folder exactly where it stopped; of the keys below only scaling.* goes with it, and more
-    optim.epochs to train on."""
+    """Continue the run in this folder exactly where it stopped; of the keys below only scaling.* and tracking.* go
+    with it, and more optim.epochs to train on."""
     dry_run: Annotated[bool, FlagCreatePairsOff] = False
     """Print what would run and exit: the resolved config, and parameters and steps, or the trials of a sweep."""
 
@@ -106,7 +106,7 @@ TRAIN = Command(
         "training": ("optim.epochs", "optim.lr", "data.batch_size"),
         "run": WHERE,
     },
-    with_resume=("scaling", "optim.epochs"),  # a finished run takes more epochs
+    with_resume=("scaling", "tracking", "optim.epochs"),  # a finished run takes more epochs
 )
 PRUNE = Command(
     PruneArgs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mamba.config import trackers
 from mamba.config.choices import Registry
 from mamba.errors import ConfigError
 
@@ -44,6 +45,7 @@ def resolved(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: names the keys, and what is valid.
     """
+    trackers.check(config.tracking.backends)
     side = config.data.img_size or DATASET_SIDES.get(config.data.dataset)
     if side is None:
         raise ConfigError(f"data.img_size is needed: data.dataset '{config.data.dataset}' has no side of its own")

@@ -8,11 +8,11 @@ HPARAMS tab and in the results table. Each field states its own bounds; what fie
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from mamba.config import resolve
+from mamba.config import resolve, trackers
 from mamba.config.keys import Group, Keyed
 
 SizeName = Literal["mamba_tiny", "mamba_small", "mamba_base", "vim_tiny", "vim_small", "vim_base"]
@@ -350,6 +350,24 @@ class ScalingConfig(Group):
     """Times that Ray restarts the run from its last checkpoint when a worker dies."""
 
 
+class TrackingConfig(Group):
+    """Where a run's metrics go, besides its own folder."""
+
+    backends: tuple[str, ...] = ("tensorboard",)
+    """Any of tensorboard, csv (metrics.csv in the run's folder), wandb and mlflow (each an extra of that name), and
+    those of installed packages' entry points; on the command line with commas between them: tensorboard,wandb."""
+    project: str | None = Field(None, min_length=1, max_length=100)
+    """Project of Weights & Biases, experiment of MLflow. None: mamba-forge."""
+    offline: bool = False
+    """No network: Weights & Biases writes into the run's folder, for `wandb sync`; MLflow into `out`/mlruns, whatever
+    its environment variables say."""
+
+    @field_validator("backends", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return trackers.several(value)
+
+
 class RunConfig(Keyed):
     """One training run."""
 
@@ -372,6 +390,7 @@ class RunConfig(Keyed):
     penalty: PenaltyConfig = PenaltyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def resolve(self) -> RunConfig:
         """A copy with every value that follows from others, and with absolute paths.

@@ -115,6 +115,8 @@ class Trainer:
         self.optimizer_step.prepare()
         self.waiting = Stopwatch(process.device)
         self.tracker = Tracker(folder, config, self.epoch, self.global_step) if process.rank == 0 else None
+        if self.tracker:
+            self.tracker.begin(self.sizes())
         self.monitor = Monitor(config, process, folder, self.tracker, self.steps_per_epoch)
 
     def check_models(self) -> None:
@@ -124,6 +126,10 @@ class Trainer:
             check_data(start, self.data, new_head=self.config.model.new_head)
         if teacher is not None:
             check_data(teacher, self.data, "distill.teacher")
+
+    def sizes(self) -> dict[str, float]:
+        """What the model costs, however well it does."""
+        return {"model/params": count_parameters(self.model), "model/macs": self.model.architecture.macs()}
 
     @property
     def global_step(self) -> int:
@@ -273,8 +279,7 @@ class Trainer:
             **self.metrics,
             "test/loss": test_loss,
             "test/accuracy": test_accuracy,
-            "model/params": count_parameters(self.model),
-            "model/macs": self.model.architecture.macs(),
+            **self.sizes(),
         }
         tested = {"weights": self.best["weights"], "epoch": self.best["epoch"] if best else self.epoch}
         data = self.data

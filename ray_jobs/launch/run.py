@@ -14,9 +14,9 @@ from mamba.config.schema import RunConfig
 from mamba.data.loader import check_batch_size
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError, TrainingError
+from mamba.runs.hparams import write_hparams
 from mamba.runs.provenance import check_data, with_split
 from mamba.runs.start import check_start, start_of
-from mamba.runs.tracking import write_hparams
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
 from pruning.rounds import hooks_for

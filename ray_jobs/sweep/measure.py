@@ -16,7 +16,8 @@ from mamba.models.model import MambaModel
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.environment import environment
 from mamba.runs.tracking import Tracker
-from mamba.train.distributed import own_device
+from mamba.train.distributed import Process, own_device
+from mamba.train.evaluate import evaluate
 from mamba.train.trainer import fit, resolve_amp
 from pruning import measure as meter
 from pruning.cut import cut
@@ -82,9 +83,9 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
         smaller, _ = ckpt.load_model(folder, device=device)
         metrics |= result["metrics"]
     amp = resolve_amp(config.optim.amp, device)
-    accuracy = meter.accuracy(smaller, data, data.val, config.eval.batch_size, amp)
+    loss, accuracy = evaluate(smaller, data, data.val, Process(device=device), config.eval.batch_size, amp)
     metrics |= meter.size(smaller)
-    metrics |= {"val/accuracy": accuracy, "val/drop": baseline["val/accuracy"] - accuracy}
+    metrics |= {"val/loss": loss, "val/accuracy": accuracy, "val/drop": baseline["val/accuracy"] - accuracy}
     metrics |= {"val/best_accuracy": accuracy}  # these are the weights that are kept
     if not epochs:
         tracker = Tracker(folder, config, 0, 0)

@@ -28,10 +28,10 @@ from mamba.data.registry import load_data
 from mamba.errors import ForgeError, TrainingError
 from mamba.runs.files import write_json
 from mamba.runs.folder import epochs_of, finished_result, request_stop
+from mamba.runs.hparams import MANY, write_hparams
 from mamba.runs.metrics import best_accuracy
 from mamba.runs.provenance import with_split
 from mamba.runs.start import prepare_resume
-from mamba.runs.tracking import FIRST_HPARAMS, write_hparams
 from mamba.train.distributed import Process, own_device
 from mamba.train.trainer import fit
 from pruning.rounds import hooks_for
@@ -167,7 +167,7 @@ def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str
     with suppress(ForgeError):
         config = config.with_values(dict(values))
         config = trial_config(shared, name, values)
-    write_hparams(shared.folder / name, config, status, shared.compared or FIRST_HPARAMS)
+    write_hparams(shared.folder / name, config, status, shared.compared[:MANY])
 
 
 def data_of(shared: Shared, config: RunConfig) -> ImageData:

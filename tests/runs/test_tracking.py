@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,8 @@ from tensorboard.backend.event_processing import data_provider, plugin_event_mul
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.context import RequestContext
 from tensorboard.plugins import base_plugin
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.plugins.hparams import backend_context
 from tensorboard.plugins.hparams.api_pb2 import ListSessionGroupsRequest, Status
 from tensorboard.plugins.hparams.list_session_groups import Handler
@@ -18,7 +21,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from mamba.errors import ConfigError
 from mamba.runs.folder import create_run, exclusive
-from mamba.runs.tracking import FIRST_HPARAMS, HPARAM_METRICS, write_hparams
+from mamba.runs.hparams import EVERY_RUN_HAS, FIRST_HPARAMS, HPARAM_METRICS, HPARAMS_FILE, write_hparams
 
 
 def test_scalars_images_and_config(small_fit, tmp_path):
@@ -27,8 +30,9 @@ def test_scalars_images_and_config(small_fit, tmp_path):
     events.Reload()
     tags = events.Tags()
     wanted = {"train/loss", "train/lr", "train/images_per_s", "val/loss", "val/accuracy", "val/ema_accuracy"}
-    wanted |= {"test/accuracy", "model/params", "model/macs", "lr/embed", "lr/block_00", "lr/head", "step/loss"}
+    wanted |= {"test/accuracy", "model/params", "model/macs", "step/loss"}
     assert wanted <= set(tags["scalars"])
+    assert not [tag for tag in tags["scalars"] if tag.startswith("lr/")], "twenty cards before val/accuracy"
     assert [e.step for e in events.Scalars("train/loss")] == [4, 8, 12]
     assert tags["images"] == ["train/augmented"]
     text = next(t for t in tags["tensors"] if t.startswith("config"))
@@ -65,7 +69,8 @@ def test_hparams_tab_lists_every_run_with_its_final_metrics(small_fit, tmp_path)
         results[f"runs/{name}"] = small_fit(f"runs/{name}", **values)
     experiment, groups = hparams_table(tmp_path / "runs")
     assert {m.name.tag for m in experiment.metric_infos} == set(HPARAM_METRICS)
-    assert experiment.metric_infos[0].name.tag == "val/best_accuracy", "the metric that counts stands first"
+    shown_first = [m.name.tag for m in experiment.metric_infos[:5]]
+    assert shown_first == list(EVERY_RUN_HAS), "the metric that counts, and only what trainings and cuts both have"
     columns = {h.name for h in experiment.hparam_infos}
     assert {"optim.lr", "optim.grad_clip", "data.mixup", "ema.decay", "seed"} <= columns and "out" not in columns
     assert {h.name for h in experiment.hparam_infos[:5]} == {"status", *FIRST_HPARAMS}
@@ -97,6 +102,55 @@ def test_hparams_tab_lists_what_did_not_finish_with_a_status_to_filter_by(small_
     }
     column = next(h for h in experiment.hparam_infos if h.name == "status")
     assert set(column.domain_discrete) == {"finished", "failed", "stopped early", "interrupted"}
+
+
+def test_the_first_columns_are_the_keys_that_differ(small_config, tmp_path):
+    """They were four constants, whatever was compared."""
+    for i in range(6):
+        config = small_config(
+            name="x", trial=f"t{i}", optim__lr=1e-3 * (i + 1), seed=i % 2, model__d_state=8 * (i == 5) or 4
+        )
+        folder = create_run(config)
+        write_hparams(folder, config, "finished")
+    last = tmp_path / "last"
+    last.mkdir()
+    (folder / HPARAMS_FILE).rename(last / HPARAMS_FILE)
+    (tmp_path / "runs" / "x" / "t0" / "config.yaml").write_text("data: [")  # somebody else's damage is not ours
+    experiment, groups = hparams_table(last)
+    differ = {h.name for h in experiment.hparam_infos if h.differs}
+    assert {"status", "optim.lr", "seed", "model.d_state"} <= differ and len(differ) == 5
+    experiment, groups = hparams_table(tmp_path / "runs")
+    assert {g.name[:4] for g in groups} == {f"t{i} x" for i in range(5)}, "the trial first: the table cuts names"
+
+
+def test_two_runs_of_one_name_are_not_averaged(small_config, tmp_path):
+    for out in ("a", "b"):
+        config = small_config(name="x", trial="t").with_values({"out": tmp_path / out})
+        write_hparams(create_run(config), config, "finished")
+    _, groups = hparams_table(tmp_path)
+    assert len(groups) == 2
+
+
+def test_the_layout_puts_accuracy_first_and_all_rates_on_one_card(small_fit, tmp_path):
+    small_fit(optim__layer_decay=0.5)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    rates = {tag: [e.value for e in events.Scalars(tag)] for tag in ("train/lr", "train/lr_lowest")}
+    assert all(0 < low < high for high, low in zip(*rates.values(), strict=True))
+    text = events.Tensors(CONFIG_SUMMARY_TAG)[0].tensor_proto.string_val[0]
+    layout = Layout.FromString(text)
+    assert [category.title for category in layout.category] == ["accuracy", "loss", "training"]
+    tags = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    known = events.Tags()["scalars"]
+    assert all(any(re.match(tag, name) for name in known) for tag in tags), "no card stays empty"
+    band = layout.category[-1].chart[-1].margin.series[0]
+    assert {band.value, band.lower, band.upper} <= set(known)
+
+
+def test_what_is_no_tensorboard_run_has_no_events(small_fit, small_config, tmp_path):
+    small_fit(tracking__backends="none", optim__epochs=1)
+    write_hparams(tmp_path / "run", small_config(tracking__backends=()), "failed")
+    assert not list((tmp_path / "run").glob("events*")) and (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_resumed_run_drops_what_it_repeats(small_fit, tmp_path):

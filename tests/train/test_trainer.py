@@ -370,12 +370,12 @@ def test_events_that_cannot_be_written_end_with_one_sentence(small_fit, monkeypa
         raise OSError(28, "No space left on device")
 
     def step(self, micro_batches):
-        monkeypatch.setattr("mamba.runs.tracking.SummaryWriter." + method, full)
+        monkeypatch.setattr("mamba.runs.tensorboard.SummaryWriter." + method, full)
         return original(self, micro_batches)
 
     original = Trainer.train_step
     if method == "add_image":  # written before the first step
-        monkeypatch.setattr("mamba.runs.tracking.SummaryWriter.add_image", full)
+        monkeypatch.setattr("mamba.runs.tensorboard.SummaryWriter.add_image", full)
     monkeypatch.setattr(Trainer, "train_step", step)
     with pytest.raises(ForgeError, match=r"run could not be written: No space left on device"):
         small_fit(optim__epochs=1)

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 
-from mamba.runs.tracking import HPARAM_METRICS
+from mamba.runs.hparams import HPARAM_METRICS
 from ray_jobs.ablate import main as ablate
 from ray_jobs.compare import main as compare
 from ray_jobs.sweep import experiment

@@ -13,7 +13,7 @@ import optuna
 import pytest
 import yaml
 
-from mamba.runs.tracking import HPARAM_METRICS
+from mamba.runs.hparams import HPARAM_METRICS
 from ray_jobs.ablate import main as ablate
 from ray_jobs.compare import main as compare
 from ray_jobs.tune import main as tune
