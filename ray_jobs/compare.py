@@ -1,6 +1,6 @@
 """Compare trials of any experiments and runs: a table for each data set and split, one CSV, one page.
 
-python ray_jobs/compare.py runs/ablation runs/v2 [--csv all.csv] [--html all.html] [--by val/best_accuracy]
+python ray_jobs/compare.py runs/ablation runs/v2 [--csv all.csv] [--html all.html] [--tensorboard LOGDIR]
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", default="val/best_accuracy", help="metric to rank by, the better way first")
     parser.add_argument("--csv", type=Path, default=None, help="write all values and metrics to this file")
     parser.add_argument("--html", type=Path, default=None, help="write a page with a link to everything to this file")
+    words = "write a folder for tensorboard --logdir, in which all of them can be compared at first sight"
+    parser.add_argument("--tensorboard", type=Path, default=None, metavar="LOGDIR", help=words)
     args = parser.parse_args(argv)
     from mamba.config.help import quiet_pipe
     from ray_jobs.report.collect import collect
@@ -42,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"table: {args.csv}")
         if args.html:
             print(f"page: {write_index(args.html, found, args.by)}")
+        if args.tensorboard:
+            from mamba.runs.tensorboard import pinned_link
+            from ray_jobs.report.logdir import write_logdir
+
+            there = write_logdir(args.tensorboard, found, args.folders, args.by)
+            print(f"compare in TensorBoard: tensorboard --logdir {there}\n  curves, accuracy first: {pinned_link()}")
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.custom_scalar import metadata
 from tensorboard.plugins.custom_scalar.layout_pb2 import (
     Category,
     Chart,
@@ -47,7 +51,7 @@ class TensorBoard(Backend):
             self.writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if before else None)
             if steps_done == 0:
                 self.writer.add_text("config", "\n".join(f"    {line}" for line in config.to_yaml().splitlines()))
-                add_layout(self.writer)
+                self.writer._get_file_writer().add_summary(layout_summary())
             self.writer.flush()
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
@@ -90,19 +94,14 @@ def layout() -> Layout:
     return Layout(category=categories)
 
 
-def add_layout(writer: SummaryWriter) -> None:
-    """Write the layout where TensorBoard looks for it; the same in every run counts once."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.compat.proto.tensor_pb2 import TensorProto
-    from tensorboard.compat.proto.types_pb2 import DT_STRING
-    from tensorboard.plugins.custom_scalar import metadata
-
+def layout_summary() -> Summary:
+    """The layout as TensorBoard looks for it; the same in every run counts once."""
     value = Summary.Value(
         tag=metadata.CONFIG_SUMMARY_TAG,
         metadata=metadata.create_summary_metadata(),
         tensor=TensorProto(dtype=DT_STRING, string_val=[layout().SerializeToString()]),
     )
-    writer._get_file_writer().add_summary(Summary(value=[value]))
+    return Summary(value=[value])
 
 
 def pinned_link(port: int = 6006) -> str:

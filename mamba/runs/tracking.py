@@ -25,7 +25,7 @@ class Tracker:
     """Writes a run's folder as it goes, and tells its backends. Made on rank 0 only."""
 
     def __init__(self, folder: Path, config: RunConfig, epochs_done: int, steps_done: int) -> None:
-        self.folder, self.config, self.steps_done = folder, config, steps_done
+        self.folder, self.config = folder, config
         try:
             self._drop_after(epochs_done)
             self.backends = open_backends(folder, config, steps_done)
@@ -37,11 +37,6 @@ class Tracker:
         if path.is_symlink() or path.exists():
             kept = [line for line, row in logged_epochs(self.folder).items() if row["epoch"] <= epochs_done]
             write_text(path, "".join(line + "\n" for line in kept))
-
-    def begin(self, sizes: Mapping[str, float]) -> None:
-        """What is known before the first step (`model/*`), so that a run that is stopped has it too."""
-        if self.steps_done == 0:
-            self.scalars(sizes, 0)
 
     def step(self, global_step: int, metrics: Mapping[str, float]) -> None:
         """Scalars of one optimizer step, under tags of their own (`step/*`)."""

@@ -115,8 +115,6 @@ class Trainer:
         self.optimizer_step.prepare()
         self.waiting = Stopwatch(process.device)
         self.tracker = Tracker(folder, config, self.epoch, self.global_step) if process.rank == 0 else None
-        if self.tracker:
-            self.tracker.begin(self.sizes())
         self.monitor = Monitor(config, process, folder, self.tracker, self.steps_per_epoch)
 
     def check_models(self) -> None:
@@ -213,6 +211,7 @@ class Trainer:
             "train/images_per_s": self.steps_per_epoch * self.config.data.batch_size / max(seconds, 1e-9),
             "train/data_wait_percent": 100 * waiting / max(seconds, 1e-9),
             "train/skipped_steps": float(self.optimizer_step.skipped[0].item()),
+            **self.sizes(),  # here too: what is stopped early has no result
         }
         if self.process.device.type == "cuda":  # the most that tensors have taken in this process so far
             metrics["train/peak_memory_mib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**20

@@ -2,7 +2,8 @@
 wrote them; what cannot be read is left out by name.
 
 Rows are those of `ray_jobs.report.rows`, with more: `experiment` (its folder's name, or ""), `group` (data and split,
-in words), `images` of the validation split (0: not recorded), `path`.
+in words), `images` of the validation split (0: not recorded), `path`, `config` (dotted key -> value; empty where
+not recorded).
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ def _row(
         "experiment": "",
         "path": path,
         "group": _group(flat),
+        "config": dict(flat),
         "files": facts.get("digest", ""),
         "images": int(facts.get("val") or finite((result.get("images") or {}).get("val")) or 0),
     }

@@ -94,8 +94,9 @@ def test_a_backend_of_an_installed_package_is_a_word(small_fit, monkeypatch):
         small_fit(tracking__backends="toy", optim__epochs=1)
     finally:
         trackers.added.cache_clear()
-    assert Toy.told[0] == (0, ["model/macs", "model/params"]) and (0, "train/augmented") in Toy.told
-    assert any("val/accuracy" in keys for _, keys in Toy.told[1:-2] if isinstance(keys, list))
+    told = [entry for entry in Toy.told if isinstance(entry, tuple)]
+    assert (0, "train/augmented") in told
+    assert any({"val/accuracy", "model/params"} <= set(keys) for _, keys in told if isinstance(keys, list))
     assert Toy.told[-2:] == ["finished", "closed"] or Toy.told[-3:] == ["finished", "closed", "closed"]
 
 
