@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamba.ops.scan.cpu import bidirectional_scan_cpu, selective_scan_cpu
+from mamba.ops.scan.forms import groups_of, has_constants, is_plain, parts, scan_in_any_form
 from mamba.ops.scan.inputs import ScanInputs
 from mamba.ops.scan.reference import bidirectional_scan_by_flips, selective_scan_reference
 from mamba.ops.scan.two_phase import selective_scan_two_phase
@@ -49,8 +51,10 @@ def selective_scan(
         u: (batch, d_inner, length), the input sequence.
         delta: (batch, d_inner, length), the time step.
         A: (d_inner, d_state), negative for a stable recurrence.
-        B: (batch, d_state, length).
-        C: (batch, d_state, length).
+        B: (batch, d_state, length) for all channels; (batch, groups, d_state, length), one for each of so many groups
+            of neighbouring channels; or (d_inner, d_state), constant over time. The last two are put into the first
+            form before a backend sees them, at the cost that `mamba.ops.scan.forms` says.
+        C: as B, in a form of its own.
         D: (d_inner,), the skip connection.
         z: (batch, d_inner, length), the gate.
         delta_bias: (d_inner,), added to delta before the softplus.
@@ -66,10 +70,13 @@ def selective_scan(
         TypeError: a tensor is complex or holds integers.
         ValueError: a shape does not fit, or the backend is unknown.
     """
-    _check_inputs(u, delta, A, B, C, D, z, delta_bias)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    _check_inputs(*inputs)
     backend = _chosen(backend, u)
     with torch.autocast(u.device.type, enabled=False):  # the backends choose their own precision
-        return BACKENDS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        if is_plain(inputs) or backend == "reference":
+            return BACKENDS[backend](*inputs, delta_softplus, return_last_state)
+        return scan_in_any_form(BACKENDS[backend], inputs, delta_softplus, return_last_state)
 
 
 def bidirectional_scan(
@@ -115,13 +122,33 @@ def bidirectional_scan(
         )
     backend = _chosen(backend, forward.u)
     with torch.autocast(forward.u.device.type, enabled=False):
-        if backend == "triton":
-            from mamba.ops.scan.triton import bidirectional_scan_triton
+        if backend == "reference" or (is_plain(forward) and is_plain(backward)):
+            return _both(backend, forward, backward, delta_softplus)
+        if has_constants(forward) or has_constants(backward):
+            by_backend = partial(_scan_of_fields, BACKENDS[backend])
+            return bidirectional_scan_by_flips(by_backend, forward, backward, delta_softplus)
+        count = groups_of(forward, backward)
+        found = [
+            _both(backend, one, two, delta_softplus)
+            for one, two in zip(parts(forward, count), parts(backward, count), strict=True)
+        ]
+        return torch.cat([one for one, _ in found], 1), torch.cat([two for _, two in found], 1)
 
-            return bidirectional_scan_triton(forward, backward, delta_softplus)
-        if backend == "cpu":
-            return bidirectional_scan_cpu(forward, backward, delta_softplus)
-        return bidirectional_scan_by_flips(BACKENDS[backend], forward, backward, delta_softplus)
+
+def _both(backend: str, forward: ScanInputs, backward: ScanInputs, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from mamba.ops.scan.triton import bidirectional_scan_triton
+
+        return bidirectional_scan_triton(forward, backward, delta_softplus)
+    if backend == "cpu":
+        return bidirectional_scan_cpu(forward, backward, delta_softplus)
+    return bidirectional_scan_by_flips(BACKENDS[backend], forward, backward, delta_softplus)
+
+
+def _scan_of_fields(backend: Callable[..., Any], *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`scan_in_any_form` with a scan's tensors one by one, as a backend takes them."""
+    size = len(ScanInputs._fields)
+    return scan_in_any_form(backend, ScanInputs(*arguments[:size]), *arguments[size:])
 
 
 def _chosen(backend: str, u: Tensor) -> str:
@@ -155,8 +182,8 @@ def _check_inputs(
         "u": (u, (batch, d_inner, length)),
         "delta": (delta, (batch, d_inner, length)),
         "A": (A, (d_inner, d_state)),
-        "B": (B, (batch, d_state, length)),
-        "C": (C, (batch, d_state, length)),
+        "B": (B, _form(B, batch, d_inner, d_state, length)),
+        "C": (C, _form(C, batch, d_inner, d_state, length)),
         "D": (D, (d_inner,)),
         "z": (z, (batch, d_inner, length)),
         "delta_bias": (delta_bias, (d_inner,)),
@@ -166,6 +193,15 @@ def _check_inputs(
             raise TypeError(f"{name} is {tensor.dtype}; the scan takes real floating-point tensors only")
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape} to match u {tuple(u.shape)}, got {tuple(tensor.shape)}")
+
+
+def _form(t: Tensor, batch: int, d_inner: int, d_state: int, length: int) -> tuple[int, ...]:
+    """The shape that B or C of its number of dimensions must have; of groups as many as it has, if they can be."""
+    if t.ndim == 2:
+        return (d_inner, d_state)
+    if t.ndim == 4 and t.shape[1] > 0 and d_inner % t.shape[1] == 0:
+        return (batch, t.shape[1], d_state, length)
+    return (batch, d_state, length)
 
 
 def _selective_scan_triton(*args: Any) -> Tensor | tuple[Tensor, Tensor]:

@@ -40,9 +40,12 @@ def selective_scan_reference(
     outputs = []
     for t in range(length):
         decay = torch.exp(delta[:, :, t, None] * A)
-        drive = (delta[:, :, t] * u[:, :, t])[:, :, None] * B[:, None, :, t]
+        drive = (delta[:, :, t] * u[:, :, t])[:, :, None] * _at(B, t, u.shape[1])
         state = decay * state + drive
-        outputs.append(torch.einsum("bdn,bn->bd", state, C[:, :, t]))
+        if C.ndim == 3:
+            outputs.append(torch.einsum("bdn,bn->bd", state, C[:, :, t]))
+        else:
+            outputs.append((state * _at(C, t, u.shape[1])).sum(-1))
     y = torch.stack(outputs, dim=2)
     if D is not None:
         y = y + u * D.to(work)[:, None]
@@ -52,11 +55,20 @@ def selective_scan_reference(
     return (y, state) if return_last_state else y
 
 
+def _at(t: Tensor, step: int, d_inner: int) -> Tensor:
+    """B or C of one step, to be multiplied with (batch, d_inner, d_state)."""
+    if t.ndim == 2:  # (d_inner, d_state), constant
+        return t
+    if t.ndim == 3:  # (batch, d_state, length)
+        return t[:, None, :, step]
+    return t[..., step].repeat_interleave(d_inner // t.shape[1], dim=1)  # (batch, groups, d_state, length)
+
+
 def bidirectional_scan_by_flips(
     scan: Callable[..., Tensor | tuple[Tensor, Tensor]], forward: ScanInputs, backward: ScanInputs, delta_softplus: bool
 ) -> tuple[Tensor, Tensor]:
     """`mamba.ops.scan.bidirectional_scan` as two one-way scans, the second of sequences flipped in time and back."""
-    flipped = (t.flip(-1) if t is not None and t.ndim == 3 else t for t in backward)
+    flipped = (t.flip(-1) if t is not None and t.ndim >= 3 else t for t in backward)
     out, out2 = scan(*forward, delta_softplus), scan(*flipped, delta_softplus)
     assert isinstance(out, Tensor) and isinstance(out2, Tensor)
     return out, out2.flip(-1)
