@@ -15,6 +15,7 @@ class ForgeError(Exception):
     def __init__(self, message: str, *, every_rank: bool = False) -> None:
         super().__init__(message)
         self.every_rank = every_rank
+        self.said = False  # to the user
 
 
 class ConfigError(ForgeError, ValueError):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mamba.config.cli import TrainArgs, parse_train_args
+from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
 from ray_jobs.launch.ending import exit_code
 
@@ -25,13 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ray_jobs.launch.dry_run import dry_run
 
             return dry_run(args.config)
-        return _train(args)
+        print("loading PyTorch and the data ...", flush=True)  # seconds without a word look like a hang
+        config = args.config.resolve()
+        if config.scaling.num_workers == 0:
+            return _train(args, config)
+        from ray_jobs.launch.ahead import begun
+
+        with begun(config, lambda text: print(text, flush=True)):  # while PyTorch is imported and the data read
+            return _train(args, config)
 
     return exit_code(work, "stopped at once; continue from the last checkpoint with --resume")
 
 
-def _train(args: TrainArgs) -> int:
-    print("loading PyTorch and the data ...", flush=True)  # seconds without a word look like a hang
+def _train(args: TrainArgs, config: RunConfig) -> int:
     from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
     from mamba.runs.provenance import with_split
     from mamba.runs.start import described, keep_start, prepare_resume
@@ -39,7 +46,6 @@ def _train(args: TrainArgs) -> int:
     from ray_jobs.launch.resume import check_run, extend, is_longer
     from ray_jobs.launch.run import preflight, run
 
-    config = args.config.resolve()
     if args.resume is None:
         if config.prune.method != "none":
             raise ConfigError(f"prune.method '{config.prune.method}' is for ray_jobs/prune.py; valid here: none")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -65,8 +65,14 @@ class Running:
         return f"user {self.uid}"
 
 
+class Waited(Protocol):
+    def wait(self) -> object: ...
+
+
 _current: Cluster | None = None
 """What this process is connected to."""
+ahead: Waited | None = None
+"""A thread that is connecting (`ray_jobs.launch.ahead`)."""
 
 
 @contextlib.contextmanager
@@ -83,6 +89,8 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
         KeyboardInterrupt: Ctrl-C or SIGTERM came while Ray was starting.
     """
     global _current
+    if ahead is not None:
+        ahead.wait()
     if _current is not None:
         yield _current
         return

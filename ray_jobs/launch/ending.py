@@ -14,8 +14,15 @@ def exit_code(work: Callable[[], int], stopped: str) -> int:
     try:
         return work()
     except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 2
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
+
+
+def tell(error: ForgeError) -> None:
+    """Print an error's sentence, once."""
+    if not error.said:
+        error.said = True
+        print(f"error: {error}", file=sys.stderr, flush=True)

@@ -96,7 +96,7 @@ def test_dry_run_starts_nothing(tmp_path, capsys):
         (["--preset", "v3"], "unknown preset 'v3'; valid: quickstart"),
         (["--optim.lrr", "1"], "unknown key 'optim.lrr'"),
         (["--data.dataset", "folder", "--data.root", "/nonexistent"], "data.root /nonexistent is not an image folder"),
-        (["--data.batch-size", "2048"], "data.batch_size 2048 is larger than the training set of 1295"),
+        (["--data.batch-size", "2048", *LOCAL], "data.batch_size 2048 is larger than the training set of 1295"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_before_anything_starts(tmp_path, capsys, words, message, monkeypatch):
