@@ -1,4 +1,4 @@
-"""Starting Ray while something else is still being done: imports, and reading or decoding the data. Imports no torch."""
+"""Starting Ray while something else is being done: imports, and reading or decoding the data. Imports no torch."""
 
 from __future__ import annotations
 
