@@ -40,7 +40,7 @@ def _experiment(args: AblateArgs) -> Experiment:
     from mamba.models.model import Architecture
     from mamba.runs import checkpoint as ckpt
     from mamba.runs.provenance import with_split
-    from ray_jobs.sweep.checks import check
+    from ray_jobs.sweep.checks import check, check_given
     from ray_jobs.sweep.experiment import FILE, Experiment, absolute, taken
     from ray_jobs.sweep.grid import expand
     from ray_jobs.sweep.space import load_space
@@ -66,6 +66,8 @@ def _experiment(args: AblateArgs) -> Experiment:
     cost = " ".join(space.cost for space in spaces)
     grids = [{**{key: [value] for key, value in s.fixed.items()}, **grid} for s in spaces for grid in s.grids]
     space = spaces[0].model_copy(update={"question": question, "cost": cost, "fixed": {}, "grids": grids})
+    for sentence in check_given(space, config, args.given):
+        print(f"note: {sentence}", file=sys.stderr)
     config = config.with_values({"model.checkpoint": None})
     check(space, trials, config)
     return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, None, len(trials))

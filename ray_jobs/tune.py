@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _experiment(args: SweepArgs) -> Experiment:
     from mamba.runs.provenance import with_split
-    from ray_jobs.sweep.checks import check
+    from ray_jobs.sweep.checks import check, check_given
     from ray_jobs.sweep.experiment import Experiment, absolute
     from ray_jobs.sweep.grid import expand
     from ray_jobs.sweep.space import MOST_TRIALS, load_space
@@ -50,6 +50,8 @@ def _experiment(args: SweepArgs) -> Experiment:
     if args.space is None:
         raise ConfigError("--space is missing: a YAML file, or the name of one in search_spaces/")
     space = load_space(args.space)
+    for sentence in check_given(space, args.config, args.given):
+        print(f"note: {sentence}", file=sys.stderr)
     config = absolute(args.config)
     checkpoint = config.model.checkpoint if space.kind == "measure" else None
     if space.kind == "measure":

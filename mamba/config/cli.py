@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from tyro.conf import FlagConversionOff, FlagCreatePairsOff, arg
+from tyro.conf import FlagConversionOff, FlagCreatePairsOff, Suppress, arg
 
 from mamba.config.files import read_yaml
 from mamba.config.help import show_completion, show_help
@@ -41,6 +41,8 @@ class TrainArgs:
     with it, and more optim.epochs to train on."""
     dry_run: Annotated[bool, FlagCreatePairsOff] = False
     """Print what would run and exit: the resolved config, and parameters and steps, or the trials of a sweep."""
+    given: Annotated[tuple[str, ...], Suppress] = ()
+    """Keys of the config that the command line itself names."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def parse(
     """What a command line asks for; see `parse_train_args` and `parse_prune_args`."""
     words = list(sys.argv[1:] if argv is None else argv)
     kind, prog = command.kind, _prog(command.prog)
-    options = {f.name for f in fields(kind)} - {"dry_run", "file"}
+    options = {f.name for f in fields(kind)} - {"dry_run", "file", "given"}
     given, values = split_words(words, options | {"completion"}, command.short)
     if "completion" in given:
         show_completion(
@@ -197,6 +199,7 @@ def parse(
         file=Path(given["config"]) if "config" in given else None,
         resume=Path(given["resume"]) if "resume" in given else None,
         dry_run="dry_run" in given,
+        given=tuple(values),
         **own,
     )
     if "help" in given or "help_all" in given:

@@ -23,6 +23,10 @@ TRAINING_DATA = frozenset(
     }
 )
 """Keys of data.* that say how the training images are used; all others decide which images there are."""
+COMPARED_ON = ("data.dataset", "data.root", "data.val_fraction", "data.split_seed")
+"""Keys that decide which images trials are validated on: a search over them would choose the easiest images."""
+NO_RESULT = ("checkpoint.every", "checkpoint.keep", "data.strict", "eval.batch_size")
+"""Keys that change no figure of a trial."""
 BESIDE_CHECKPOINT = ("model.checkpoint", *BESIDE)
 """Keys of model.* that count where there is a checkpoint."""
 DRAWS, TRIED, TRIED_OF_KEY = 512, 16, 8
@@ -47,6 +51,13 @@ def check(space: Space, trials: Sequence[Trial], config: RunConfig) -> None:
         ConfigError: the key or the trial, what is wrong, what is valid.
     """
     _check_keys(space, config)
+    varied = {*space.fixed, *(key for grid in space.grids for key in grid), *space.search}
+    beside = [f"cut.{name}" for name in config.cut.rates] + ["cut.layer"] * (config.cut.layer is not None)
+    if space.kind == "measure" and (more := [key for key in beside if key not in varied]):
+        raise ConfigError(
+            f"{more[0]} {config.flat()[more[0]]} of the experiment's config would be in every trial, and tables name "
+            f"what the space says: leave it out, or set it in the space (set: {{{more[0]}: ...}})"
+        )
     points = [t.values for t in trials] if trials else _drawn(space, config)
     configs: list[RunConfig] = []
     refusal: ConfigError | None = None
@@ -60,10 +71,49 @@ def check(space: Space, trials: Sequence[Trial], config: RunConfig) -> None:
     if refusal and not configs:
         raise ConfigError(f"search: none of {len(points)} points that were drawn can be: {refusal}")
     if trials:
+        for trial, own in zip(trials, configs, strict=True):
+            if space.kind == "measure" and not own.cut.rates:
+                raise ConfigError(f"grids: trial {trial.name} cuts nothing: set a component's rate (cut.*) above 0")
         _check_different(space, trials, configs)
     else:
         _check_effects(space, config, points)
+    if space.early_stop and all(space.early_stop.grace_epochs >= c.optim.epochs for c in configs):
+        most = max(c.optim.epochs for c in configs)
+        raise ConfigError(
+            f"early_stop: grace_epochs {space.early_stop.grace_epochs} has no effect: trials have {most} epochs; give "
+            "fewer"
+        )
     _check_objectives(space, config, configs)
+
+
+def check_given(space: Space, config: RunConfig, given: Sequence[str]) -> list[str]:
+    """See that what was typed counts: a space's own values come over those of the command line.
+
+    Args:
+        space: of the experiment.
+        config: with the values that were typed.
+        given: their keys.
+
+    Returns:
+        what should be said of keys that count in some trials only, a sentence each.
+
+    Raises:
+        ConfigError: a key that the space sets or varies in all trials, with what to do.
+    """
+    said, flat = [], config.flat()
+    for key in given:
+        if key in space.fixed and space.fixed[key] != flat[key]:
+            raise ConfigError(
+                f"--{key} {flat[key]} has no effect: the search space sets {key} {space.fixed[key]} for all trials; "
+                "leave one of both out"
+            )
+        varied = [grid for grid in space.grids if key in grid and grid[key] != [flat[key]]]
+        if (space.grids and len(varied) == len(space.grids)) or (key in space.search and not space.search[key].when):
+            raise ConfigError(f"--{key} {flat[key]} has no effect: the search space varies {key}; leave it out")
+        if varied:
+            said.append(f"--{key} {flat[key]} counts in {len(space.grids) - len(varied)} of {len(space.grids)} grids; "
+                        "the others have values of their own")  # fmt: skip
+    return said
 
 
 def idle(config: RunConfig, kind: str) -> set[str]:
@@ -75,19 +125,38 @@ def idle(config: RunConfig, kind: str) -> set[str]:
         if off:
             found.update(keys)
 
+    optim, distill, penalty = config.optim, config.distill, config.penalty
+    when(True, *NO_RESULT)
     when(not (data.mixup or data.cutmix), "data.mix_prob", "data.mix_off_epochs")
+    when(data.mix_prob == 0, "data.mixup", "data.cutmix", "data.mix_off_epochs")
     when(data.augment == "none", "data.crop", "data.crop_scale")
     when(data.augment != "randaugment_inc", "data.magnitude", "data.magnitude_std")
     when(data.crop != "resized", "data.crop_scale")
+    when(data.dataset in ("digits", "cifar10", "cifar100"), "data.fit", "data.cache")
+    when(data.dataset == "digits", "data.root")
+    when(data.val_fraction == 0, "data.split_seed", "eval.every")
+    when(optim.schedule != "wsd", "optim.decay_epochs")
+    when(optim.optimizer != "muon", "optim.muon_momentum")
+    when(optim.warmup_epochs == 0, "optim.warmup")
     when(not config.ema.enabled, "ema.decay")
-    when(config.distill.teacher is None, "distill.temperature", "distill.alpha")
-    when(config.penalty.kind == "off", *(key for key in dotted_keys() if key.startswith("penalty.")))
-    when(model.stem == "patch", "model.sync_batchnorm")
+    when(distill.teacher is None or distill.alpha == 0, "distill.temperature")
+    when(distill.teacher is None, "distill.alpha")
+    when(distill.teacher is not None and distill.alpha == 0, "distill.teacher")
+    when(distill.teacher is not None and distill.alpha == 1, "optim.label_smoothing")
+    when(penalty.kind == "off", "penalty.strength", "penalty.target", "penalty.exponent")
+    when(penalty.strength == 0, "penalty.kind", "penalty.target", "penalty.exponent")
+    when(config.eval.tta_views == 1, "eval.tta_always")
+    when(model.stem == "patch" or (config.scaling.num_workers or 1) == 1, "model.sync_batchnorm")
+    when(model.pos_embed in ("learned", "none"), "model.rope_grid")
+    when(model.checkpoint is None and kind == "train", "model.new_head")
+    when(model.checkpoint is None or kind == "measure", "model.new_size")
     if model.checkpoint is not None:
         when(True, *(k for k in dotted_keys() if k.startswith("model.") and k not in BESIDE_CHECKPOINT))
-    if kind == "measure" and not config.cut.finetune_epochs:
-        when(config.cut.criterion in ("l1", "l2") and not config.cut.repair, "seed")
-    return found - {"penalty.kind"}
+    if kind == "measure":
+        when(config.cut.layer is not None, "cut.scope")
+        when(config.optim.warmup_epochs >= 0.2 * config.cut.finetune_epochs > 0, "optim.warmup_epochs")
+        when(config.cut.finetune_epochs == 0 and config.cut.criterion in ("l1", "l2") and not config.cut.repair, "seed")
+    return found
 
 
 def _check_keys(space: Space, config: RunConfig) -> None:
@@ -99,6 +168,12 @@ def _check_keys(space: Space, config: RunConfig) -> None:
     for part, keys in [*parts, *(("grids", grid) for grid in space.grids)]:
         for key in keys:
             reason = _reason(key, space.kind, finetuned, checkpoint)
+            if not reason and part == "search" and (key == "seed" or key in COMPARED_ON):
+                reason = (
+                    "would make the luckiest trial the best: give grids with seeds"
+                    if key == "seed"
+                    else "decides which images trials are validated on, and the easiest would win: give grids"
+                )
             if reason:
                 raise ConfigError(f"{part}: {key} {reason}")
     for key, where in space.search.items():
@@ -204,7 +279,7 @@ def _check_different(space: Space, trials: Sequence[Trial], configs: Sequence[Ru
         unused = idle(config, space.kind) & flat.keys()
         counted = str({key: value for key, value in flat.items() if key not in unused})
         other, others = seen.setdefault(counted, (trial, config))
-        if others != config:
+        if others != config or (other is not trial and other.values.keys() == trial.values.keys()):
             keys = [k for k in {**other.values, **trial.values} if other.values.get(k, ...) != trial.values.get(k, ...)]
             raise ConfigError(
                 f"grids: trials {other.name} and {trial.name} are the same: {', '.join(keys)} has no effect in them; "
@@ -243,6 +318,11 @@ def _check_objectives(space: Space, config: RunConfig, configs: Sequence[RunConf
             raise ConfigError(
                 f"objectives: {objective} is measured after the last trial, since trials side by side would measure "
                 f"each other; valid: {', '.join(valid)}"
+            )
+        if space.kind == "measure" and objective in SIZES and not any(c.cut.structured for c in configs):
+            raise ConfigError(
+                f"objectives: {objective} is the dense model's in every trial: only cut.structured True removes "
+                "anything; model/nonzero counts the weights that are left"
             )
         if objective.startswith("val/") and objective in (*VALIDATED, "val/ema_accuracy") and objective not in valid:
             why = (

@@ -7,7 +7,7 @@ import pytest
 from mamba.config.presets import get_preset
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
-from ray_jobs.sweep.checks import TRAINING_DATA, check, data_identity
+from ray_jobs.sweep.checks import TRAINING_DATA, check, check_given, data_identity
 from ray_jobs.sweep.grid import expand
 from ray_jobs.sweep.space import FOLDER, Space, checked, load_space
 
@@ -89,11 +89,87 @@ def test_a_checkpoint_brings_its_own_model(tmp_path):
         ({"penalty.strength": [0.1, 0.9]}, "penalty.strength"),
         ({"distill.alpha": [0.1, 0.9]}, "distill.alpha"),
         ({"model.sync_batchnorm": [True, False]}, "model.sync_batchnorm"),
+        ({"model.stem": ["conv"], "model.sync_batchnorm": [True, False]}, "model.sync_batchnorm"),
+        ({"data.mix_prob": [0.0], "data.mixup": [0.1, 0.2]}, "data.mixup"),
+        ({"data.fit": ["crop", "pad"]}, "data.fit"),
+        ({"data.cache": ["files", "decoded"]}, "data.cache"),
+        ({"data.root": ["a", "b"]}, "data.root"),
+        ({"data.strict": [True, False]}, "data.strict"),
+        ({"data.val_fraction": [0.0], "data.split_seed": [1, 2]}, "data.split_seed"),
+        ({"optim.decay_epochs": [1.0, 2.0]}, "optim.decay_epochs"),
+        ({"optim.muon_momentum": [0.9, 0.95]}, "optim.muon_momentum"),
+        ({"optim.warmup": ["linear", "exponential"]}, "optim.warmup"),
+        ({"distill.teacher": ["a"], "distill.alpha": [0.0], "distill.temperature": [1.0, 2.0]}, "distill.temperature"),
+        ({"penalty.kind": ["l1"], "penalty.strength": [0.0], "penalty.exponent": [1.0, 2.0]}, "penalty.exponent"),
+        ({"eval.tta_always": [True, False]}, "eval.tta_always"),
+        ({"eval.batch_size": [64, 128]}, "eval.batch_size"),
+        ({"checkpoint.keep": [1, 2]}, "checkpoint.keep"),
+        ({"model.rope_grid": [2, 4]}, "model.rope_grid"),
+        ({"model.new_head": [True, False]}, "model.new_head"),
+        ({"model.new_size": [True, False]}, "model.new_size"),
+        ({"model.patch_size": [None, 2]}, "model.patch_size"),
     ],
 )
 def test_trials_that_differ_in_a_key_without_effect_are_refused(grid, key):
     with pytest.raises(ConfigError, match=f"are the same: {key} has no effect in them"):
         verify(grids=[grid])
+
+
+def test_measurements_that_are_the_same_are_refused():
+    with pytest.raises(ConfigError, match=r"are the same: cut\.scope has no effect"):
+        verify("measure", grids=[{"cut.mlp": [0.5], "cut.layer": [0], "cut.scope": ["global", "layerwise"]}])
+    with pytest.raises(ConfigError, match=r"trial mlp-0\.0 cuts nothing"):
+        verify("measure", grids=[{"cut.mlp": [0.0, 0.5]}])
+    with pytest.raises(ConfigError, match=r"optim\.warmup_epochs has no effect"):
+        verify(
+            "measure",
+            set={"cut.finetune_epochs": 1},
+            grids=[{"cut.mlp": [0.5], "optim.warmup_epochs": [5.0, 10.0]}],
+        )
+
+
+def test_rates_that_no_table_would_name_are_refused():
+    """--cut.mlp 0.5 beside a grid over linear_out: each trial cut both, and was listed as linear_out."""
+    config = RunConfig().with_values({"data.dataset": "digits", "optim.warmup_epochs": 0, "cut.mlp": 0.5})
+    with pytest.raises(ConfigError, match=r"cut\.mlp 0\.5 of the experiment's config would be in every trial"):
+        verify("measure", config=config, grids=[{"cut.linear_out": [0.5]}])
+    with pytest.raises(ConfigError, match=r"cut\.layer 1 of the experiment's config"):
+        layer = config.with_values({"cut.mlp": 0.0, "cut.layer": 1})
+        verify("measure", config=layer, grids=[{"cut.linear_out": [0.5]}])
+    verify("measure", config=config, grids=[{"cut.linear_out": [0.5]}], set={"cut.mlp": 0.5})
+
+
+def test_what_was_typed_counts_or_is_refused():
+    """A space's set: came over the command line without a word."""
+    typed = RunConfig().with_values({"optim.epochs": 9, "optim.lr": 0.1})
+    fixed = space(grids=[{"optim.weight_decay": [0.1, 0.2]}], set={"optim.epochs": 6})
+    with pytest.raises(ConfigError, match=r"--optim\.epochs 9 has no effect: the search space sets optim\.epochs 6"):
+        check_given(fixed, typed, ["optim.epochs"])
+    assert check_given(fixed, typed, ["optim.lr"]) == []
+    assert check_given(fixed, RunConfig().with_values({"optim.epochs": 6}), ["optim.epochs"]) == []
+    with pytest.raises(ConfigError, match=r"--optim\.lr 0\.1 has no effect: the search space varies optim\.lr"):
+        check_given(space(search=ONE), typed, ["optim.lr"])
+    some = space(grids=[{"optim.lr": [0.2, 0.3]}, {"optim.weight_decay": [0.1]}])
+    assert check_given(some, typed, ["optim.lr"]) == [
+        "--optim.lr 0.1 counts in 1 of 2 grids; the others have values of their own"
+    ]
+
+
+@pytest.mark.parametrize("key", ["seed", "data.split_seed"])
+def test_a_search_does_not_choose_the_luckiest(key):
+    with pytest.raises(ConfigError, match=f"search: {key} .*give grids"):
+        verify(search={key: {"low": 0, "high": 100}})
+    with pytest.raises(ConfigError, match=r"search: data\.val_fraction .*the easiest would win"):
+        verify(search={"data.val_fraction": {"low": 0.1, "high": 0.5}})
+    verify(grids=[{key: [0, 1]}])
+
+
+def test_an_early_stop_that_stops_nothing_is_refused():
+    epochs = RunConfig().with_values({"data.dataset": "digits", "optim.warmup_epochs": 0, "optim.epochs": 4})
+    for grace in (4, 100):
+        with pytest.raises(ConfigError, match=f"grace_epochs {grace} has no effect: trials have 4 epochs"):
+            verify(search=ONE, early_stop={"grace_epochs": grace, "reduction": 2}, config=epochs)
+    verify(search=ONE, early_stop={"grace_epochs": 3, "reduction": 2}, config=epochs)
 
 
 def test_model_names_beside_widths_are_one_model():
@@ -149,8 +225,13 @@ def test_objectives_need_what_they_measure():
     with pytest.raises(ConfigError, match="known at the end alone"):
         verify(search={"model.depth": {"low": 1, "high": 4}}, objectives={"model/macs": "min"}, early_stop={})
     verify(
-        "measure", search={"cut.mlp": {"low": 0.1, "high": 0.9}}, objectives={"val/drop": "min", "model/macs": "min"}
+        "measure",
+        set={"cut.structured": True},
+        search={"cut.mlp": {"low": 0.1, "high": 0.9}},
+        objectives={"val/drop": "min", "model/macs": "min"},
     )
+    with pytest.raises(ConfigError, match=r"model/macs is the dense model's in every trial"):
+        verify("measure", search={"cut.mlp": {"low": 0.1, "high": 0.9}}, objectives={"model/macs": "min"})
 
 
 def test_trials_on_the_same_images_are_known_by_their_data_keys():
