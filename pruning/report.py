@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mamba.runs.metrics import metric
 from pruning.measure import TIMED, ratio
+from pruning.rounds import accuracy_of
 
 ROWS = (
     *("val/accuracy", "test/accuracy", "model/params", "model/nonzero", "model/sparsity", "model/macs"),
@@ -27,6 +28,8 @@ def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) 
         table.add_column(name, justify="right")
     for key in ROWS:
         shown = metric(key)
+        if key == "test/accuracy" and key not in before:  # nothing is chosen by it where something else can be
+            continue
         if key not in before:
             table.add_row(shown.label, "not measured", "", "")
             continue
@@ -39,7 +42,8 @@ def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) 
 def rounds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One round a row."""
     table = Table(box=None, pad_edge=False)
-    names = ("round", "density", "parameters", "not zero", "MACs", "test accuracy", "images/s", "latency")
+    words = accuracy_of(rows[0])[1]
+    names = ("round", "density", "parameters", "not zero", "MACs", f"{words} accuracy", "images/s", "latency")
     for name in names:
         table.add_column(name, justify="right")
     for row in rows:
@@ -49,7 +53,7 @@ def rounds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['params']:,}",
             f"{row['nonzero']:,}",
             f"{row['macs']:,}",
-            f"{row['test_accuracy']:.2f} %",
+            f"{accuracy_of(row)[0]:.2f} %",
             f"{row['images_per_s']:,.0f}",
             f"{row['latency_ms']:.2f} ms",
         )
@@ -63,14 +67,14 @@ def rounds_figure(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, key, label in ((left, "params", "parameters"), (right, "images_per_s", "images per second")):
-        axis.plot([row[key] for row in rows], [row["test_accuracy"] for row in rows], "o-", color="#2a6f97")
+        axis.plot([row[key] for row in rows], [accuracy_of(row)[0] for row in rows], "o-", color="#2a6f97")
         for row in rows:
-            place = (row[key], row["test_accuracy"])
+            place = (row[key], accuracy_of(row)[0])
             axis.annotate(str(row["round"]), place, textcoords="offset points", xytext=(4, 4))
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     left.invert_xaxis()
-    left.set_ylabel("test accuracy, %")
+    left.set_ylabel(f"{accuracy_of(rows[0])[1]} accuracy, %")
     path = folder / "rounds.png"
     figure.savefig(path, dpi=150)
     return path

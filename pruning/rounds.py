@@ -19,7 +19,8 @@ Knows nothing of Ray: how a run is trained and measured is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ from pruning.shrink import Slices, shrink
 from pruning.store import load_smaller, masks_of, save_pruned
 
 STAY, SURVIVORS, UNITS = "stay.safetensors", "survivors.safetensors", "units.safetensors"
-COLUMNS = ("round", "density", "params", "nonzero", "macs", "test_accuracy", "images_per_s", "latency_ms", "seconds")
+COLUMNS = (
+    *("round", "density", "params", "nonzero", "macs", "val_accuracy", "test_accuracy"),
+    *("images_per_s", "latency_ms", "seconds"),
+)
+"""Of a row. The test accuracy is the last round's alone, so that no round is chosen by it; without a validation split
+it is every round's."""
 CALIBRATION_IMAGES = 512
 
 
@@ -88,7 +94,7 @@ class Engine:
     train: Callable[[RunConfig, Path], dict[str, Any]]
     """Train a resolved config in a folder, from its newest checkpoint if there is one -> its result."""
     measure: Callable[[RunConfig, Path], dict[str, float]]
-    """Size, speed and test accuracy of a checkpoint or run folder's best model, its masks' units removed."""
+    """Size, speed and accuracy of a checkpoint or run folder's best model, its masks' units removed."""
     say: Callable[[str], None]
 
 
@@ -118,11 +124,22 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
         rows.append(_read_row(here / "row.json"))
         write_csv(folder / "rounds.csv", COLUMNS, rows)
         row = rows[-1]
+        accuracy, words = accuracy_of(row)
         engine.say(
             f"round {number}: density {row['density']:.4f}, {row['params']:,} parameters, "
-            f"{row['test_accuracy']:.2f} % test, {row['images_per_s']:,.0f} images/s"
+            f"{accuracy:.2f} % {words}, {row['images_per_s']:,.0f} images/s"
         )
     return rows
+
+
+def accuracy_of(row: Mapping[str, Any]) -> tuple[float, str]:
+    """A round's accuracy to choose by, and what it is: validation, or test where there is no validation split (and in
+    series of before validation was measured)."""
+    value = row.get("val_accuracy")
+    if value is not None:
+        return value, "validation"
+    value = row.get("test_accuracy")
+    return math.nan if value is None else value, "test"
 
 
 def check_rounds(config: RunConfig) -> None:
@@ -217,7 +234,7 @@ def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> 
         }
     ).resolve()
     if number == 0 and config.model.checkpoint is not None:  # trained already
-        measured, seconds, best = engine.measure(own, start), 0.0, start
+        measured, seconds = engine.measure(own, start), 0.0
     else:
         write_config(here, own)
         result = engine.train(own, here)
@@ -225,15 +242,17 @@ def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> 
         if result["status"] != "finished" or stop.exists():  # asked for after the last step: the next call goes on
             stop.unlink(missing_ok=True)
             return None
-        best = _keep_smaller(here)
-        measured, seconds = engine.measure(own, best), result["seconds"]
+        measured, seconds = engine.measure(own, _keep_smaller(here)), result["seconds"]
+        if number == config.prune.rounds:
+            measured = {"test/accuracy": result["metrics"]["test/accuracy"], **measured}
     return {
         "round": number,
         "density": _density(config, folder, number),
         "params": int(measured["model/params"]),
         "nonzero": int(measured["model/nonzero"]),
         "macs": int(measured["model/macs"]),
-        "test_accuracy": measured["test/accuracy"],
+        "val_accuracy": measured.get("val/accuracy"),
+        "test_accuracy": measured.get("test/accuracy"),
         "images_per_s": measured["bench/images_per_s"],
         "latency_ms": measured["bench/latency_ms"],
         "seconds": seconds,

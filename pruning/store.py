@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,8 @@ def save_pruned(folder: Path, model: MambaModel, masks: Masks, description: dict
     """Write a pruned model and the masks that hold it in training, as a checkpoint to load or to start from."""
     extra = {FILE: masks} if masks else None
     return ckpt.save_checkpoint(folder, model, None, {**description, "weights": "raw"}, None, extra)
+
+
+def of_cut(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's description for what is left of its model after a cut: without what was measured before."""
+    return {key: value for key, value in description.items() if key not in ("metrics", "epoch")}

@@ -22,9 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         args = parse_prune_args(argv, description=(__doc__ or "").split("\n")[0], recipe_of=recipe_of)
         if args.dry_run:
+            from pruning.rounds import check_rounds
             from ray_jobs.launch.dry_run import dry_run
 
-            return dry_run(args.config)
+            if args.plan is None:
+                check_rounds(args.config)
+            return dry_run(args.config, args.plan)
         if args.plan:
             from ray_jobs.launch.plan import run_plan
 

@@ -6,21 +6,27 @@ from mamba.config.help import quiet_pipe
 from mamba.config.schema import RunConfig
 from mamba.data.loader import check_batch_size
 from mamba.data.registry import describe
+from mamba.errors import ConfigError
 from mamba.models.model import parameters_of
 from mamba.runs.checkpoint import parameters_in
 from mamba.runs.provenance import with_split
 from mamba.runs.start import check_start, described
+from pruning.plans import get_plan
 from ray_jobs.launch.run import check_early
 
 
-def dry_run(config: RunConfig) -> int:
-    """Print what a run of a config, or each of its rounds, would train; returns 0.
+def dry_run(config: RunConfig, plan: str | None = None) -> int:
+    """Print what a run of a config, or its rounds of pruning, would train, or what a plan would cut; returns 0.
 
     Raises:
         ForgeError: what can be found wrong without starting anything.
     """
     config = with_split(config.resolve())
     check_early(config)
+    if plan is not None:
+        get_plan(plan)
+        if config.model.checkpoint is None:
+            raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
     classes, train_images = describe(config.data, config.seed)
     check_batch_size(train_images, config.data)
     side, own, teacher = config.data.img_size, config.model, config.distill.teacher
@@ -37,5 +43,29 @@ def dry_run(config: RunConfig) -> int:
         print(config.to_yaml(), end="")
         print(f"# parameters: {parameters:,}")
         print(f"# training images: {train_images:,} in {classes} classes")
-        print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
+        if plan is not None:
+            print(f"# plan {plan}: {get_plan(plan).purpose}; applied once, nothing is trained")
+            return 0
+        rounds = _rounds(config) if config.prune.method != "none" else []
+        print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} {'a round' if rounds else 'in all'}")
+        print("".join(f"# {line}\n" for line in rounds), end="")
+        if rounds:
+            trained = len(rounds) - (config.model.checkpoint is not None)
+            print(f"# steps of all rounds: {trained * steps * config.optim.epochs:,}")
     return 0
+
+
+def _rounds(config: RunConfig) -> list[str]:
+    """A line for each round of pruning."""
+    prune, trains = config.prune, f"trains {config.optim.epochs} epochs"
+    first = "the model as it is, not trained" if config.model.checkpoint else trains
+    back = "its trained model" if config.model.checkpoint else f"epoch {prune.rewind_epoch}"
+    kept = [(1 - prune.rate) ** k for k in range(1, prune.rounds + 1)]
+    return [
+        f"round 0: dense, {first}",
+        *(
+            f"round {k}: {prune.method}, {100 * share:.1f} % of the weights of prune.target {prune.target}, "
+            f"from {back} of round 0, {trains}"
+            for k, share in enumerate(kept, 1)
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""Measuring a checkpoint: its size, its speed and its test accuracy, here or on a GPU of the cluster."""
+"""Measuring a checkpoint: its size, its speed and its validation accuracy, here or on a GPU of the cluster."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def measure(
     config: RunConfig, path: Path, batch_size: int | None = None, workers: Workers | None = None
 ) -> dict[str, float]:
     """Metrics of a checkpoint's best model, the units that its masks take whole removed: model/*, bench/*,
-    val/accuracy (where there is a split), test/accuracy. On a GPU of the connected cluster where it has one, else in
-    this process.
+    val/accuracy; test/accuracy only where there is no validation split, so that nothing is chosen by it. On a GPU of
+    the connected cluster where it has one, else in this process.
 
     Args:
         config: says where the data is, and the precision.
@@ -60,8 +60,9 @@ def measured(spec: dict[str, Any]) -> list[dict[str, float]]:
     rows = meter.speeds(models, batch_size, SECONDS, amp)
     for model, row in zip(models, rows, strict=True):
         row |= meter.size(model)
-        row["test/accuracy"] = meter.accuracy(model, data, data.test, config.eval.batch_size, amp)
-        if data.val is not None:
+        if data.val is None:
+            row["test/accuracy"] = meter.accuracy(model, data, data.test, config.eval.batch_size, amp)
+        else:
             row["val/accuracy"] = meter.accuracy(model, data, data.val, config.eval.batch_size, amp)
             row["val/images"] = float(len(data.val))
     return rows

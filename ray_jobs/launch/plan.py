@@ -15,7 +15,7 @@ from pruning.lite import describe
 from pruning.plans import apply_plan, get_plan
 from pruning.report import before_after_table
 from pruning.rounds import calibration_batches
-from pruning.store import masks_of, save_pruned
+from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.launch.cluster import connected_if
 from ray_jobs.launch.measure import compare
 from ray_jobs.launch.run import preflight
@@ -41,7 +41,7 @@ def run_plan(args: PruneArgs) -> int:
     pruned = apply_plan(model, args.plan, calibration=images, seed=config.seed, masks=masks, repair=config.cut.repair)
     folder = create_run(config.with_values({"prune.method": "none"}))
     with exclusive(folder):
-        description = {**description, "plan": args.plan}
+        description = {**of_cut(description), "plan": args.plan}
         path = save_pruned(folder / "checkpoints" / "best-00000", pruned.model, pruned.masks, description)
         console = Console(highlight=False, soft_wrap=True)
         with connected_if(config.scaling.num_workers != 0, lambda text: console.print(text, markup=False)):
@@ -52,6 +52,8 @@ def run_plan(args: PruneArgs) -> int:
         f"before: {describe(model.architecture)}\nafter:  {describe(pruned.model.architecture)}", markup=False
     )
     console.print(before_after_table(before, after))
+    if "test/accuracy" in before:
+        console.print("no validation split: accuracies are the test set's, by which no plan should be chosen")
     console.print(f"pruned model: {path}", markup=False)
     console.print(f"fine-tune it: python ray_jobs/train.py --model.checkpoint {path} ...", markup=False)
     return 0

@@ -61,6 +61,8 @@ def run_series(args: PruneArgs, command: str) -> int:
         return 130
     console.print(rounds_table(rows))
     say(f"table: {folder / 'rounds.csv'}\nfigure: {rounds_figure(folder, rows)}")
+    if rows[-1].get("val_accuracy") is not None and rows[-1].get("test_accuracy") is not None:
+        say(f"test accuracy of the last round, read once: {rows[-1]['test_accuracy']:.2f} %")
     last = folder / f"round-{config.prune.rounds:02d}" / "pruned"
     say(f"pruned model: {last}\ntrain it on: python ray_jobs/train.py --model.checkpoint {last} ...")
     return 0

@@ -25,7 +25,7 @@ from pruning.importance import SCORES
 from pruning.masks import Masks
 from pruning.rounds import calibration_batches, hooks_for
 from pruning.shrink import Shrunk
-from pruning.store import masks_of, save_pruned
+from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.sweep.results import baseline_of, write_baseline
 from ray_jobs.sweep.trial import Report, Shared, TrialProcess, data_of, finished_run, trial_config
 
@@ -75,7 +75,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     smaller = pruned.model
     metrics: dict[str, float] = {}
     if epochs:
-        start = save_pruned(folder / "start", smaller, pruned.masks, description)
+        start = save_pruned(folder / "start", smaller, pruned.masks, of_cut(description))
         tuning = config.with_values({"model.checkpoint": start, "optim.epochs": epochs})
         tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
         process = TrialProcess(device, shared.threads, report)

@@ -24,6 +24,7 @@ from pruning.rounds import (
     SURVIVORS,
     UNITS,
     Engine,
+    accuracy_of,
     calibration_batches,
     check_rounds,
     expand,
@@ -54,8 +55,8 @@ class Series:
         masks = ckpt.find_checkpoint(path) / "masks.safetensors"
         if masks.exists():
             model = shrink(model, load_masks(masks)).model
-        accuracy = measure.accuracy(model, self.data, self.data.test)
-        return {**measure.size(model), "test/accuracy": accuracy, "bench/images_per_s": 1.0, "bench/latency_ms": 1.0}
+        accuracy = measure.accuracy(model, self.data, self.data.val)
+        return {**measure.size(model), "val/accuracy": accuracy, "bench/images_per_s": 1.0, "bench/latency_ms": 1.0}
 
     def run(self):
         return run_rounds(self.config, self.folder, self.data, Engine(self.train, self.measure, self.said.append))
@@ -89,13 +90,25 @@ def test_rounds_prune_what_they_say(series, method):
         assert all(a > b for a, b in pairwise(params)), "no unit went"
     for row in rows:
         result = json.loads((s.folder / f"round-{row['round']:02d}" / "result.json").read_text())
-        assert row["test_accuracy"] == pytest.approx(result["metrics"]["test/accuracy"]), (
-            "not the model that was tested"
+        assert row["val_accuracy"] == pytest.approx(result["metrics"]["val/best_accuracy"]), (
+            "not the model that was kept"
         )
+    tested = [row["test_accuracy"] for row in rows]
+    assert tested == [None, None, None, result["metrics"]["test/accuracy"]], "no round is chosen by the test set"
+    assert all("validation" in line and "test" not in line for line in s.said)
     lines = (s.folder / "rounds.csv").read_text().splitlines()
     assert lines[0].startswith("round,density,params") and len(lines) == 5
     assert rounds_figure(s.folder, rows).stat().st_size > 1000
     assert rounds_table(rows).row_count == 4
+
+
+def test_rounds_that_an_earlier_version_measured_are_shown_by_their_test_accuracy(tmp_path):
+    row = {"round": 0, "density": 1.0, "params": 9, "nonzero": 9, "macs": 9, "images_per_s": 1.0, "latency_ms": 1.0}
+    old = [{**row, "test_accuracy": 97.0}]
+    assert accuracy_of(old[0]) == (97.0, "test") and rounds_table(old).columns[5].header == "test accuracy"
+    new = [{**row, "val_accuracy": 96.0, "test_accuracy": 97.0}]
+    assert accuracy_of(new[0]) == (96.0, "validation")
+    assert rounds_table(new).columns[5].header == "validation accuracy"
 
 
 def test_refill_and_rsst_leave_equally_many_units(series):
@@ -154,7 +167,7 @@ def test_a_stopped_series_goes_on_at_its_round_and_epoch(series, monkeypatch):
     assert len((s.folder / "round-02" / "metrics.jsonl").read_text().splitlines()) == 1
     rows = s.run()
     assert s.trained == ["round-00", "round-01", "round-02", "round-03"]
-    same = ("round", "density", "params", "nonzero", "test_accuracy")
+    same = ("round", "density", "params", "nonzero", "val_accuracy", "test_accuracy")
     assert [[r[k] for k in same] for r in rows] == [[r[k] for k in same] for r in expected]
     trained = list(s.trained)
     assert s.run() == rows and s.trained == trained, "a finished series trained again"

@@ -48,15 +48,17 @@ def test_rounds_from_a_trained_model(trained, tmp_path, capsys):
     assert main([*words, *LOCAL, "--optim.epochs", "1", "--out", str(tmp_path), "--trial", "one"]) == 0
     folder = tmp_path / "prune" / "one"
     dense, pruned = rows(folder)
-    assert float(dense["test_accuracy"]) == pytest.approx(
-        json.loads((trained / "result.json").read_text())["metrics"]["test/accuracy"]
+    assert float(dense["val_accuracy"]) == pytest.approx(
+        json.loads((trained / "result.json").read_text())["metrics"]["val/best_accuracy"]
     )
+    assert dense["test_accuracy"] == "" and float(pruned["test_accuracy"]) >= 0
     assert float(pruned["density"]) == 0.5 and int(pruned["params"]) < int(dense["params"])
     out = capsys.readouterr().out
     assert (
         (folder / "rounds.png").exists()
         and str(folder / "rounds.csv") in out
-        and "test accuracy" in out.replace("\n", " ")
+        and "% validation, " in out
+        and "test accuracy of the last round, read once" in out
     )
     model, _ = ckpt.load_model(str(folder / "round-01" / "pruned"))
     assert model.architecture.blocks[0].mlp_hidden < 48 and model.architecture.blocks[0].d_inner == 24
@@ -68,7 +70,8 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
     out = capsys.readouterr().out
     folder = tmp_path / "prune" / "p"
     report = json.loads((folder / "pruned.json").read_text())
-    for words in ("test accuracy", "parameters", "MACs", "zeros among", "latency", "throughput", "peak memory"):
+    assert "test accuracy" not in out and "test/accuracy" not in {**report["before"], **report["after"]}
+    for words in ("validation accuracy", "parameters", "MACs", "zeros among", "latency", "throughput", "peak memory"):
         assert words in out
     assert report["after"]["model/params"] < report["before"]["model/params"]
     start = str(folder / "checkpoints" / "best-00000")
@@ -80,7 +83,8 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
     assert train_main([*words, "--model.checkpoint", start, "--model.d-model", "8"]) == 2
     assert "leave out --model.d_model" in capsys.readouterr().err
     tuned, _ = ckpt.load_model(tmp_path / "quickstart" / "t")
-    pruned, _ = ckpt.load_model(folder)
+    pruned, about = ckpt.load_model(folder)
+    assert "metrics" not in about, "what the dense model had"
     assert tuned.architecture == pruned.architecture
     zeros = [int((b.ssm.in_proj.weight == 0).sum()) for b in tuned.blocks]
     assert zeros == [int((b.ssm.in_proj.weight == 0).sum()) for b in pruned.blocks] and min(zeros) > 0
@@ -141,3 +145,18 @@ def test_a_killed_series_goes_on_where_it_was(tmp_path):
     lambdas = [json.loads(x) for x in (folder / "round-01" / "metrics.jsonl").read_text().splitlines()]
     assert [m["prune/lambda"] for m in lambdas] == pytest.approx([0.1 * e / 6 for e in range(1, 7)] + [0] * 6)
     assert len(rows(folder)) == 2
+
+
+def test_a_dry_run_says_its_rounds_and_checks_its_plan(trained, capsys):
+    words = ["--method", "refill", "--rate", "0.5", "--rounds", "2", *LOCAL, "--dry-run"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "# round 0: dense, trains" in out and "# round 2: refill, 25.0 % of the weights of prune.target both" in out
+    assert main([*words, "--checkpoint", str(trained)]) == 0
+    assert "# round 0: dense, the model as it is, not trained" in capsys.readouterr().out
+    assert main(["--plan", "stage9", "--checkpoint", str(trained), "--dry-run"]) == 2
+    assert "unknown plan 'stage9'" in capsys.readouterr().err
+    assert main(["--plan", "stage2", "--checkpoint", str(trained), "--dry-run"]) == 0
+    assert "# plan stage2: whole units" in capsys.readouterr().out
+    assert main(["--method", "none", "--dry-run"]) == 2
+    assert "prunes nothing" in capsys.readouterr().err

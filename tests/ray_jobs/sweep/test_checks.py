@@ -133,8 +133,8 @@ def test_rates_that_no_table_would_name_are_refused():
     config = RunConfig().with_values({"data.dataset": "digits", "optim.warmup_epochs": 0, "cut.mlp": 0.5})
     with pytest.raises(ConfigError, match=r"cut\.mlp 0\.5 of the experiment's config would be in every trial"):
         verify("measure", config=config, grids=[{"cut.linear_out": [0.5]}])
+    layer = config.with_values({"cut.mlp": 0.0, "cut.layer": 1})
     with pytest.raises(ConfigError, match=r"cut\.layer 1 of the experiment's config"):
-        layer = config.with_values({"cut.mlp": 0.0, "cut.layer": 1})
         verify("measure", config=layer, grids=[{"cut.linear_out": [0.5]}])
     verify("measure", config=config, grids=[{"cut.linear_out": [0.5]}], set={"cut.mlp": 0.5})
 
