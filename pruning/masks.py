@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mamba.errors import CheckpointError, ConfigError
 from mamba.runs.checkpoint import check_content
+from mamba.runs.files import replacing
 from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
 from pruning.components import (
@@ -175,8 +176,10 @@ def check_sparsity_mamba(model: nn.Module, per_layer: bool = False) -> dict[str,
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks as safetensors."""
-    save_file({name: keep.cpu().contiguous() for name, keep in masks.items()}, path)
+    """Write masks as safetensors, whole or not at all, readable as the umask says; raises FolderError where they cannot
+    be written."""
+    with replacing(Path(path)) as file:
+        file.write(save({name: keep.cpu().contiguous() for name, keep in masks.items()}))
 
 
 def load_masks(path: Path) -> Masks:

@@ -83,6 +83,8 @@ class DataConfig(Group):
     gpu where there is one and the decoded images take at most an eighth of its memory (CIFAR: 150 MB)."""
     loader_workers: int | None = Field(None, ge=0, le=1024)
     """Loader processes per training worker; None: its CPUs less one (16 at most), 0 where nothing is augmented."""
+    prefetch_factor: int = Field(4, ge=1, le=1024)
+    """Batches that each loader process makes ahead."""
 
 
 class ModelConfig(Group):

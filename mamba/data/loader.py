@@ -137,7 +137,7 @@ def make_train_loader(
         batch_size=None,
         num_workers=workers,
         persistent_workers=workers > 0,
-        prefetch_factor=4 if workers > 0 else None,
+        prefetch_factor=config.prefetch_factor if workers > 0 else None,
         pin_memory=pin,
         worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator().manual_seed(seed),  # its own, so that making an iterator leaves the global one

@@ -52,6 +52,15 @@ def test_sharing_the_work_changes_nothing(small_data, augment):
         assert torch.equal(labels, torch.cat([ranks[r][step][1] for r in (0, 1)]))
 
 
+def test_loader_processes_work_so_far_ahead(small_data):
+    """`data.prefetch_factor`, which changes no batch; without processes there is nothing to be ahead."""
+    ahead = loader(small_data, loader_workers=2, prefetch_factor=1)
+    assert ahead.loader.prefetch_factor == 1 and loader(small_data, loader_workers=1).loader.prefetch_factor == 4
+    assert loader(small_data, loader_workers=0, prefetch_factor=3).loader.prefetch_factor is None
+    for (images, _), (others, _) in zip(ahead.epoch(0, 0), batches(small_data), strict=True):
+        assert torch.equal(images, others)
+
+
 def test_augmentation_differs_by_seed_epoch_and_step(small_data):
     """The same 16 images over and over, so that only the random numbers can make a difference."""
     few = replace(small_data, train=replace(small_data.train, index=np.zeros(48, int)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -285,7 +286,12 @@ def test_masks_compose_and_travel(model, tmp_path):
     both = combine(a, b)
     assert set(both) == set(a) | set(b)
     assert all(torch.equal(both[n], a.get(n, torch.tensor(True)) & b.get(n, torch.tensor(True))) for n in both)
-    save_masks(tmp_path / "masks.safetensors", both)
+    before = os.umask(0o022)
+    try:
+        save_masks(tmp_path / "masks.safetensors", both)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "masks.safetensors").stat().st_mode & 0o777 == 0o644
     back = load_masks(tmp_path / "masks.safetensors")
     assert set(back) == set(both) and all(torch.equal(back[n], both[n]) for n in both)
 
