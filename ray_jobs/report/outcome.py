@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mamba.config.cli import TrainArgs
 from mamba.config.help import quiet_pipe
+from mamba.errors import ForgeError
 from ray_jobs.report.findings import findings
 from ray_jobs.report.rows import SCORE, ranked
 from ray_jobs.report.table import show, write_results
@@ -31,9 +32,11 @@ def perform(args: TrainArgs, asked: Callable[[], experiment.Experiment], script:
     Returns, raises: as `conclude`; 0 after an outline.
     """
     if args.dry_run:
-        text = experiment.outline(experiment.load(args.resume) if args.resume else asked())
+        told = experiment.load(args.resume) if args.resume else asked()
         with quiet_pipe():
-            print(text)
+            print(experiment.outline(told))
+            for line in _estimate(told, args.resume).splitlines():
+                print(f"# {line}")
         return 0
     if args.resume:
         folder = args.resume.absolute()
@@ -43,6 +46,18 @@ def perform(args: TrainArgs, asked: Callable[[], experiment.Experiment], script:
         check_data(wanted)  # first, so that what is refused leaves no folder behind
         folder = experiment.create(wanted, sys.argv)
     return conclude(folder, script)
+
+
+def _estimate(told: experiment.Experiment, folder: Path | None) -> str:
+    """Time and disk, in lines; why not, where the machine or the data do not let them be measured."""
+    from ray_jobs.sweep.estimate import estimated, left_of
+
+    if told.space.kind == "measure" and told.checkpoint is None:
+        return "time and disk: not measured, the model that is cut has yet to be trained"
+    try:
+        return estimated(told, left_of(folder, told) if folder else None)
+    except ForgeError as error:
+        return f"time and disk: not measured, {error}"
 
 
 def conclude(folder: Path, script: str) -> int:
