@@ -28,7 +28,7 @@ def load_published(model: MambaModel, weights: Path | Mapping[str, Tensor]) -> N
         CheckpointError: a file that cannot be read, or a name or a shape that differs; the first is named.
     """
     if isinstance(weights, Path):
-        tensors, where = _read(weights), str(weights)
+        tensors, where = read_weights(weights), str(weights)
     else:
         tensors, where = dict(weights), "the state dict"
     a = model.architecture
@@ -41,7 +41,8 @@ def load_published(model: MambaModel, weights: Path | Mapping[str, Tensor]) -> N
     load_tensors(model, tensors, where)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file or of what torch saved, under "model" or at the top; raises CheckpointError."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
