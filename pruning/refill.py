@@ -76,6 +76,14 @@ def weights_of(model: nn.Module, target: str) -> dict[str, nn.Parameter]:
     return weights
 
 
+def targets_of(model: nn.Module, target: str) -> list[str]:
+    """`ssm` and `mlp`, as far as a target means them and the model has them."""
+    blocks = [block for _, block in named_blocks(model)]
+    groups = {"ssm": "d_inner", "mlp": "mlp_hidden"}
+    wanted = {name: group for name, group in groups.items() if group in groups_of(target)}
+    return [n for n, g in wanted.items() if any(find_all(block, MATRICES[g]) for block in blocks)]
+
+
 @torch.no_grad()
 def prune_survivors(model: nn.Module, masks: Mapping[str, Tensor], target: str, keep: float) -> Masks:
     """Global magnitude pruning of a target's weights down to a share of all of them.

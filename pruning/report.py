@@ -54,8 +54,8 @@ def rounds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['nonzero']:,}",
             f"{row['macs']:,}",
             f"{accuracy_of(row)[0]:.2f} %",
-            f"{row['images_per_s']:,.0f}",
-            f"{row['latency_ms']:.2f} ms",
+            f"{row['images_per_s']:,.0f}" if row["images_per_s"] else "not measured",
+            f"{row['latency_ms']:.2f} ms" if row["latency_ms"] else "not measured",
         )
     return table
 
@@ -67,8 +67,9 @@ def rounds_figure(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, key, label in ((left, "params", "parameters"), (right, "images_per_s", "images per second")):
-        axis.plot([row[key] for row in rows], [accuracy_of(row)[0] for row in rows], "o-", color="#2a6f97")
-        for row in rows:
+        known = [row for row in rows if row[key] is not None]
+        axis.plot([row[key] for row in known], [accuracy_of(row)[0] for row in known], "o-", color="#2a6f97")
+        for row in known:
             place = (row[key], accuracy_of(row)[0])
             axis.annotate(str(row["round"]), place, textcoords="offset points", xytext=(4, 4))
         axis.set_xlabel(label)

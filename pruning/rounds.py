@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba.config.choices import Registry
-from mamba.config.schema import RunConfig
+from mamba.config.schema import PruneConfig, RunConfig
 from mamba.data.images import ImageData
 from mamba.data.loader import eval_batches
 from mamba.errors import CheckpointError, ConfigError
@@ -45,7 +45,7 @@ from pruning.importance import Batches
 from pruning.masks import FILE as MASKS
 from pruning.masks import MaskHook, Masks, load_masks
 from pruning.penalty import GrowingDecay, PenaltyHook
-from pruning.refill import REFILL_SCORES, prune_survivors, refill_masks
+from pruning.refill import REFILL_SCORES, prune_survivors, refill_masks, targets_of
 from pruning.shrink import Slices, shrink
 from pruning.store import load_smaller, masks_of, save_pruned
 
@@ -94,7 +94,8 @@ class Engine:
     train: Callable[[RunConfig, Path], dict[str, Any]]
     """Train a resolved config in a folder, from its newest checkpoint if there is one -> its result."""
     measure: Callable[[RunConfig, Path], dict[str, float]]
-    """Size, speed and accuracy of a checkpoint or run folder's best model, its masks' units removed."""
+    """Size and accuracy, and speed where it is measured now, of a checkpoint or run folder's best model, its masks'
+    units removed."""
     say: Callable[[str], None]
 
 
@@ -125,9 +126,10 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
         write_csv(folder / "rounds.csv", COLUMNS, rows)
         row = rows[-1]
         accuracy, words = accuracy_of(row)
+        speed = f", {row['images_per_s']:,.0f} images/s" if row["images_per_s"] else ""
         engine.say(
             f"round {number}: density {row['density']:.4f}, {row['params']:,} parameters, "
-            f"{accuracy:.2f} % {words}, {row['images_per_s']:,.0f} images/s"
+            f"{accuracy:.2f} % {words}{speed}"
         )
     return rows
 
@@ -157,6 +159,11 @@ def check_rounds(config: RunConfig) -> None:
             f"model.checkpoint {start} holds masks of single weights, which rounds would not keep; start from a "
             "dense model, or one that only lost whole units"
         )
+
+
+def round_folders(series: Path) -> list[Path]:
+    """The folders of a series' rounds that are over, in order."""
+    return sorted(row.parent for row in series.glob("round-*/row.json"))
 
 
 def check_series(folder: Path, config: RunConfig) -> None:
@@ -253,8 +260,8 @@ def _run_round(config: RunConfig, folder: Path, number: int, engine: Engine) -> 
         "macs": int(measured["model/macs"]),
         "val_accuracy": measured.get("val/accuracy"),
         "test_accuracy": measured.get("test/accuracy"),
-        "images_per_s": measured["bench/images_per_s"],
-        "latency_ms": measured["bench/latency_ms"],
+        "images_per_s": measured.get("bench/images_per_s"),
+        "latency_ms": measured.get("bench/latency_ms"),
         "seconds": seconds,
     }
 
@@ -277,7 +284,7 @@ def _prepare(config: RunConfig, folder: Path, number: int, data: ImageData) -> N
     """Prune the round before, rewind, and write what this round starts from."""
     prune, method = config.prune, METHODS[config.prune.method]
     trained, survivors = _trained(config, folder, number - 1)
-    survivors = prune_survivors(trained, survivors, prune.target, (1 - prune.rate) ** number)
+    survivors = survivors_of_round(trained, survivors, prune, number)
     rewind = folder / ("rewind" if prune.rewind_epoch and config.model.checkpoint is None else "start")
     dense, description = ckpt.load_model(rewind, weights="raw", drop_path=config.model.drop_path)
     units: Masks = {}
@@ -296,6 +303,19 @@ def _prepare(config: RunConfig, folder: Path, number: int, data: ImageData) -> N
     else:
         extra[MASKS] = survivors
     ckpt.save_checkpoint(folder / f"round-{number:02d}" / "start", model, None, {**description}, None, extra)
+
+
+def survivors_of_round(model: MambaModel, masks: Masks, prune: PruneConfig, number: int) -> Masks:
+    """Which of the target's weights survive round `number`: ranked all together at one rate, or channels' and neurons'
+    each among themselves where one of both has a rate of its own."""
+    if prune.ssm_rate is None and prune.mlp_rate is None:
+        return prune_survivors(model, masks, prune.target, (1 - prune.rate) ** number)
+    rates = {"ssm": prune.ssm_rate, "mlp": prune.mlp_rate}
+    left: Masks = {}
+    for part in targets_of(model, prune.target):
+        own = rates[part]
+        left |= prune_survivors(model, masks, part, (1 - (prune.rate if own is None else own)) ** number)
+    return left
 
 
 def _trained(config: RunConfig, folder: Path, number: int) -> tuple[MambaModel, Masks]:

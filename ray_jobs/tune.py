@@ -44,21 +44,22 @@ def _experiment(args: SweepArgs) -> Experiment:
     from ray_jobs.sweep.checks import check, check_given
     from ray_jobs.sweep.experiment import Experiment, absolute
     from ray_jobs.sweep.grid import expand
-    from ray_jobs.sweep.space import MOST_TRIALS, load_space
+    from ray_jobs.sweep.space import MOST_TRIALS, base_of, load_space
     from ray_jobs.sweep.study import best_of
 
     if args.space is None:
         raise ConfigError("--space is missing: a YAML file, or the name of one in search_spaces/")
     space = load_space(args.space)
-    for sentence in check_given(space, args.config, args.given):
+    base = base_of(space, args)
+    for sentence in check_given(space, base, args.given):
         print(f"note: {sentence}", file=sys.stderr)
-    config = absolute(args.config)
+    config = absolute(base)
     checkpoint = config.model.checkpoint if space.kind == "measure" else None
     if space.kind == "measure":
         if checkpoint is None:
             raise ConfigError("a space of kind measure cuts a trained model: give --checkpoint")
         config = with_split(config, checkpoint).with_values({"model.checkpoint": None})
-    trials = expand(space, _depth(checkpoint)) if space.grids else []
+    trials = expand(space, _depth(checkpoint), given=args.over) if space.grids else []
     if trials and (args.trials is not None or args.storage is not None or args.warm_start is not None):
         raise ConfigError("--trials, --storage and --warm-start are of searches; this space has grids, with "
                           f"{len(trials)} trials")  # fmt: skip

@@ -43,6 +43,8 @@ class TrainArgs:
     """Print what would run and exit: the resolved config, and parameters and steps, or the trials of a sweep."""
     given: Annotated[tuple[str, ...], Suppress] = ()
     """Keys of the config that the command line itself names."""
+    over: Annotated[dict[str, Any], Suppress] = field(default_factory=dict)
+    """Keys and values over the preset's, of the command line and its file; `preset` among them where it was named."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ PRUNE = Command(
         "run": WHERE,
     },
     {"prune.method": "refill", "name": "prune", "trial": None},
-    {name: f"prune.{name}" for name in ("method", "target", "rate", "rounds")} | {"checkpoint": "model.checkpoint"},
+    {name: f"prune.{name}" for name in ("method", "target", "rate", "ssm_rate", "mlp_rate", "rounds")}
+    | {"checkpoint": "model.checkpoint"},
 )
 TUNE = Command(
     SweepArgs,
@@ -185,13 +188,13 @@ def parse(
     """What a command line asks for; see `parse_train_args` and `parse_prune_args`."""
     words = list(sys.argv[1:] if argv is None else argv)
     kind, prog = command.kind, _prog(command.prog)
-    options = {f.name for f in fields(kind)} - {"dry_run", "file", "given"}
+    options = {f.name for f in fields(kind)} - {"dry_run", "file", "given", "over"}
     given, values = split_words(words, options | {"completion"}, command.short)
     if "completion" in given:
         show_completion(
             kind, kind(get_preset("quickstart").with_values(dict(command.defaults))), prog, given["completion"]
         )
-    config, preset = _config(command, given, values, recipe_of)
+    config, preset, from_file = _config(command, given, values, recipe_of)
     own = {name: _typed(kind, name, given[name]) for name in options - {"preset", "resume", "config"} if name in given}
     args = kind(
         config=config,
@@ -200,6 +203,7 @@ def parse(
         resume=Path(given["resume"]) if "resume" in given else None,
         dry_run="dry_run" in given,
         given=tuple(values),
+        over={**from_file, **values, **({"preset": preset} if "preset" in given else {})},
         **own,
     )
     if "help" in given or "help_all" in given:
@@ -212,15 +216,15 @@ def parse(
 
 def _config(
     command: Command[Any], given: Mapping[str, str], values: dict[str, str | None], recipe_of: Recipe | None
-) -> tuple[RunConfig, str]:
-    """The config that a command line asks for, and the preset below it."""
+) -> tuple[RunConfig, str, dict[str, Any]]:
+    """The config that a command line asks for, the preset below it, and what a file gave."""
     preset = given.get("preset", "quickstart")
     if "resume" in given:
         fine = ("resume", "dry_run", "help", "help_all", *command.with_resume)
         extra = [f"--{key}" for key in (*values, *given) if key not in fine and key.split(".")[0] not in fine]
         if extra:
             raise ConfigError(f"--resume continues a run as it was: leave out {', '.join(extra)}")
-        return stored_config(Path(given["resume"])).with_values(values), preset
+        return stored_config(Path(given["resume"])).with_values(values), preset, {}
     from_file = _from_file(Path(given["config"])) if "config" in given else {}
     checkpoint = {**from_file, **values}.get("model.checkpoint")
     own = recipe_of(Path(checkpoint)) if recipe_of and checkpoint and "preset" not in given else None
@@ -233,7 +237,7 @@ def _config(
             f"model.checkpoint brings its own widths: leave out {', '.join(ignored)}; of model.* only "
             f"{', '.join(BESIDE_CHECKPOINT)} go with it"
         )
-    return config, preset
+    return config, preset, from_file
 
 
 def _from_file(path: Path) -> dict[str, Any]:

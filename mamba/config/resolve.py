@@ -84,6 +84,13 @@ def resolved(config: RunConfig) -> RunConfig:
     ):
         if used and target == "mlp" and model.mlp_ratio == 0 and config.model.checkpoint is None:
             raise ConfigError(f"{key} 'mlp' needs an MLP and model.mlp_ratio 0 has none; valid: ssm, both")
+    for own, other in (("ssm", "mlp"), ("mlp", "ssm")):
+        given = getattr(config.prune, f"{own}_rate")
+        if config.prune.method != "none" and config.prune.target == other and given is not None:
+            raise ConfigError(
+                f"prune.{own}_rate {given:g} has no effect with prune.target '{other}'; leave it out, or choose "
+                f"prune.target {own} or both"
+            )
     if config.prune.rewind_epoch >= config.optim.epochs:
         raise ConfigError(
             f"prune.rewind_epoch {config.prune.rewind_epoch} is not before the end of optim.epochs "

@@ -257,6 +257,11 @@ class PruneConfig(Group):
     rate: float = Field(0.2, gt=0, lt=1)
     """Share of the surviving weights of the target that each round prunes: (1 - rate)^k of them are left after
     round k."""
+    ssm_rate: float | None = Field(None, gt=0, lt=1)
+    """The rate of the channels' weights, where it is not `prune.rate`. With this or `prune.mlp_rate` given, channels
+    and neurons are each ranked among themselves; with neither, all weights together."""
+    mlp_rate: float | None = Field(None, gt=0, lt=1)
+    """The rate of the neurons' weights, where it is not `prune.rate`."""
     rounds: int = Field(3, ge=1, le=1000)
     """Rounds of pruning, after the dense training that is round 0."""
     round: int = Field(0, ge=0, le=1000)

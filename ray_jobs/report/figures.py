@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mamba.runs.metrics import metric, number
+from pruning.rounds import accuracy_of
 from ray_jobs.report.noise import standard_error
 from ray_jobs.report.rows import (
     COSTS,
@@ -35,6 +36,7 @@ from ray_jobs.report.rows import (
     same_models,
     score,
 )
+from ray_jobs.report.series import by_series, over_rounds
 from ray_jobs.sweep.space import Range, Space
 
 Rows = Sequence[Mapping[str, Any]]
@@ -79,6 +81,9 @@ def draw(space: Space, rows: Rows, baseline: Mapping[str, float], images: int, c
         figures["slices"] = slices(rows, space, objective, baseline)
         if len(space.search) > 1:
             figures["parallel"] = parallel(done, space, objective, baseline)
+    series = by_series(rows)
+    if series:
+        figures["rounds"] = density_lines(series)
     if len(curves) > 1:
         figures["curves"] = learning_curves(curves, rows)
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -324,6 +329,36 @@ def _place(where: Range, value: Any) -> float | None:
     if drawn is None or (where.log and where.drawn(drawn) <= 0):
         return None
     return where.place(drawn)
+
+
+def density_lines(series: Mapping[str, Mapping[str, Rows]]) -> Figure:
+    """Accuracy against the share of weights that survives, a panel for each setting, a line for each method: means,
+    with the range over seeds, or of one seed the standard error that the validation images give."""
+    across = min(3, len(series))
+    down = -(-len(series) // across)
+    figure = Figure(figsize=(4.6 * across, 3.6 * down), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(down, across)).ravel()
+    methods = sorted({method for lines in series.values() for method in lines})
+    colours = {name: colormaps["viridis"](0.85 * i / max(1, len(methods) - 1)) for i, name in enumerate(methods)}
+    for axis, (words, lines) in zip(axes, series.items(), strict=False):
+        for i, (method, some) in enumerate(sorted(lines.items())):
+            points = over_rounds(some)
+            xs = [point.density for point in points]
+            ys = [point.accuracy for point in points]
+            ends = np.array([[p.accuracy - p.low, p.high - p.accuracy] for p in points]).T.clip(min=0)
+            style = {"marker": "os^vD"[i % 5], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+            axis.errorbar(xs, ys, ends, color=colours[method], label=method, elinewidth=0.8, markersize=5, **style)
+        axis.set_title(words or "all series", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.invert_xaxis()
+        axis.set_xlabel("density: share of the target's weights that survives")
+        axis.set_ylabel(f"{accuracy_of(some[0]['rounds'][0])[1]} accuracy, %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for axis in axes[len(series) :]:
+        axis.set_visible(False)
+    return figure
 
 
 def learning_curves(curves: Curves, rows: Rows) -> Figure:

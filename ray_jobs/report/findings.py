@@ -9,6 +9,7 @@ from typing import Any
 
 from mamba.runs.metrics import number
 from pruning.measure import ratio
+from pruning.rounds import accuracy_of
 from ray_jobs.report.noise import error_of, images_in_words, images_of, standard_error
 from ray_jobs.report.rows import (
     RATES,
@@ -30,6 +31,7 @@ from ray_jobs.report.rows import (
     setting,
     varied,
 )
+from ray_jobs.report.series import Point, by_series, over_rounds
 
 __all__ = ["findings", "front", "ranked"]
 
@@ -67,6 +69,7 @@ def findings(
     lines += _layers(rows, limit)
     lines += _together(rows, baseline)
     lines += _given_back(rows, limit)
+    lines += _rounds(rows)
     lines += _means(over_seeds(rows))
     return "\n".join(lines)
 
@@ -193,6 +196,30 @@ def _given_back(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
             f"{100 * (lost - left) / lost:.0f} % given back"
         )
     return lines
+
+
+def _rounds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Methods of rounds side by side, at each density; says where the ranges do not set the first two apart."""
+    lines = []
+    for words, methods in by_series(rows).items():
+        points = {method: over_rounds(series) for method, series in methods.items()}
+        what = accuracy_of(next(iter(methods.values()))[0]["rounds"][0])[1]
+        lines.append(f"rounds{f' [{words}]' if words else ''}, {what} accuracy (and parameters) by density:")
+        for i in range(max(map(len, points.values()))):
+            here = {method: some[i] for method, some in points.items() if i < len(some)}
+            order = sorted(here, key=lambda method: -here[method].accuracy)
+            said = [f"{m} {_interval(here[m])} ({here[m].params:,.0f})" for m in order]
+            alike = len(order) > 1 and here[order[1]].high >= here[order[0]].low
+            note = "; the first two are within the noise" if alike else ""
+            lines.append(f"density {statistics.fmean(p.density for p in here.values()):.4g}: {', '.join(said)}{note}")
+    return lines
+
+
+def _interval(point: Point) -> str:
+    """A mean with its range over seeds, or with its standard error."""
+    if point.seeds > 1:
+        return f"{point.accuracy:.2f} % ({point.low:.2f} to {point.high:.2f}, {point.seeds} seeds)"
+    return f"{point.accuracy:.2f} ± {point.high - point.accuracy:.2f} %"
 
 
 def cut_in_words(row: Mapping[str, Any]) -> str:

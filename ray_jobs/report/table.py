@@ -16,7 +16,8 @@ from ray_jobs.report.rows import SCORE, finite
 
 COLUMNS = (
     *("val/best_accuracy", "val/accuracy", "val/drop", "test/accuracy"),
-    *("model/params", "model/nonzero", "model/macs", "bench/images_per_s"),
+    *("prune/density", "model/params", "model/nonzero", "model/macs", "bench/images_per_s"),
+    *("train/epoch_s", "train/peak_memory_mib"),
 )
 """Metrics that are shown, in this order."""
 

@@ -12,7 +12,8 @@ from typing import Any
 from mamba.config.cli import BESIDE_CHECKPOINT as BESIDE
 from mamba.config.keys import dotted_keys, unknown_key
 from mamba.config.schema import DataConfig, RunConfig
-from mamba.errors import ConfigError
+from mamba.errors import ConfigError, ForgeError
+from pruning.rounds import METHODS, check_rounds
 from ray_jobs.sweep.grid import Trial
 from ray_jobs.sweep.space import Range, Space
 
@@ -60,11 +61,14 @@ def check(space: Space, trials: Sequence[Trial], config: RunConfig) -> None:
         )
     points = [t.values for t in trials] if trials else _drawn(space, config)
     configs: list[RunConfig] = []
-    refusal: ConfigError | None = None
+    series = space.kind == "rounds"
+    refusal: ForgeError | None = None
     for i, values in enumerate(points):
         try:
             configs.append(config.with_values(values).resolve())
-        except ConfigError as error:
+            if series:
+                check_rounds(configs[-1])
+        except ForgeError as error:
             if trials:
                 raise ConfigError(f"grids: trial {trials[i].name} cannot be: {error}") from None
             refusal = error
@@ -148,10 +152,19 @@ def idle(config: RunConfig, kind: str) -> set[str]:
     when(config.eval.tta_views == 1, "eval.tta_always")
     when(model.stem == "patch" or (config.scaling.num_workers or 1) == 1, "model.sync_batchnorm")
     when(model.pos_embed in ("learned", "none"), "model.rope_grid")
-    when(model.checkpoint is None and kind == "train", "model.new_head")
+    when(model.checkpoint is None and kind != "measure", "model.new_head")
     when(model.checkpoint is None or kind == "measure", "model.new_size")
     if model.checkpoint is not None:
         when(True, *(k for k in dotted_keys() if k.startswith("model.") and k not in BESIDE_CHECKPOINT))
+    if kind == "rounds":
+        prune = config.prune
+        method = METHODS[prune.method] if prune.method != "none" else None
+        when(method is None or method.choose is None, "prune.score", "prune.fillback_rate")
+        when(method is None or not method.decays, "prune.ceiling", "prune.schedule", "prune.grow_fraction")
+        when(method is None or not method.decays or prune.schedule != "power", "prune.exponent")
+        own = {"ssm": prune.ssm_rate, "mlp": prune.mlp_rate}
+        parts = ("ssm", "mlp") if prune.target == "both" else (prune.target,)
+        when(all(own[part] is not None for part in parts), "prune.rate")
     if kind == "measure":
         when(config.cut.layer is not None, "cut.scope")
         when(config.optim.warmup_epochs >= 0.2 * config.cut.finetune_epochs > 0, "optim.warmup_epochs")
@@ -163,10 +176,12 @@ def _check_keys(space: Space, config: RunConfig) -> None:
     """Every key of a space by itself: whether it can vary, or be set, in a trial of this kind."""
     possible = _possible(space, config, "cut.finetune_epochs")
     finetuned = space.kind == "measure" and any(possible)
-    checkpoint = space.kind == "train" and any(_possible(space, config, "model.checkpoint"))
+    checkpoint = space.kind != "measure" and any(_possible(space, config, "model.checkpoint"))
     parts: list[tuple[str, Iterable[str]]] = [("set", space.fixed), ("search", space.search)]
     for part, keys in [*parts, *(("grids", grid) for grid in space.grids)]:
         for key in keys:
+            if key == "preset":
+                continue
             reason = _reason(key, space.kind, finetuned, checkpoint)
             if not reason and part == "search" and (key == "seed" or key in COMPARED_ON):
                 reason = (
@@ -191,9 +206,11 @@ def _reason(key: str, kind: str, finetuned: bool, checkpoint: bool) -> str | Non
         return "is the experiment's own: give it on the command line"
     if group == "scaling":
         return "is the same for all trials: give it on the command line"
-    if group == "prune":
-        return "belongs to rounds of pruning (ray_jobs/prune.py) and has no effect in a space"
-    if kind == "train":
+    if key == "prune.round":
+        return "is set by the rounds themselves"
+    if group == "prune" and kind != "rounds":
+        return f"belongs to rounds of pruning and has no effect with kind {kind}; valid: kind rounds"
+    if kind != "measure":
         if group == "cut":
             return "cuts a trained model, which only kind measure does"
         if group == "model" and checkpoint and key not in BESIDE_CHECKPOINT:

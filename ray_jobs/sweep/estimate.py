@@ -187,6 +187,10 @@ def estimated(experiment: Experiment, left: int | None = None, seconds: float = 
     finally:
         torch.set_num_threads(threads)
     each = [trial_seconds(config, found, measuring) for config in configs]
+    if space.kind == "rounds":  # that a round's model is smaller is not counted
+        trainings = [config.prune.rounds + (config.model.checkpoint is None) for config in configs]
+        each = [seconds * count for seconds, count in zip(each, trainings, strict=True)]
+        found = replace(found, disk=found.disk * max(trainings))
     total = left * sum(each) / len(each)
     return "\n".join(_lines(experiment, left, total, found, configs))
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from mamba.config.presets import get_preset
 from mamba.errors import ConfigError
 from ray_jobs.sweep.space import MOST_TRIALS, Space
 
@@ -28,16 +29,17 @@ class Trial:
     values: dict[str, Any]
 
 
-def expand(space: Space, depth: int, prefix: str = "") -> list[Trial]:
+def expand(space: Space, depth: int, prefix: str = "", given: Collection[str] = ()) -> list[Trial]:
     """Every trial of a space's grids, in order, each once.
 
     Args:
         space: with grids.
         depth: blocks of the model, for `cut.layer: all`.
         prefix: of the trials' names.
+        given: keys that the command line gave, over whatever a preset says.
 
     Raises:
-        ConfigError: more than MOST_TRIALS.
+        ConfigError: more than MOST_TRIALS; two presets that are the same here.
     """
     lists = [{k: list(range(depth)) if v == "all" else v for k, v in grid.items()} for grid in space.grids]
     points: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # in order, each once: values, and those in its name
@@ -45,7 +47,12 @@ def expand(space: Space, depth: int, prefix: str = "") -> list[Trial]:
         for point in product(*grid.values()):
             values = {**space.fixed, **dict(zip(grid, point, strict=True))}
             named = {k: v for k, v in values.items() if k in grid and (len(lists) > 1 or len(grid[k]) > 1)}
-            points.setdefault(_identity(values), (values, named))
+            preset = values.pop("preset", None)
+            if preset is not None:
+                values = {**preset_values(space.presets, str(preset), given), **values}
+            _, first = points.setdefault(_identity(values), (values, named))
+            if first.get("preset") != named.get("preset"):
+                raise ConfigError(f"grids: presets {first['preset']} and {preset} are the same with the keys given")
             if len(points) * max(1, len(space.seeds)) > MOST_TRIALS:
                 raise ConfigError(f"grids: more than {MOST_TRIALS:,} trials, the most that can be run")
     names = unique_names([named for _, named in points.values()], prefix)
@@ -56,6 +63,17 @@ def expand(space: Space, depth: int, prefix: str = "") -> list[Trial]:
         else:
             trials.append(Trial(name, values))
     return trials
+
+
+def preset_values(presets: Sequence[str], name: str, given: Collection[str]) -> dict[str, Any]:
+    """What a preset says, of the keys in which some presets differ and that the command line did not give."""
+    flats = {preset: get_preset(preset).flat() for preset in presets}
+    own = flats[name]
+    return {
+        key: value
+        for key, value in own.items()
+        if key not in ("name", *given) and any(flat[key] != value for flat in flats.values())
+    }
 
 
 def unique_names(points: Sequence[Mapping[str, Any]], prefix: str = "") -> list[str]:

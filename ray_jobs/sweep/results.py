@@ -61,7 +61,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     trials = sorted({path.parent for name in (TRIAL, "result.json") for path in folder.glob(f"*/{name}")})
     read = {path.name: read_trial(path) for path in trials}
     keys = ("status", "reason", "values", "metrics", "seconds")
-    return [{"trial": name, **{key: result[key] for key in keys}} for name, result in read.items() if result]
+    found = [(name, result) for name, result in read.items() if result]
+    series = {name: {"rounds": result["rounds"]} for name, result in found if "rounds" in result}
+    return [{"trial": n, **{key: result[key] for key in keys}, **series.get(n, {})} for n, result in found]
 
 
 def baseline_of(folder: Path) -> dict[str, float]:

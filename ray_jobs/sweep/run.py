@@ -22,6 +22,7 @@ from ray_jobs.sweep.checks import configs_of, data_identity
 from ray_jobs.sweep.experiment import Experiment, load
 from ray_jobs.sweep.measure import time_trials
 from ray_jobs.sweep.results import read_trial, rows, write_baseline, write_trial
+from ray_jobs.sweep.rounds import models_to_time, time_rounds, write_speeds
 from ray_jobs.sweep.searcher import GridTrials, StudyTrials
 from ray_jobs.sweep.study import open_study
 from ray_jobs.sweep.trial import Shared
@@ -79,6 +80,8 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
                 ended = run_sweep(shared, space, search, held, experiment.count, changed, stopping)
             if ended and space.kind == "measure":
                 _time(shared, say)
+            if ended and space.kind == "rounds":
+                _time_series(shared, say)
     return ended, rows(folder)
 
 
@@ -105,7 +108,7 @@ def check_data(experiment: Experiment) -> None:
                     print(f"data: {note}", file=sys.stderr)
         if kind == "measure" and data.val is None:
             raise ConfigError("data.val_fraction 0 leaves no validation images to measure on")
-        refusals = [refusal for c in own if kind == "train" and (refusal := _refusal(len(data.train), c))]
+        refusals = [refusal for c in own if kind != "measure" and (refusal := _refusal(len(data.train), c))]
         if refusals and (experiment.trials or len(refusals) == len(own)):  # of a search, single trials may fail
             raise ConfigError(refusals[0])
 
@@ -127,6 +130,8 @@ def resources(experiment: Experiment, cluster: Cluster) -> Resources:
     """
     workers = experiment.config.scaling.num_workers or 1
     share = experiment.gpus_per_trial
+    if experiment.space.kind == "rounds" and workers > 1:
+        raise ConfigError(f"scaling.num_workers {workers}: a series of rounds trains on one GPU; valid: none, 1")
     if experiment.space.kind == "train" and workers > 1:
         needed = workers if cluster.gpus else workers * (experiment.config.scaling.cpus_per_worker or 1)
         there = cluster.gpus or cluster.cpus
@@ -139,7 +144,7 @@ def resources(experiment: Experiment, cluster: Cluster) -> Resources:
         if not 0 < share <= cluster.gpus:
             raise ConfigError(f"--gpus-per-trial {share:g} is not within the cluster's {cluster.gpus} GPUs")
         fit = int(1 / share) * cluster.gpus if share <= 1 else cluster.gpus // math.ceil(share)
-        cpus = max(1, cluster.cpus // fit) if experiment.space.kind == "train" else 1
+        cpus = max(1, cluster.cpus // fit) if experiment.space.kind != "measure" else 1
         return Resources(min(cpus, cluster.cpus), share, max(1, min(fit, cluster.cpus)))
     if share:
         raise ConfigError(f"--gpus-per-trial {share:g}: the cluster has no GPU")
@@ -190,3 +195,18 @@ def _time(shared: Shared, say: Callable[[str], None]) -> None:
         result = read_trial(shared.folder / name)
         assert result is not None
         write_trial(shared.folder / name, {**result, "metrics": {**result["metrics"], **speed}})
+
+
+def _time_series(shared: Shared, say: Callable[[str], None]) -> None:
+    """Measure the speed of every round's model of every series, as `_time` does of cuts."""
+    import ray
+
+    models = models_to_time(shared.folder)
+    if not models:
+        return
+    say(f"timing {len(models)} models, one after the other")
+    if shared.gpu:
+        speeds = ray.get(ray.remote(num_gpus=1)(time_rounds).remote(shared, models))
+    else:
+        speeds = time_rounds(shared, models)
+    write_speeds(shared.folder, models, speeds)

@@ -1,9 +1,11 @@
 """Sweeps as data: YAML files checked against the run config.
 
 question: what the sweep answers                    cost: what it takes
-kind: measure (cut a trained model, evaluate it) | train
+kind: measure (cut a trained model, evaluate it) | train | rounds (a series of pruning rounds a trial)
+preset: what the config starts from where the command line names none
 set: {dotted key: value}                            the same for every trial
-grids: [{dotted key: [values]}, ...]                each a product; together their union; cut.layer: all
+grids: [{dotted key: [values]}, ...]                each a product; together their union; cut.layer: all;
+                                                    preset: [names]
 search: {dotted key: {low, high, log, one_minus} | {choices}}       drawn by Optuna
         with when: {other key: value | [values] | {above: number}}  drawn only where the others are so
 objectives: {metric: max | min}                     of a search; two make a Pareto front
@@ -22,8 +24,10 @@ from typing import Any, Literal, get_args
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mamba.config.cli import TUNE, SweepArgs
 from mamba.config.files import read_yaml
 from mamba.config.keys import current, dotted_keys, unknown_key
+from mamba.config.presets import get_preset
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 
@@ -119,7 +123,8 @@ class Space(BaseModel):
 
     question: str
     cost: str
-    kind: Literal["measure", "train"]
+    kind: Literal["measure", "train", "rounds"]
+    preset: str | None = None
     fixed: dict[str, Scalar] = Field(default_factory=dict, alias="set")
     grids: list[dict[str, list[Scalar] | Literal["all"]]] = Field(default_factory=list)
     search: dict[str, Range] = Field(default_factory=dict)
@@ -127,6 +132,11 @@ class Space(BaseModel):
     trials: int = Field(0, ge=0, le=MOST_TRIALS)
     seeds: list[int] = Field(default_factory=list)
     early_stop: EarlyStop | None = None
+
+    @property
+    def presets(self) -> list[str]:
+        """The presets that its grids vary, in order; none where they vary none."""
+        return list(dict.fromkeys(str(name) for grid in self.grids for name in grid.get("preset", [])))
 
     @field_validator("fixed", "grids", "search", mode="before")
     @classmethod
@@ -160,6 +170,25 @@ def load_space(path: str | Path) -> Space:
         return checked(space)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def base_of(space: Space, args: SweepArgs) -> RunConfig:
+    """The config that an experiment's trials start from: the command line's, over the preset that the space names where
+    no other is named.
+
+    Raises:
+        ConfigError: a preset or a trained model beside a space that varies presets.
+    """
+    if space.presets:
+        if "preset" in args.over or args.config.model.checkpoint is not None:
+            word = "preset" if "preset" in args.over else "checkpoint"
+            raise ConfigError(f"--{word}: the space varies presets, {', '.join(space.presets)}; leave it out")
+        preset: str | None = space.presets[0]
+    else:
+        preset = space.preset if "preset" not in args.over and args.config.model.checkpoint is None else None
+    if preset is None:
+        return args.config
+    return get_preset(preset).with_values({**TUNE.defaults, **args.over})
 
 
 def checked(space: Space) -> Space:
@@ -197,6 +226,11 @@ def checked(space: Space) -> Space:
         _check_count(grids, len(space.seeds) or 1)
     if len(space.objectives) > 2:
         raise ConfigError("objectives: one or two")
+    if space.kind == "rounds" and space.search:
+        raise ConfigError("kind rounds has grids; a search draws single trainings or cuts")
+    if space.preset is not None:
+        get_preset(space.preset)
+    _check_presets(space)
     if space.early_stop and (space.kind != "train" or len(space.objectives) != 1):
         raise ConfigError("early_stop needs kind train and one objective")
     return space.model_copy(update={"fixed": fixed, "grids": grids, "search": search})
@@ -235,14 +269,27 @@ def _checked_grid(grid: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str
                 raise ConfigError(f"grids: '{key}: all' means nothing; only cut.layer takes all")
             found[key] = values
             continue
+        if key == "preset":
+            found[key] = [str(value) for value in values]
+            for name in found[key]:
+                get_preset(name)
         if not values:
             raise ConfigError(f"grids: {key} lists no value")
         if len(values) > MOST_TRIALS:
             raise ConfigError(f"grids: {key} lists {len(values):,} values; at most {MOST_TRIALS:,} trials can be run")
-        found[key] = [typed(key, value) for value in values]
+        found[key] = found.get(key) or [typed(key, value) for value in values]
         if _twice(found[key]):
             raise ConfigError(f"grids: {key} lists a value twice")
     return found
+
+
+def _check_presets(space: Space) -> None:
+    if not space.presets:
+        return
+    if space.kind == "measure":
+        raise ConfigError("grids: preset says how a model is trained, and kind measure trains none")
+    if space.preset is not None or not all("preset" in grid for grid in space.grids):
+        raise ConfigError("grids: preset stands in one grid: it stands in each, and there is no preset beside")
 
 
 def _check_count(grids: list[dict[str, Any]], seeds: int) -> None:

@@ -88,6 +88,7 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
         trial.json's content: status finished or failed, metrics, the reason of a failure.
     """
     from ray_jobs.sweep.measure import measure_trial
+    from ray_jobs.sweep.rounds import rounds_trial
 
     folder = shared.folder / name
     done = read_trial(folder)
@@ -95,13 +96,13 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
         return done
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with own_log(folder), restored(shared.threads, trains=shared.kind == "train"):
+    with own_log(folder), restored(shared.threads, trains=shared.kind != "measure"):
         print(f"{datetime.now():%F %T} {platform.node()}, process {os.getpid()}: {values}")
         try:
             _claim(folder)
             config = trial_config(shared, name, values)
             (folder / "config.yaml").write_text(config.to_yaml())
-            work = measure_trial if shared.kind == "measure" else train_trial
+            work = {"measure": measure_trial, "train": train_trial, "rounds": rounds_trial}[shared.kind]
             result = work(shared, config, folder, report)
             result = check_finite(result, shared.objectives)
         except (ForgeError, torch.OutOfMemoryError) as error:
@@ -111,7 +112,7 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
             print(f"{datetime.now():%F %T} ended by {type(error).__name__}")
             raise
         print(f"{datetime.now():%F %T} {result['status']}")
-    kept = ("status", "reason", "metrics", "seed", "hardware", "versions", "code_revision")
+    kept = ("status", "reason", "metrics", "rounds", "seed", "hardware", "versions", "code_revision")
     seconds = round(time.perf_counter() - began, 3)
     own = {key: result[key] for key in kept if key in result}
     result = write_trial(folder, {**own, "values": values, "seconds": seconds})
@@ -154,7 +155,7 @@ def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunCon
     base = RunConfig(**shared.config)
     own = {"out": shared.folder.parent, "name": shared.folder.name, "trial": name}
     config = base.with_values({**values, **own}).resolve()
-    if shared.kind == "train":  # so that workers of its own, and who repeats it alone, validate on the same images
+    if shared.kind != "measure":  # so that workers of its own, and who repeats it alone, validate on the same images
         config = with_split(config)
         if config.data.split_seed is None:
             config = config.with_values({"data.split_seed": base.seed})
@@ -220,6 +221,7 @@ def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report)
     last = (reported_epochs(folder) or [{}])[-1]  # of an older run, whose result does not say it
     known = {"val/best_accuracy": last["val/best_accuracy"]} if "val/best_accuracy" in last else {}
     known |= {"val/images": float(result["images"]["val"])} if result.get("images", {}).get("val") else {}
+    known |= {"train/epoch_s": result["seconds"] / result["epochs"]} if result.get("seconds") else {}
     return {**result, "metrics": {**known, **result["metrics"], "epoch": result["epochs"]}}
 
 

@@ -16,10 +16,10 @@ SHIPPED = sorted(f.stem for f in FOLDER.glob("*.yaml"))
 
 def test_what_ships():
     names = "component_ablation joint_pruning layer_sensitivity model_family pruning quickstart recipe repair"
-    assert [*names.split(), "stage_a", "stage_b"] == SHIPPED
+    assert [*names.split(), "rounds_70", "rounds_quick", "stage_a", "stage_b", "stages"] == SHIPPED
     for name in SHIPPED:
         space = load_space(name)
-        assert space.question and "trial" in space.cost
+        assert space.question and ("series" if space.kind == "rounds" else "trial") in space.cost
 
 
 def test_the_component_grid_is_the_documented_one():
@@ -128,8 +128,8 @@ SEARCH = {"objectives": {"val/accuracy": "max"}, "trials": 3}
             {"grids": [{f"cut.{n}": [i / 200 for i in range(200)] for n in ("mlp", "conv1d", "linear_in")}]},
             "8,000,000 trials, and at most 10,000 can be run",
         ),
-        ({"grid": [{"cut.mlp": [0.1]}]}, "valid keys: question, cost, kind, set, grids"),
-        ({"kind": "guess", "grids": [{"cut.mlp": [0.1]}]}, "kind: Input should be 'measure' or 'train'"),
+        ({"grid": [{"cut.mlp": [0.1]}]}, "valid keys: question, cost, kind, preset, set, grids"),
+        ({"kind": "guess", "grids": [{"cut.mlp": [0.1]}]}, "kind: Input should be 'measure', 'train' or 'rounds'"),
     ],
 )
 def test_bad_spaces_are_refused_by_name(tmp_path, parts, words):
