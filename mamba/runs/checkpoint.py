@@ -4,7 +4,7 @@
     ema.safetensors         their moving average, if the run keeps one
     training_state.pt       optimizer, scaler, RNG of every rank, position, best metric (torch.load, weights_only)
     config.json             architecture with every block's actual widths, classes, statistics, metrics, and a checksum
-                            of each other file
+                            of each other file and of itself
 
 A folder is written under a temporary name, synced, then renamed: a name that exists is complete. A checkpoint that is
 replaced keeps its old content under a second name until the new one is in its place, and gets it back if that was cut
@@ -31,7 +31,18 @@ from torch import Tensor, nn
 from mamba.config.versions import FORMAT, check_format
 from mamba.errors import CheckpointError, FolderError
 from mamba.models.model import Architecture, MambaModel, count_parameters
-from mamba.runs.files import as_metrics, checksum, create, read_json, sync, to_json, unwritable
+from mamba.runs.files import (
+    SEAL,
+    as_metrics,
+    check_seal,
+    checksum,
+    create,
+    read_json,
+    sealed,
+    sync,
+    to_json,
+    unwritable,
+)
 
 ADVICE = "remove that folder to go on from an earlier checkpoint, if there is one, or from the start"
 WEIGHTS, EMA_WEIGHTS, STATE, DESCRIPTION = "model.safetensors", "ema.safetensors", "training_state.pt", "config.json"
@@ -66,12 +77,12 @@ def save_checkpoint(
                 torch.save(training_state, file)
         tree = {
             "format": FORMAT,
-            **{key: value for key, value in description.items() if key != "format"},
+            **{key: value for key, value in description.items() if key not in ("format", SEAL)},
             "architecture": model.architecture.to_dict(),
             "checksums": {file.name: checksum(file) for file in sorted(partial.iterdir())},
         }
         with create(partial / DESCRIPTION) as file:
-            file.write(to_json(tree, indent=1).encode())
+            file.write(to_json(sealed(tree), indent=1).encode())
         put_in_place(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors wrap a full disk
         _discard(partial)
@@ -279,6 +290,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     except FolderError as error:
         raise CheckpointError(str(error)) from None
     check_format(tree, path, CheckpointError)
+    try:
+        check_seal(tree, path, ADVICE)
+    except FolderError as error:
+        raise CheckpointError(str(error)) from None
     return {**tree, "metrics": as_metrics(tree["metrics"])} if "metrics" in tree else tree
 
 

@@ -22,6 +22,9 @@ from typing import IO, Any
 
 from mamba.errors import FolderError
 
+SEAL = "checksum"
+"""Key of a JSON object's checksum of itself."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
@@ -103,6 +106,24 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise FolderError(f"{path} is damaged (it holds no JSON object){remedy and '; ' + remedy}")
     return tree
+
+
+def sealed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of its own content, which `check_seal` compares."""
+    return {**tree, SEAL: _digest_of(tree)}
+
+
+def check_seal(tree: Mapping[str, Any], path: Path, remedy: str = "") -> None:
+    """Raises FolderError where an object that was read is not what `sealed` made; one without a checksum is as it is
+    (earlier versions)."""
+    if SEAL in tree and tree[SEAL] != _digest_of({key: value for key, value in tree.items() if key != SEAL}):
+        raise FolderError(
+            f"{path} is damaged or was changed (its checksum is not that of what was written){remedy and '; ' + remedy}"
+        )
+
+
+def _digest_of(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_finite(tree), sort_keys=True).encode()).hexdigest()
 
 
 def as_metrics(tree: Any) -> dict[str, float]:

@@ -36,7 +36,7 @@ from mamba.runs.checkpoint import (
     recover,
     weights_file,
 )
-from mamba.runs.files import checksum, create, to_json, unwritable
+from mamba.runs.files import SEAL, checksum, create, sealed, to_json, unwritable
 from mamba.runs.folder import forget_stop
 
 START = "start"
@@ -115,14 +115,14 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         for file, name in [(source / weights, WEIGHTS), *((f, f.name) for f in beside)]:
             shutil.copyfile(file, partial / name)
         tree = {
-            **description,
+            **{key: value for key, value in description.items() if key != SEAL},
             "format": FORMAT,
             "weights": "raw",
             "started_from": str(source),
             "checksums": {file.name: checksum(file) for file in sorted(partial.iterdir())},
         }
         with create(partial / DESCRIPTION) as out:
-            out.write(to_json(tree, indent=1).encode())
+            out.write(to_json(sealed(tree), indent=1).encode())
         put_in_place(partial, target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,7 +19,7 @@ from typing import Any
 from mamba.config.schema import RunConfig
 from mamba.data.split import VAL_FRACTION
 from mamba.errors import ConfigError, ForgeError
-from mamba.runs.checkpoint import best_checkpoint, find_checkpoint
+from mamba.runs.checkpoint import best_checkpoint, find_checkpoint, read_description
 from mamba.runs.files import as_metrics, read_json
 from mamba.runs.folder import epochs_of, finished_result
 from mamba.runs.metrics import best_accuracy
@@ -173,7 +173,7 @@ def _kept(folder: Path, result: Mapping[str, Any]) -> float:
             return epoch[key]
     checkpoint = best_checkpoint(folder)
     if checkpoint is not None:
-        description = read_json(checkpoint / "config.json")
+        description = read_description(checkpoint)
         key = "val/ema_accuracy" if description.get("weights") == "ema" else "val/accuracy"
         value = finite(as_metrics(description.get("metrics")).get(key))
         if value is not None:
@@ -212,7 +212,7 @@ def _group(flat: Mapping[str, Any]) -> str:
 def _data_of(path: Path) -> dict[str, Any]:
     """Of a folder with checkpoints: the digest of files and split, and the images of the split, where it says so."""
     try:
-        data = read_json(find_checkpoint(path) / "config.json").get("data")
+        data = read_description(find_checkpoint(path)).get("data")
         assert isinstance(data, dict)
         split, sets = data["split"], data["sets"]
         held = split["val"] or sum(int(str(words).split()[0]) for words in sets.get("val", {}).values())

@@ -120,10 +120,24 @@ def test_flipped_bytes_of_masks_are_noticed(model, tmp_path):
         masks_of(folder)
 
 
+def test_a_changed_description_is_noticed(model, tmp_path):
+    """A flipped digit leaves JSON that is valid, and statistics that are wrong."""
+    about = {"epoch": 1, "mean": [0.49139968], "classes": ["a", "b"], "metrics": {"val/accuracy": float("nan")}}
+    folder = ckpt.save_checkpoint(tmp_path / "one", model, None, about, None)
+    path = folder / "config.json"
+    assert ckpt.load_model(folder)[1]["mean"] == [0.49139968]
+    again = ckpt.save_checkpoint(tmp_path / "two", model, None, ckpt.read_description(folder), None)
+    assert ckpt.read_description(again)["mean"] == [0.49139968], "a description that is written again has its own"
+    path.write_text(path.read_text().replace("0.49139968", "0.49839968"))
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged or was changed \(its checksum"):
+        ckpt.load_model(folder)
+
+
 def test_version_1_has_no_checksums_and_is_read(model, tmp_path):
     folder = ckpt.save_checkpoint(tmp_path / "one", model, None, {"epoch": 1}, None)
     tree = json.loads((folder / "config.json").read_text())
     assert tree.pop("format") == FORMAT and set(tree.pop("checksums")) == {"model.safetensors"}
+    del tree["checksum"]
     (folder / "config.json").write_text(json.dumps(tree))
     assert ckpt.load_model(folder)[1]["epoch"] == 1
     (folder / "config.json").write_text(json.dumps({**tree, "format": 99}))
@@ -137,7 +151,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(model, tmp_path):
     tensors["blocks.1.ssm.in_proj.weight"][0, 0] = float("nan")
     tree = json.loads((folder / "config.json").read_text())
     save_file(tensors, folder / "model.safetensors")
-    tree.pop("checksums")
+    del tree["checksums"], tree["checksum"]
     (folder / "config.json").write_text(json.dumps(tree))
     with pytest.raises(CheckpointError, match=r"1 of \d+ values of blocks.1.ssm.in_proj.weight are NaN or infinite"):
         ckpt.load_model(folder)
