@@ -1,6 +1,7 @@
 """Vision Mamba classifiers: the models, the selective scan, and everything that one training process needs.
 
     model = mamba.mamba_small(num_classes=10, img_size=32)
+    print(mamba.load("runs/v2/first").predict("cat.jpg"))
     model, description = mamba.load_model("runs/v2/first")
     y = mamba.selective_scan(u, delta, A, B, C, D)
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mamba.models.vim import vim_tiny as vim_tiny
     from mamba.ops.scan import bidirectional_scan as bidirectional_scan
     from mamba.ops.scan import selective_scan as selective_scan
+    from mamba.predict.predictor import load as load
     from mamba.runs.checkpoint import load_model as load_model
     from mamba.runs.published import load_published as load_published
 
@@ -39,6 +41,7 @@ _HOMES = {
     "mamba.models.model": ("Architecture", "MambaModel", "mamba_base", "mamba_small", "mamba_tiny"),
     "mamba.models.vim": ("vim_base", "vim_small", "vim_tiny"),
     "mamba.ops.scan": ("bidirectional_scan", "selective_scan"),
+    "mamba.predict.predictor": ("load",),
     "mamba.runs.checkpoint": ("load_model",),
     "mamba.runs.published": ("load_published",),
 }
@@ -51,6 +54,7 @@ __all__ = [
     "RunConfig",
     "bidirectional_scan",
     "get_preset",
+    "load",
     "load_data",
     "load_model",
     "load_published",

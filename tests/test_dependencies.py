@@ -20,6 +20,7 @@ ORDER = (
     ("mamba.data",),
     ("mamba.runs",),
     ("mamba.train",),
+    ("mamba.predict",),
     ("mamba",),  # its __init__ alone: the public names
     ("pruning",),
     ("ray_jobs.launch",),

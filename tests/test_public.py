@@ -19,8 +19,8 @@ import pruning
 ROOT = Path(__file__).parent.parent
 
 MAMBA = """
-    Architecture ForgeError MambaModel RunConfig bidirectional_scan get_preset load_data load_model load_published
-    mamba_base mamba_small mamba_tiny selective_scan vim_base vim_small vim_tiny
+    Architecture ForgeError MambaModel RunConfig bidirectional_scan get_preset load load_data load_model
+    load_published mamba_base mamba_small mamba_tiny selective_scan vim_base vim_small vim_tiny
 """
 PRUNING = """
     COMPONENTS PLANS MaskHook apply_mask_mamba apply_plan build_mamba_lite check_sparsity_mamba compute_rsst_loss

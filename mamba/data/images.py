@@ -92,8 +92,7 @@ class ImageData:
 
     def normalise(self, images: Tensor) -> Tensor:
         """(n, side, side, 3) uint8 -> (n, 3, side, side) float32 with mean 0 and deviation 1, on the same device."""
-        mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
-        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        return normalise(images, self.mean, self.std)
 
     def remarks(self) -> list[str]:
         """What a user should know before believing a number of this data, a line each: `notes`, splits so small that
@@ -109,6 +108,12 @@ class ImageData:
             if both:
                 lines.append(f"{both:,} of {len(self.test):,} test images are training images too, pixel for pixel")
         return lines
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(n, side, side, 3) uint8 -> (n, 3, side, side) float32, on the same device."""
+    shift, scale = (torch.tensor(v, device=images.device) for v in (mean, std))
+    return ((images.float() / 255 - shift) / scale).permute(0, 3, 1, 2).contiguous()
 
 
 def resize(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -95,7 +95,7 @@ def list_split(folder: Path) -> Listing:
     Raises:
         DataError: a folder that cannot be listed or is empty, a class without images, a file that is not there.
     """
-    found = Listing((), _pack(folder, []), np.zeros(0, np.int64))
+    found = Listing((), pack(folder, []), np.zeros(0, np.int64))
     classes: list[str] = []
     entries: list[tuple[str, int, int]] = []
     labels: list[int] = []
@@ -121,7 +121,7 @@ def list_split(folder: Path) -> Listing:
             entries += own
     if not classes:
         raise DataError(f"{folder} holds no class folders; it must hold {folder.name}/<class>/<image>")
-    found.classes, found.files, found.labels = tuple(classes), _pack(folder, entries), np.array(labels, np.int64)
+    found.classes, found.files, found.labels = tuple(classes), pack(folder, entries), np.array(labels, np.int64)
     return found
 
 
@@ -180,7 +180,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder} cannot be listed: {error}") from None
 
 
-def _pack(root: Path, entries: list[tuple[str, int, int]]) -> Files:
+def pack(root: Path, entries: list[tuple[str, int, int]]) -> Files:
+    """Files from (path below the root, size, time of the last change) of each."""
     names = [os.fsencode(name) for name, _, _ in entries]
     ends = np.cumsum([len(name) for name in names], dtype=np.int64) if names else np.zeros(0, np.int64)
     sizes, times = (np.array([entry[i] for entry in entries], np.int64) for i in (1, 2))

@@ -265,7 +265,7 @@ class MambaModel(nn.Module):
         """Images to (batch, tokens, d_model): class tokens in place, positions added, in the order of the scan."""
         x = self.patch_embed(images)
         for name, place in self.class_places.items():
-            token = getattr(self, name).expand(len(x), -1, -1)
+            token = getattr(self, name).expand(x.shape[0], -1, -1)
             x = torch.cat((x[:, :place], token.to(x.dtype), x[:, place:]), dim=1)
         # without positions too the residual stream leaves the stem in full precision
         x = x + self.pos_embed if self.pos_embed is not None else x.to(self.head.weight.dtype)

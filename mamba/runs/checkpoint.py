@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mamba.config.versions import FORMAT, check_format
+from mamba.data.transform import transform_of
 from mamba.errors import CheckpointError, FolderError
 from mamba.models.model import Architecture, MambaModel, count_parameters
 from mamba.runs.files import (
@@ -77,7 +78,7 @@ def save_checkpoint(
                 torch.save(training_state, file)
         tree = {
             "format": FORMAT,
-            **{key: value for key, value in description.items() if key not in ("format", SEAL)},
+            **{key: value for key, value in description.items() if key not in ("format", "transform", SEAL)},
             "architecture": model.architecture.to_dict(),
             "checksums": {file.name: checksum(file) for file in sorted(partial.iterdir())},
         }
@@ -153,7 +154,8 @@ def load_model(
         drop_path: another rate of stochastic depth than the one it was trained with.
 
     Returns:
-        the model in eval mode, and the checkpoint's description (classes, mean, std, metrics).
+        the model in eval mode, and the checkpoint's description: classes, mean, std, metrics, and `transform`, which
+        makes of images what the model reads (`mamba.data.transform.Transform`; None where mean and std are not known).
 
     Raises:
         CheckpointError: no checkpoint there, a file missing, damaged or truncated, no average kept, or a weight that
@@ -167,7 +169,8 @@ def load_model(
     model = build(architecture, folder)
     load_weights(model, folder, weights_file(description, weights))
     check_finite(model.state_dict(), str(folder))
-    return model.to(device).eval(), description
+    side = architecture.img_size
+    return model.to(device).eval(), {**description, "transform": transform_of(description, side)}
 
 
 def architecture_in(folder: Path, description: Mapping[str, Any] | None = None) -> Architecture:

@@ -57,6 +57,7 @@ _ALL = (
     Metric("val/drop", "accuracy lost by the cut", "points", "{:.2f}", "down"),
     Metric("val/images", "validation images", "", "{:,.0f}"),
     Metric("test/accuracy", "test accuracy", "%", "{:.2f}", "up", hparams=True),
+    Metric("test/top5_accuracy", "test accuracy among the first five", "%", "{:.2f}", "up"),
     Metric("test/loss", "test loss", "", "{:.4f}", "down"),
     Metric("train/loss", "training loss", "", "{:.4f}", "down", hparams=True),
     Metric("train/lr", "learning rate", "", "{:.3g}"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from mamba.config.schema import RunConfig
 from mamba.config.versions import FORMAT
 from mamba.runs.backends import open_backends
+from mamba.runs.confusion import Confusion
 from mamba.runs.files import append, to_json, unwritable, write_json, write_text
 from mamba.runs.folder import METRICS_LOG, PROGRESS, RESULT, logged_epochs
 from mamba.runs.hparams import write_hparams
@@ -69,6 +70,12 @@ class Tracker:
         grid = make_grid(pictures, nrow=8)
         for backend in self.backends:
             backend.image("train/augmented", grid, 0)
+
+    def confusion(self, found: Confusion, global_step: int) -> None:
+        """Which test images are taken for which class, and how many of each class are recognised: two pictures."""
+        for name, picture in (("test/confusion", found.picture()), ("test/classes", found.class_picture())):
+            for backend in self.backends:
+                backend.image(name, torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255, global_step)
 
     def progress(self, **position: Any) -> None:
         write_json(self.folder / PROGRESS, position)

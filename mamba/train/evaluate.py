@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mamba.data.images import ImageData, ImageSet
 from mamba.data.loader import eval_batches
 from mamba.data.views import ONE, Views
+from mamba.runs.confusion import FROM_CLASSES, Confusion
 from mamba.train.distributed import Process
 
 
@@ -59,6 +61,26 @@ def best_views(asked: Views, score: Callable[[Views], Score] | None, always: boo
     return (asked if used else ONE), said | {"used": used, "why": why}
 
 
+class ClassCounts:
+    """Which classes are taken for which, summed on the device; and how many are right among the five most probable."""
+
+    def __init__(self, classes: tuple[str, ...], device: torch.device) -> None:
+        self.classes, n = classes, len(classes)
+        self.sums = torch.zeros(n * n + 1, dtype=torch.int64, device=device)
+
+    def add(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Of some images: (n, classes), in any form with the same order, and (n,)."""
+        n = len(self.classes)
+        pairs = labels * n + probabilities.argmax(-1)
+        self.sums[:-1] += torch.bincount(pairs, minlength=n * n)
+        five = probabilities.topk(min(5, n), dim=-1).indices
+        self.sums[-1] += (five == labels[:, None]).any(-1).sum()
+
+    def result(self) -> Confusion:
+        n, (*counts, five) = len(self.classes), self.sums.tolist()
+        return Confusion(np.array(counts).reshape(n, n), self.classes, five if n >= FROM_CLASSES else None)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -68,6 +90,7 @@ def evaluate(
     batch_size: int = 512,
     amp: torch.dtype | None = None,
     views: Views = ONE,
+    counts: ClassCounts | None = None,
 ) -> Score:
     """Score a model on its process's device, counted exactly over all ranks. Leaves it in eval mode.
 
@@ -79,6 +102,7 @@ def evaluate(
         batch_size: images of a forward pass.
         amp: autocast type, or None.
         views: of each image whose class probabilities are averaged.
+        counts: filled with all ranks' images, if given; meaningless where the score is NaN.
     """
     model.eval()
     device = process.device
@@ -88,8 +112,12 @@ def evaluate(
             log_probabilities = probabilities(model, images, views).clamp_min(1e-12).log()
         loss = F.nll_loss(log_probabilities, labels, reduction="sum")
         correct = (log_probabilities.argmax(-1) == labels).sum()
+        if counts is not None:
+            counts.add(log_probabilities, labels)
         totals += torch.stack((loss.double(), correct.double(), torch.tensor(float(len(labels)), device=device)))
     loss_sum, correct_sum, count = process.sum(totals).tolist()
+    if counts is not None:
+        process.sum(counts.sums)
     if not math.isfinite(loss_sum):  # argmax takes NaN for the largest
         return Score(math.nan, math.nan)
     return Score(loss_sum / count, 100 * correct_sum / count)

@@ -32,7 +32,7 @@ from mamba.runs.tracking import Tracker
 from mamba.train.compilation import compile_blocks, should_compile
 from mamba.train.distributed import Process
 from mamba.train.ema import ModelEma
-from mamba.train.evaluate import Score, best_views, evaluate
+from mamba.train.evaluate import ClassCounts, Score, best_views, evaluate
 from mamba.train.heartbeat import Heartbeat
 from mamba.train.hooks import TrainHook
 from mamba.train.loss import TrainingLoss
@@ -239,11 +239,13 @@ class Trainer:
             self.metrics["val/best_accuracy"] = accuracies[weights]
             write_checkpoint(self, f"best-{self.epoch:05d}", None)
 
-    def evaluate(self, model: nn.Module, split: ImageSet, views: Views = ONE) -> Score:
+    def evaluate(
+        self, model: nn.Module, split: ImageSet, views: Views = ONE, counts: ClassCounts | None = None
+    ) -> Score:
         """`mamba.train.evaluate.evaluate` with the run's settings. What is compiled is so for the training batch alone:
         more graphs would cost more than they save here."""
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
-            return evaluate(model, self.data, split, self.process, self.config.eval.batch_size, self.amp, views)
+            return evaluate(model, self.data, split, self.process, self.config.eval.batch_size, self.amp, views, counts)
 
     def end_epoch(self) -> None:
         """Log, save and report the epoch that has ended."""
@@ -266,7 +268,8 @@ class Trainer:
             model, _ = ckpt.load_model(best, device=self.process.device)
         self.alive.enter("testing")
         views, compared = self._views(model)
-        test_loss, test_accuracy = self.evaluate(model, self.data.test, views)
+        counts = ClassCounts(self.data.classes, self.process.device)
+        test_loss, test_accuracy = self.evaluate(model, self.data.test, views, counts)
         if math.isnan(test_loss):
             skipped = int(self.optimizer_step.skipped[0].item())
             raise TrainingError(
@@ -274,10 +277,12 @@ class Trainer:
                 "optimizer steps were skipped); lower optim.lr, set optim.grad_clip or try --preset unstable",
                 every_rank=True,
             )
+        confusion = counts.result()
         metrics = {
             **self.metrics,
             "test/loss": test_loss,
             "test/accuracy": test_accuracy,
+            **({} if confusion.top5 is None else {"test/top5_accuracy": confusion.top5}),
             **self.sizes(),
         }
         tested = {"weights": self.best["weights"], "epoch": self.best["epoch"] if best else self.epoch}
@@ -286,6 +291,7 @@ class Trainer:
             "status": "finished",
             "metrics": metrics,
             "tested": {**tested, "tta_views": views.count, **compared},
+            "by_class": confusion.to_dict(),
             "epochs": self.epoch,
             "seconds": round(self.seconds["run"], 3),
             "seed": self.config.seed,
@@ -298,6 +304,7 @@ class Trainer:
             **environment(self.process.device),
         }
         if self.tracker:
+            self.tracker.confusion(confusion, self.global_step)
             self.tracker.finish(result, self.global_step)
         return result
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mamba.config.versions import FORMAT
-from mamba.data.images import ImageSet
+from mamba.data.images import ImageData, ImageSet
 from mamba.data.views import ONE, Views
 from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel
@@ -831,3 +832,27 @@ def test_validation_each_second_epoch_and_after_the_last(small_fit, tmp_path):
     small_fit(eval__every=2)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["val/accuracy" in m for m in lines] == [False, True, True]
+
+
+def test_which_classes_are_taken_for_which(small_fit, small_data, tmp_path):
+    """Counted on the test set by the weights that were tested; in result.json, and drawn in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = small_fit()
+    rows = np.array([line.split() for line in result["by_class"]["confusion"]], int)
+    assert rows.sum(1).tolist() == [10, 10, 10]
+    assert result["metrics"]["test/accuracy"] == pytest.approx(100 * np.trace(rows) / 30)
+    assert "test/top5_accuracy" not in result["metrics"]  # of three classes it says nothing
+    model, _ = ckpt.load_model(tmp_path / "run")
+    images = small_data.normalise(torch.from_numpy(small_data.test.images))
+    said = np.bincount(model(images).argmax(-1).numpy(), minlength=3)
+    assert rows.sum(0).tolist() == said.tolist()
+    seen = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert "test/confusion" in seen.Tags()["images"] and "test/classes/text_summary" in seen.Tags()["tensors"]
+
+
+def test_top5_from_twenty_classes_on(small_fit):
+    many = ImageSet.whole(np.random.default_rng(0).integers(0, 255, (80, 8, 8, 3)).astype(np.uint8), np.arange(80) % 20)
+    data = ImageData(many, None, many, tuple(f"class {i}" for i in range(20)), (0.5,) * 3, (0.25,) * 3)
+    metrics = small_fit(data=data, optim__epochs=1, optim__warmup_epochs=0)["metrics"]
+    assert metrics["test/accuracy"] <= metrics["test/top5_accuracy"] <= 100
