@@ -302,8 +302,8 @@ def test_a_run_that_only_diverges_fails_with_the_reason(small_fit, small_data, t
 def test_finite_averaged_weights_are_best_where_the_raw_ones_are_not(small_fit, monkeypatch):
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE):
-        return Score(math.nan, math.nan) if model is self.model else original(self, model, split, views)
+    def evaluate(self, model, split, views=ONE, counts=None):
+        return Score(math.nan, math.nan) if model is self.model else original(self, model, split, views, counts)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     result = small_fit(optim__epochs=1)
@@ -453,9 +453,9 @@ def test_the_test_set_is_read_once_and_never_selects(small_config, small_data, t
     seen = []
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE):
+    def evaluate(self, model, split, views=ONE, counts=None):
         seen.append("test" if split is small_data.test else "val")
-        return original(self, model, split, views)
+        return original(self, model, split, views, counts)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     fit(small_config(), local_process(), tmp_path, small_data)
@@ -466,8 +466,8 @@ def test_the_best_by_validation_is_what_is_tested(small_fit, tmp_path, monkeypat
     scores = iter([50.0, 40.0, 70.0, 80.0, 60.0, 20.0])  # raw and averaged, three epochs
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE):
-        loss, accuracy = original(self, model, split, views)
+    def evaluate(self, model, split, views=ONE, counts=None):
+        loss, accuracy = original(self, model, split, views, counts)
         return loss, accuracy if split is self.data.test else next(scores)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
@@ -483,8 +483,8 @@ def test_only_the_best_is_kept_and_the_first_of_equals_wins(small_fit, tmp_path,
     scores = iter([50.0, 50.0, 60.0, 60.0, 60.0, 60.0])
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE):
-        loss, accuracy = original(self, model, split, views)
+    def evaluate(self, model, split, views=ONE, counts=None):
+        loss, accuracy = original(self, model, split, views, counts)
         return loss, accuracy if split is self.data.test else next(scores)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
@@ -551,9 +551,9 @@ def test_views_are_compared_on_the_validation_split_first(small_fit, monkeypatch
     views_of = {"val": [], "test": []}
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE):
+    def evaluate(self, model, split, views=ONE, counts=None):
         views_of["test" if split is self.data.test else "val"].append(views.count)
-        return original(self, model, split, views)
+        return original(self, model, split, views, counts)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     tested = small_fit(eval__tta_views=4, eval__tta_always=always, data__augment=augment)["tested"]
