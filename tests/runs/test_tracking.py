@@ -34,7 +34,7 @@ def test_scalars_images_and_config(small_fit, tmp_path):
     assert wanted <= set(tags["scalars"])
     assert not [tag for tag in tags["scalars"] if tag.startswith("lr/")], "twenty cards before val/accuracy"
     assert [e.step for e in events.Scalars("train/loss")] == [4, 8, 12]
-    assert tags["images"] == ["train/augmented", "test/confusion"]
+    assert tags["images"] == ["train/augmented", "test/confusion", "test/classes"]
     text = next(t for t in tags["tensors"] if t.startswith("config"))
     assert b"batch_size: 16" in events.Tensors(text)[0].tensor_proto.string_val[0]
 
