@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -50,6 +50,28 @@ WEIGHTS, EMA_WEIGHTS, STATE, DESCRIPTION = "model.safetensors", "ema.safetensors
 FOLDER = "checkpoints"
 
 
+class Content(NamedTuple):
+    """What a checkpoint folder will hold: safetensors files by name, the training state, a description in JSON."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    training_state: dict[str, Any] | None
+    description: Mapping[str, Any]
+
+
+def content_of(
+    model: MambaModel,
+    ema: MambaModel | None,
+    description: Mapping[str, Any],
+    training_state: dict[str, Any] | None,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Content:
+    """The content of `save_checkpoint`, its tensors the model's own."""
+    tensors = {WEIGHTS: model.state_dict(), **({EMA_WEIGHTS: ema.state_dict()} if ema else {}), **(extra or {})}
+    own = {key: value for key, value in description.items() if key not in ("format", "transform", SEAL)}
+    tree = {"format": FORMAT, **own, "architecture": model.architecture.to_dict()}
+    return Content(tensors, training_state, tree)
+
+
 def save_checkpoint(
     folder: Path,
     model: MambaModel,
@@ -64,26 +86,25 @@ def save_checkpoint(
     Raises:
         CheckpointError: the folder cannot be written (no space left, no permission).
     """
+    return write_content(folder, content_of(model, ema, description, training_state, extra))
+
+
+def write_content(folder: Path, content: Content) -> Path:
+    """`save_checkpoint` of a content."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         _own(folder.parent)
         _discard(partial)
         partial.mkdir(parents=True)
-        tensors = {WEIGHTS: model.state_dict(), **({EMA_WEIGHTS: ema.state_dict()} if ema else {}), **(extra or {})}
-        for name, own in tensors.items():
+        for name, own in content.tensors.items():
             with create(partial / name) as file:
                 file.write(save({key: value.detach().cpu().contiguous() for key, value in own.items()}))
-        if training_state is not None:
+        if content.training_state is not None:
             with create(partial / STATE) as file:
-                torch.save(training_state, file)
-        tree = {
-            "format": FORMAT,
-            **{key: value for key, value in description.items() if key not in ("format", "transform", SEAL)},
-            "architecture": model.architecture.to_dict(),
-            "checksums": {file.name: checksum(file) for file in sorted(partial.iterdir())},
-        }
+                torch.save(content.training_state, file)
+        checksums = {file.name: checksum(file) for file in sorted(partial.iterdir())}
         with create(partial / DESCRIPTION) as file:
-            file.write(to_json(sealed(tree), indent=1).encode())
+            file.write(to_json(sealed({**content.description, "checksums": checksums}), indent=1).encode())
         put_in_place(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors wrap a full disk
         _discard(partial)

@@ -19,6 +19,7 @@ from mamba.runs.folder import stop_requested
 from mamba.runs.tracking import Tracker
 from mamba.train.distributed import Process
 from mamba.train.step import OptimizerStep
+from mamba.train.writer import Writer
 
 LOG_EVERY_S = 0.5
 """Seconds between two lines of step metrics, and between two looks for a request to stop."""
@@ -38,8 +39,15 @@ class Monitor:
     """Follows the steps of a run: logs them, ends a run that no longer learns, and says when to stop."""
 
     def __init__(
-        self, config: RunConfig, process: Process, folder: Path, tracker: Tracker | None, steps_per_epoch: int
+        self,
+        config: RunConfig,
+        process: Process,
+        folder: Path,
+        tracker: Tracker | None,
+        steps_per_epoch: int,
+        writer: Writer,
     ) -> None:
+        self.writer = writer
         self.config, self.process, self.folder, self.tracker = config, process, folder, tracker
         self.steps_per_epoch = steps_per_epoch
         self.gpu = process.device.type == "cuda"
@@ -110,6 +118,7 @@ class Monitor:
     def _check_skipped(self, in_a_row: int, what: str) -> None:
         if in_a_row < self.config.optim.max_skipped:
             return
+        self.writer.wait()
         newest = ckpt.newest_checkpoint(self.folder)
         raise TrainingError(
             f"the {what} was not finite in {in_a_row} steps in a row (optim.max_skipped "

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mamba.errors import ForgeError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.provenance import check_resume, describe_data
 from mamba.train.distributed import Process
+from mamba.train.writer import Copies
 
 if TYPE_CHECKING:
     from mamba.train.trainer import Trainer
@@ -49,39 +49,55 @@ def saved(trainer: Trainer) -> dict[str, Saved]:
 
 
 def save(trainer: Trainer) -> Path:
-    """Write the whole training state; every rank calls it."""
+    """Have the whole training state written; every rank calls it. `finish_writing` waits for it."""
     trainer.alive.enter("saving a checkpoint")
     state = {name: thing.read() for name, thing in saved(trainer).items()}
     folder = write_checkpoint(trainer, f"step-{trainer.global_step:08d}", state)
     if trainer.process.rank == 0:  # a best is dropped only once no training state can lead back to before the next
-        ckpt.remove_old(trainer.folder, "step-*", trainer.config.checkpoint.keep)
-        ckpt.remove_old(trainer.folder, "best-*", 1)
+        keep = trainer.config.checkpoint.keep
+        trainer.writer.submit(lambda: ckpt.remove_old(trainer.folder, "step-*", keep))
+        trainer.writer.submit(lambda: ckpt.remove_old(trainer.folder, "best-*", 1))
     return folder
 
 
 def write_checkpoint(trainer: Trainer, name: str, state: dict[str, Any] | None) -> Path:
-    """Rank 0 writes; all ranks learn whether it worked, so that they end together."""
+    """Rank 0 has it written, as everything is now; all ranks learn whether those before it could be, so that they end
+    together."""
+    agree(trainer, trainer.writer.failure() if trainer.process.rank == 0 else None)
     folder = trainer.folder / "checkpoints" / name
-    failure: str | None = None
     if trainer.process.rank == 0:
-        data = trainer.data
         description = {
             "epoch": trainer.epoch,
             "metrics": trainer.metrics,
             "weights": trainer.best["weights"],
-            **describe_data(data),
+            **describe_data(trainer.data),
             "config": trainer.config.model_dump(mode="json"),
         }
         extra = {file: tensors for hook in trainer.hooks for file, tensors in hook.files().items()}
         average = trainer.ema.model if trainer.ema else None
-        try:
-            ckpt.save_checkpoint(folder, trainer.model, average, description, state, extra)
-        except ForgeError as error:
-            failure = str(error)
+        copies = Copies()
+        content = ckpt.Content(*copies.of(tuple(ckpt.content_of(trainer.model, average, description, state, extra))))
+        copies.begun()
+
+        def write() -> None:
+            copies.wait()
+            ckpt.write_content(folder, content)
+
+        trainer.writer.submit(write)
+    return folder
+
+
+def finish_writing(trainer: Trainer) -> None:
+    """Wait until every checkpoint is written; every rank calls it."""
+    trainer.alive.enter("writing the last checkpoint")
+    agree(trainer, trainer.writer.finish() if trainer.process.rank == 0 else None)
+
+
+def agree(trainer: Trainer, failure: str | None) -> None:
+    """Raises CheckpointError on every rank where rank 0 has a failure to tell."""
     failure = trainer.process.broadcast(failure)
     if failure:
         raise ckpt.CheckpointError(failure, every_rank=True)
-    return folder
 
 
 def restore(trainer: Trainer) -> None:

@@ -40,9 +40,10 @@ from mamba.train.monitor import Monitor
 from mamba.train.optim import make_optimizer
 from mamba.train.record import Batches
 from mamba.train.schedule import learning_rate
-from mamba.train.state import restore, save, write_checkpoint
+from mamba.train.state import finish_writing, restore, save, write_checkpoint
 from mamba.train.step import OptimizerStep
 from mamba.train.stopwatch import Stopwatch
+from mamba.train.writer import Writer
 
 __all__ = ["Trainer", "fit", "resolve_amp"]
 
@@ -84,6 +85,7 @@ class Trainer:
         self.config, self.process, self.folder, self.data, self.hooks = config, process, folder, data, hooks
         self.alive = alive or Heartbeat(folder, process)
         optim, classes, side = config.optim, len(data.classes), data.side
+        self.writer = Writer()  # of checkpoints, on rank 0
         self.check_models()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = initial_model(config, folder, classes, side, process).to(process.device)
@@ -115,7 +117,7 @@ class Trainer:
         self.optimizer_step.prepare()
         self.waiting = Stopwatch(process.device)
         self.tracker = Tracker(folder, config, self.epoch, self.global_step) if process.rank == 0 else None
-        self.monitor = Monitor(config, process, folder, self.tracker, self.steps_per_epoch)
+        self.monitor = Monitor(config, process, folder, self.tracker, self.steps_per_epoch, self.writer)
 
     def check_models(self) -> None:
         """Refuse a model to start from, or a teacher, of other classes or with another validation split."""
@@ -138,6 +140,7 @@ class Trainer:
         while self.epoch < self.config.optim.epochs:
             if not self.train_epoch():
                 save(self)
+                finish_writing(self)
                 return {"status": "interrupted", "epoch": self.epoch, "step": self.step, "folder": str(self.folder)}
             self.metrics = self.epoch_metrics()
             self.epoch, self.step = self.epoch + 1, 0
@@ -262,6 +265,7 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Test once, with the weights that validated best (the last ones where nothing was validated)."""
+        finish_writing(self)
         model: MambaModel = self.ema.model if self.ema else self.model
         best = ckpt.best_checkpoint(self.folder)
         if best is not None:
@@ -319,6 +323,7 @@ class Trainer:
         return views, {"tta": said}
 
     def close(self) -> None:
+        self.writer.close()
         self.optimizer_step.recorded = None  # it refers to itself; a graph must not outlive its process group
         if self.tracker:
             with suppress(OSError):  # a full disk has been reported by then

@@ -29,8 +29,9 @@ from mamba.train.evaluate import Score
 from mamba.train.gradients import FlatGradients
 from mamba.train.hooks import TrainHook
 from mamba.train.record import can_record
-from mamba.train.state import save
+from mamba.train.state import finish_writing, save
 from mamba.train.trainer import Trainer, fit, initial_model
+from mamba.train.writer import Writer
 from tests.conftest import make_small_config
 
 
@@ -515,6 +516,7 @@ def test_state_comes_back_whole(small_config, small_data, tmp_path):
     trainer.optimizer_step.totals += 3
     trainer.best, trainer.epoch, trainer.step = {"accuracy": 12.0, "epoch": 1, "weights": "ema"}, 1, 2
     save(trainer)
+    finish_writing(trainer)
     again = Trainer(small_config(), local_process(), tmp_path, small_data)
     assert again.optimizer_step.skipped.tolist() == [5, 2] and again.optimizer_step.totals.tolist() == [3, 3]
     assert (again.best, again.epoch, again.step) == (trainer.best, 1, 2)
@@ -795,11 +797,15 @@ def test_no_space_left_ends_with_one_sentence(small_fit, tmp_path, monkeypatch):
 def test_a_broken_checkpoint_write_leaves_no_name(small_config, small_data, tmp_path, monkeypatch):
     trainer = Trainer(small_config(), local_process(), tmp_path, small_data)
     monkeypatch.setattr("mamba.runs.checkpoint.to_json", lambda *_a, **_k: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):  # killed just before the rename
-        save(trainer)
-    assert ckpt.newest_checkpoint(tmp_path) is None
-    monkeypatch.undo()
     save(trainer)
+    with pytest.raises(KeyboardInterrupt):  # killed just before the rename
+        finish_writing(trainer)
+    assert ckpt.newest_checkpoint(tmp_path) is None
+    trainer.close()
+    monkeypatch.undo()
+    trainer.writer = Writer()
+    save(trainer)
+    finish_writing(trainer)
     assert ckpt.newest_checkpoint(tmp_path) is not None
 
 
