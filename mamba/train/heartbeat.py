@@ -32,7 +32,7 @@ class Heartbeat:
     def __init__(self, folder: Path, process: Process) -> None:
         self.path = folder / FOLDER / f"rank-{process.rank}.json"
         self.world_size = process.world_size
-        self.phase = "starting"
+        self.phase = "reading the data"
         self.reading = False  # waits for a batch
         self.steps = 0  # begun by this process
         self.beats = 0
@@ -110,6 +110,10 @@ class Watch:
         """What rank 0 is doing, as it last said."""
         self._read(time.monotonic())
         return str(self.seen[0].sign["doing"]) if 0 in self.seen else None
+
+    def since(self) -> float:
+        """Since when, by this process's clock, rank 0 does that without another step."""
+        return self.seen[0].step_since if 0 in self.seen else time.monotonic()
 
     def _read(self, now: float) -> None:
         found: dict[int, Seen] = {}

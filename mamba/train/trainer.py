@@ -47,6 +47,9 @@ from mamba.train.writer import Writer
 
 __all__ = ["Trainer", "fit", "resolve_amp"]
 
+FIRST_STEPS = 4
+"""Steps of a process that may take long: kernels are loaded, blocks compiled, a step recorded."""
+
 
 def fit(
     config: RunConfig, process: Process, folder: Path, data: ImageData | None = None, hooks: Sequence[TrainHook] = ()
@@ -59,9 +62,10 @@ def fit(
     Raises:
         ForgeError: data, checkpoint or training errors, each a sentence for the user.
     """
-    if data is None:
-        data = load_data(with_split(config, start_of(config, folder)).data, config.seed)
     with out_of_memory_told(), Heartbeat(folder, process) as alive:
+        if data is None:
+            data = load_data(with_split(config, start_of(config, folder)).data, config.seed)
+        alive.enter("making the model")
         trainer = Trainer(config, process, folder, data, hooks, alive)
         try:
             return trainer.run()
@@ -158,7 +162,8 @@ class Trainer:
     def train_epoch(self) -> bool:
         """Train what is left of the current epoch. Returns whether it was finished, which it is unless the run was
         asked to stop."""
-        self.alive.enter(f"training epoch {self.epoch + 1} of {self.config.optim.epochs}")
+        phase = f"training epoch {self.epoch + 1} of {self.config.optim.epochs}"
+        self.alive.enter(phase if self.alive.steps >= FIRST_STEPS else f"{phase}, its first steps")
         self.model.train()
         for hook in self.hooks:
             hook.begin_epoch(self.epoch, self.config.optim.epochs)
@@ -167,6 +172,8 @@ class Trainer:
         for micro_batches in self.steps():
             loss, norm = self.train_step(micro_batches)
             self.step += 1
+            if self.alive.steps == FIRST_STEPS:
+                self.alive.enter(phase)
             if self.monitor.due(self.step):
                 stop = self.monitor.look(self.step, self.optimizer_step, loss, norm)
                 self.seconds["epoch"] = seconds_before + time.perf_counter() - began

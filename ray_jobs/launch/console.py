@@ -25,7 +25,7 @@ from rich.table import Table
 
 from mamba.errors import FolderError, ForgeError
 from mamba.runs.files import append
-from mamba.runs.folder import LOG, epochs_of, position_of, request_stop
+from mamba.runs.folder import LOG, epochs_of, position_of, request_stop, stop_requested
 from mamba.runs.metrics import METRICS, best_accuracy
 from mamba.train.heartbeat import Watch
 
@@ -40,6 +40,12 @@ class Display:
         self.seen = len(epochs_of(folder))
         self.last: dict[str, Any] = {}
         self.watch = Watch(folder)
+        self.said = time.monotonic()
+        """When something was said last."""
+        self.began: tuple[float, int] | None = None
+        """When steps were first seen, and how many there were."""
+        self.stopping = ""
+        """What the run was last said to do on its way to the end."""
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -55,6 +61,7 @@ class Display:
             self.log(f"error: {error}" if isinstance(error, ForgeError) else f"ended by {type(error).__name__}")
 
     def say(self, text: str) -> None:
+        self.said = time.monotonic()
         self.log(text)
         self.console.print(text, markup=False)
 
@@ -76,6 +83,7 @@ class Display:
             while not self.done.wait(0.5):
                 self._print_epochs()
                 self._watch()
+                self._break_silence()
             self._print_epochs()
             return
         columns = (
@@ -97,16 +105,20 @@ class Display:
             self.last = metrics
             self.log(self._line(metrics))
         position = position_of(self.folder)
+        doing = self.watch.doing()
+        if not position or not (doing or TRAINING).startswith(TRAINING):
+            progress.update(task, description=doing or "starting")
         if not position:
             return
-        total = position["epochs"] * position["steps_per_epoch"]
-        done = position["epoch"] * position["steps_per_epoch"] + position["step"]
+        done, total = _steps(position)
         accuracies = [self.last[key] for key in EPOCH_COLUMNS if key in self.last]
         nan = float("nan")
         now = f"loss {position.get('loss', nan):.3f}  {position.get('images_per_s', nan):,.0f} images/s"
         now += f"  val {max(accuracies):.2f} %" if accuracies else ""
-        epoch = min(position["epoch"] + 1, position["epochs"])
-        progress.update(task, description=f"epoch {epoch}/{position['epochs']}", total=total, completed=done, now=now)
+        progress.update(task, total=total, completed=done, now=now)
+        if (doing or TRAINING).startswith(TRAINING):
+            epoch = min(position["epoch"] + 1, position["epochs"])
+            progress.update(task, description=f"epoch {epoch}/{position['epochs']}")
 
     def _print_epochs(self) -> None:
         for metrics in self._new_epochs():
@@ -122,10 +134,36 @@ class Display:
         return "  ".join(words)
 
     def _watch(self) -> None:
-        """Say when no process has made a step for long, and which one the others wait for."""
+        """Say when no process has made a step for long, and which one the others wait for; and each thing that a run
+        does on its way to the end that it was asked for."""
         text = self.watch.look()
         if text:
             self.say(text)
+        doing = (self.watch.doing() or "").removesuffix(", waiting for a batch") if stop_requested(self.folder) else ""
+        if doing and doing != self.stopping:
+            self.stopping = doing
+            self.say(f"stopping: {doing}")
+
+    def _break_silence(self) -> None:
+        """Where nothing was said for QUIET_S seconds: where the run is and when it will be over, or what it is doing
+        that makes no steps, and since when."""
+        now, position = time.monotonic(), position_of(self.folder)
+        done, total = _steps(position) if position else (0, 0)
+        if position and self.began is None:
+            self.began = (now, done)
+        doing = self.watch.doing()
+        if now - self.said < QUIET_S or doing is None:
+            return
+        if not doing.startswith(TRAINING) or not position or "first steps" in doing:
+            self.say(f"{doing}, {now - self.watch.since():.0f} s so far")
+            return
+        nan, (began, before) = float("nan"), self.began or (now, done)
+        epoch, step, steps = position["epoch"] + 1, position["step"], position["steps_per_epoch"]
+        text = f"epoch {epoch}/{position['epochs']}  step {step}/{steps}  loss {position.get('loss', nan):.4f}"
+        text += f"  {position.get('images_per_s', nan):,.0f} images/s"
+        if done > before:
+            text += f"  about {duration((now - began) / (done - before) * (total - done))} left"
+        self.say(text)
 
     def _new_epochs(self) -> list[dict[str, Any]]:
         epochs = epochs_of(self.folder)
@@ -134,6 +172,23 @@ class Display:
         return new
 
 
+def _steps(position: dict[str, Any]) -> tuple[int, int]:
+    """Steps taken and steps in all."""
+    steps = position["steps_per_epoch"]
+    return int(position["epoch"] * steps + position["step"]), int(position["epochs"] * steps)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, in two places at most."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+QUIET_S = 5.0
+"""Seconds after which a plain log says where a run is."""
+TRAINING = "training epoch"
+"""How the phase begins in which steps are made (`mamba.train.trainer`)."""
 EPOCH_COLUMNS = {"val/accuracy": "val", "val/ema_accuracy": "val (ema)"}
 
 

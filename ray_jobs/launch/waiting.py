@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-EVERY_S = 10.0
+EVERY_S = 5.0
 """Seconds between two lines about the same wait."""
 
 

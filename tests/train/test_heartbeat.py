@@ -111,8 +111,9 @@ def test_a_run_says_what_it_is_doing_and_leaves_nothing(small_fit, tmp_path, mon
     monkeypatch.setattr(Heartbeat, "enter", lambda self, phase: said.append(phase))
     small_fit(optim__epochs=2, checkpoint__every=2)
     assert said == [
-        *("training epoch 1 of 2", "validating epoch 1", "training epoch 2 of 2", "validating epoch 2"),
-        *("saving a checkpoint", "testing"),
+        *("making the model", "training epoch 1 of 2, its first steps", "training epoch 1 of 2", "validating epoch 1"),
+        *("training epoch 2 of 2", "validating epoch 2"),
+        *("saving a checkpoint", "writing the last checkpoint", "testing"),
     ]
     assert not (tmp_path / "run" / FOLDER).exists()
 
@@ -129,7 +130,7 @@ def test_the_thread_writes_while_the_run_goes_on(tmp_path, monkeypatch):
         return False
 
     with Heartbeat(tmp_path, Process()) as alive:
-        assert wait_for("starting")
+        assert wait_for("reading the data")
         alive.enter("testing")
         assert wait_for("testing")
     assert not path.parent.exists()
