@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from mamba.ops.scan.inputs import ScanInputs
 from mamba.ops.scan.reference import bidirectional_scan_by_flips, selective_scan_reference
 from mamba.ops.scan.two_phase import selective_scan_two_phase
 
-__all__ = ["BACKENDS", "Pair", "bidirectional_scan", "selective_scan", "selective_scan_reference"]
+__all__ = ["BACKENDS", "Pair", "bidirectional_scan", "scans_by", "selective_scan", "selective_scan_reference"]
 
 Pair = Tensor | tuple[Tensor, Tensor]  # of the forward and the reversed sequence; one tensor serves both
 
@@ -120,6 +121,8 @@ def bidirectional_scan(
             f"both directions must have the same sizes, got u {tuple(forward.u.shape)} and {tuple(backward.u.shape)}, "
             f"A {tuple(forward.A.shape)} and {tuple(backward.A.shape)}"
         )
+    if _instead:
+        return bidirectional_scan_by_flips(_instead[-1], forward, backward, delta_softplus)
     backend = _chosen(backend, forward.u)
     with torch.autocast(forward.u.device.type, enabled=False):
         if backend == "reference" or (is_plain(forward) and is_plain(backward)):
@@ -149,6 +152,20 @@ def _scan_of_fields(backend: Callable[..., Any], *arguments: Any) -> Tensor | tu
     """`scan_in_any_form` with a scan's tensors one by one, as a backend takes them."""
     size = len(ScanInputs._fields)
     return scan_in_any_form(backend, ScanInputs(*arguments[:size]), *arguments[size:])
+
+
+_instead: list[Callable[..., Tensor | tuple[Tensor, Tensor]]] = []
+
+
+@contextmanager
+def scans_by(scan: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Every scan inside is made by this function of `BACKENDS`' kind, whatever the device: for exporters, which need
+    operators that the other side knows."""
+    _instead.append(scan)
+    try:
+        yield
+    finally:
+        _instead.pop()
 
 
 def _chosen(backend: str, u: Tensor) -> str:

@@ -1,0 +1,111 @@
+"""A trained model in a format that others read, compared with ours after it was written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mamba.errors import ConfigError
+from mamba.models.model import Architecture, MambaModel
+from mamba.predict.onnx import OPSET, require_onnx, run_onnx, write_onnx
+from mamba.predict.predictor import Predictor
+
+FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
+MOST = 1e-4
+"""By which logits may differ from ours."""
+BATCHES = (1, 2, 5)
+"""Batch sizes that are compared."""
+ROUNDS = 5
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how it does beside our model on this CPU."""
+
+    path: Path
+    difference: float
+    """Of logits, at most, over `BATCHES`."""
+    ms: float
+    """Of one image, by the exported file; median of `ROUNDS`."""
+    ours_ms: float
+    opset: int | None = None
+
+
+def export(predictor: Predictor, form: str, path: Path) -> Exported:
+    """Write a model, read it back, and compare; a file whose logits differ is removed.
+
+    Args:
+        predictor: on the CPU.
+        form: a key of `FORMATS`.
+        path: of the file.
+
+    Raises:
+        ConfigError: an unknown format, optional packages that are missing, a file that cannot be written, logits that
+            differ by more than `MOST`.
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"--format {form}: valid are {', '.join(FORMATS)}")
+    if form == "onnx":
+        require_onnx()
+    model, side = predictor.model.float().cpu().eval(), predictor.transform.side
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run = _written(model, form, path, side, about(predictor))
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {error}") from None
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(n, 3, side, side, generator=generator) for n in BATCHES]
+    with torch.no_grad():
+        difference = max(float((run(x) - model(x)).abs().max()) for x in images)
+        if not difference <= MOST:  # NaN neither
+            path.unlink(missing_ok=True)
+            raise ConfigError(f"--format {form}: logits differ from ours by {difference:.1e}, more than {MOST:.0e}")
+        opset = OPSET if form == "onnx" else None
+        return Exported(path, difference, _ms(run, images[0]), _ms(model, images[0]), opset)
+
+
+def about(predictor: Predictor) -> dict[str, str]:
+    """What goes with the weights, as text: classes, statistics, architecture, how images are made."""
+    transform = predictor.transform
+    tree = {"classes": predictor.classes, **asdict(transform), "architecture": predictor.model.architecture.to_dict()}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in tree.items()}
+
+
+def _written(model: MambaModel, form: str, path: Path, side: int, facts: dict[str, str]) -> Run:
+    """Write the file; returns what runs it."""
+    if form == "onnx":
+        write_onnx(model, side, path, facts)
+        run = run_onnx(path, torch.get_num_threads())
+        return lambda x: torch.from_numpy(run(x.numpy()))
+    if form == "torch_export":
+        shapes: Any = ({0: torch.export.Dim("batch")},)
+        with torch.no_grad():
+            program = torch.export.export(model, (torch.zeros(2, 3, side, side),), dynamic_shapes=shapes)
+        torch.export.save(program, path, extra_files={f"{key}.txt": value for key, value in facts.items()})
+        return torch.export.load(path).module()
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path, facts)
+    with safe_open(path, "pt") as file:
+        again = MambaModel(Architecture.from_dict(json.loads(file.metadata()["architecture"])))
+    again.load_state_dict(load_file(path))
+    return again.eval()
+
+
+def _ms(run: Run, images: Tensor) -> float:
+    run(images)
+    times = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        run(images)
+        times.append(time.perf_counter() - began)
+    return 1e3 * sorted(times)[ROUNDS // 2]

@@ -1,0 +1,94 @@
+"""Each kind of model in each format gives our logits, for any batch size."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mamba
+from mamba.errors import ConfigError
+from mamba.ops.scan import scans_by, selective_scan
+from mamba.predict import export as exporting
+from mamba.predict.export import export
+from mamba.predict.onnx import require_onnx, scan_for_onnx
+from mamba.predict.predictor import Predictor
+from ray_jobs.export import main
+from tests.predict.conftest import checkpoint
+from tests.pruning.small_models import FAMILY, PLAIN, build
+
+UNEVEN = (
+    PLAIN,
+    replace(PLAIN, d_inner=7, d_state=3, mlp_hidden=5, out_channels=6),
+    replace(PLAIN, d_inner=9, d_conv=2),
+)
+KINDS = {**FAMILY, "uneven": lambda: build(*UNEVEN)}
+
+
+def predictor_of(model, run):
+    description = mamba.load_model(run)[1]
+    return Predictor(model.float(), description, "toy")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_runs_in_onnxruntime(kind, run, tmp_path):
+    pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    found = export(predictor_of(KINDS[kind](), run), "onnx", tmp_path / "m.onnx")
+    assert found.difference <= 1e-5
+
+
+def test_an_uneven_model_runs_in_onnxruntime(run, tmp_path):
+    ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    model = build(replace(UNEVEN[1], mixer="bidirectional"), class_token="middle")
+    assert export(predictor_of(model, run), "onnx", tmp_path / "m.onnx").difference <= 1e-5
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    x = torch.randn(7, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), model(x))
+    proto = onnx.load(tmp_path / "m.onnx")
+    props = {p.key: p.value for p in proto.metadata_props}
+    assert props["classes"] == '["dark", "grey", "bright"]' and props["fit"] == "crop"
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
+    assert sum(node.op_type == "Scan" for node in proto.graph.node) == 2
+
+
+def test_the_form_of_the_scan():
+    torch.manual_seed(0)
+    u, delta, z = (torch.randn(2, 5, 9) for _ in range(3))
+    B, C = (torch.randn(2, 4, 9) for _ in range(2))
+    inputs = (u, delta, -torch.rand(5, 4), B, C, torch.randn(5), z, torch.randn(5))
+    want = selective_scan(*inputs, delta_softplus=True, backend="reference")
+    with scans_by(scan_for_onnx):
+        torch.testing.assert_close(selective_scan(*inputs, delta_softplus=True), want)
+
+
+@pytest.mark.parametrize("form, ending", [("safetensors", "safetensors"), ("torch_export", "pt2")])
+def test_other_formats(run, tmp_path, capsys, form, ending):
+    out = tmp_path / "new" / f"m.{ending}"
+    assert main([str(run), "--format", form, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert out.exists() and "logits differ from ours by at most 0.0e+00" in said
+
+
+def test_a_file_that_differs_is_removed(run, tmp_path, monkeypatch):
+    written = exporting._written
+
+    def wrong(*args):
+        inner = written(*args)
+        return lambda x: inner(x) + 1e-3
+
+    monkeypatch.setattr(exporting, "_written", wrong)
+    with pytest.raises(ConfigError, match="logits differ from ours by 1.0e-03, more than 1e-04"):
+        export(mamba.load(run, device="cpu"), "safetensors", tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_without_the_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"needs onnxruntime, which is not installed: pip install"):
+        require_onnx()
+    assert main([str(checkpoint(tmp_path / "run")), "--out", str(tmp_path / "m.onnx")]) == 2
+    assert not (tmp_path / "m.onnx").exists()
