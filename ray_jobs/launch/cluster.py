@@ -165,7 +165,7 @@ def _plugins() -> dict[str, Any]:
 
 def _start() -> None:
     try:
-        ray.init(address="local", include_dashboard=False, **QUIET, **_plugins())
+        ray.init(address="local", include_dashboard=False, num_cpus=_allotted(), **QUIET, **_plugins())
     except (Exception, SystemExit) as error:
         with contextlib.suppress(Exception):
             ray.shutdown()
@@ -173,6 +173,12 @@ def _start() -> None:
             f"Ray could not be started on this machine ({_brief(error)}); on a busy one try again, or wait longer with "
             "RAY_raylet_start_wait_time_s=120; --scaling.num-workers 0 trains without Ray"
         ) from None
+
+
+def _allotted() -> int | None:
+    """CPUs that this process may use, where a scheduler gave it only some of the machine's; Ray would count them all."""
+    mine = len(os.sched_getaffinity(0))
+    return mine if mine < (os.cpu_count() or mine) else None
 
 
 @contextlib.contextmanager

@@ -30,7 +30,9 @@ def submit(tmp_path):
     scratch = Path("/tmp") / f"forge-slurm-{job}"  # socket paths must be short
     known = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_"))}
     known |= {"PATH": f"{FAKE}:{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(scratch)}
-    known |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(job), "SLURM_TMPDIR": str(tmp_path)}
+    for room in ("ray_jobs", "mamba", "pruning", "cluster"):
+        (tmp_path / room).symlink_to(ROOT / room)  # logs of nodes go where the job was submitted
+    known |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": str(job), "SLURM_TMPDIR": str(tmp_path)}
     known |= {"OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "1"}
     scratch.mkdir()
     started = []
@@ -112,7 +114,8 @@ def test_two_nodes_train_one_model(submit, tmp_path):
     job = submit(*command, *out, SLURM_JOB_NUM_NODES="2", RUN=str(tmp_path / "runs" / "quickstart" / "two"))
     output = job.communicate(timeout=230)[0]
     assert job.returncode == 0, output
-    assert "head at" in output and "2 workers" in output, output
+    assert "head at" in output and "2 workers" in output and "state-dump" not in output, output
+    assert "On worker node" in (tmp_path / f"mamba-{os.getpid()}-node1.log").read_text()
     folder = tmp_path / "runs" / "quickstart" / "two"
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "finished" and (folder / ".ray" / "worker-1.json").exists()

@@ -158,3 +158,11 @@ def test_what_a_dying_raylet_wrote_is_not_printed(monkeypatch):
     worker.print_to_stdstream({"lines": ["Raylet is terminated. [state-dump] " * 99]}, ignore_prefix=False)
     worker.print_to_stdstream({"lines": ["a task failed"]}, ignore_prefix=False)
     assert printed == [["a task failed"]]
+
+
+def test_a_local_cluster_has_the_cpus_that_a_scheduler_gave(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert cluster._allotted() == 2
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert cluster._allotted() is None, "Ray knows the limits of a container, the affinity does not"
