@@ -176,7 +176,7 @@ def _start() -> None:
 
 
 def _allotted() -> int | None:
-    """CPUs that this process may use, where a scheduler gave it only some of the machine's; Ray would count them all."""
+    """CPUs of this process where a scheduler gave it only some of the machine; Ray would count them all."""
     mine = len(os.sched_getaffinity(0))
     return mine if mine < (os.cpu_count() or mine) else None
 
