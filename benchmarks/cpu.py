@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -46,7 +47,7 @@ def steps(scans: Sequence[str], batch: int, seconds: float, threads: int, **over
             for scan in scans:
                 with scanned_by(scan):
                     for what, call in (("forward_ms", forward), ("both_ms", both)):
-                        found[scan, what] += seconds_of(call, CPU, seconds / TURNS)
+                        found[scan, what] += seconds_of(call, CPU, seconds / TURNS, clock=clock_of(threads))
     for scan in scans:
         row: Row = {"scan": scan, "batch": batch, "threads": threads}
         for what in ("forward_ms", "both_ms"):
@@ -86,7 +87,7 @@ def latency(plans: Sequence[str], seconds: float, threads: Sequence[int], **over
             times: dict[str, list[float]] = {name: [] for name in models}
             for _ in range(TURNS):
                 for name, model in models.items():
-                    times[name] += seconds_of(partial(one, model.eval()), CPU, seconds / TURNS)
+                    times[name] += seconds_of(partial(one, model.eval()), CPU, seconds / TURNS, clock=clock_of(count))
         found = {name: with_range("latency_ms", t, lambda s: 1000 * s) for name, t in times.items()}
         for name, row in found.items():
             model = models[name]
@@ -100,6 +101,11 @@ def latency(plans: Sequence[str], seconds: float, threads: Sequence[int], **over
                 "macs_ratio": dense.architecture.macs() / model.architecture.macs(),
                 "load": os.getloadavg()[0],
             }
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """On one thread processor time, which leaves out what other processes took; elapsed time otherwise."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 @contextmanager

@@ -21,18 +21,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, seconds: float, warm_up: int = 2) -> list[float]:
-    """Seconds of each call, at least three of them, for about so many seconds."""
+def seconds_of(
+    call: Callable[[], object],
+    device: torch.device,
+    seconds: float,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Seconds of each call by the clock, at least three of them, for about so many seconds."""
     for _ in range(warm_up):
         call()
     times: list[float] = []
     ends = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < ends:
         synchronize(device)
-        began = time.perf_counter()
+        began = clock()
         call()
         synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return times
 
 
