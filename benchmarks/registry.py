@@ -203,7 +203,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("scan", "batch", "threads"),
         {"forward_ms": "down", "both_ms": "down"},
         {"scan": "scan", "threads": "threads", "forward_ms": "forward, ms", "both_ms": "forward and backward, ms"},
-        "64 digits of 8x8, one thread, processor time. `loop` is the prototype's way, a loop over tokens in Python; `none` leaves the scan out.",
+        "64 digits of 8x8, one thread, processor time. `loop` is the prototype's way, a loop over tokens in Python; "
+        "`none` leaves out the scan.",
     ),
     "cpu_latency": Benchmark(
         "Latency of one image on a CPU, and the plans",
@@ -215,7 +216,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         {"latency_ms": "down"},
         {"plan": "mamba_small, plan", "threads": "threads", "params": "parameters", "macs": "MACs",
          "latency_ms": "ms", "ratio": "dense over it", "macs_ratio": "MACs, dense over it"},
-        "32x32, float32, batch 1, in turns; one thread in processor time, more in elapsed time. What it says of the claim (3 to 4 times for stage 3): below.",
+        "32x32, float32, batch 1, in turns; one thread in processor time, more in elapsed time. What it says of the "
+        "claim (3 to 4 times for stage 3): below.",
     ),
     "components": Benchmark(
         "What a cut costs and buys",
