@@ -185,7 +185,7 @@ class Workers:
                 ),
                 run_config=ray.train.RunConfig(
                     # Ray would resume a run of the same name by itself; our own checkpoints decide that
-                    name=f"attempt-{time.time_ns()}",
+                    name=f"{self.storage.parent.parent.name}-{self.storage.parent.name}-{time.time_ns()}",
                     storage_path=str(self.storage),
                     failure_config=ray.train.FailureConfig(max_failures=self.max_failures),
                 ),

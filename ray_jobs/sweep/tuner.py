@@ -26,6 +26,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from ray_jobs.launch.console import SAME_SIGNAL_S
+from ray_jobs.sweep.named import named
 from ray_jobs.sweep.results import read_trial, rows, write_trial
 from ray_jobs.sweep.searcher import GridTrials
 from ray_jobs.sweep.space import Space
@@ -157,7 +158,7 @@ def run_sweep(
     held = {"CPU": resources.cpus, "GPU": resources.gpus} if resources.cpus else {"memory": 1}
     watcher = Watcher(shared, search, changed)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trainable, shared=shared), held),
+        tune.with_resources(named(tune.with_parameters(trainable, shared=shared), shared.folder), held),
         tune_config=tune.TuneConfig(
             search_alg=search,
             scheduler=EpochASHA(space, shared.folder) if space.early_stop else None,
@@ -168,7 +169,7 @@ def run_sweep(
             trial_dirname_creator=lambda trial: trial.trial_id,  # names may be long
         ),
         run_config=tune.RunConfig(
-            name=f"attempt-{time.time_ns()}",
+            name=f"{shared.folder.name}-{time.time_ns()}",
             storage_path=str(shared.folder / ".ray"),
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             callbacks=[watcher],
