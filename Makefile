@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 FIRST := runs/quickstart/first
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format tensorboard clean
+.PHONY: help setup quickstart test test-all lint format tensorboard docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,11 @@ format: $(READY)  ## let ruff fix what it can
 
 tensorboard: $(READY)  ## compare the runs under runs/ at http://localhost:6006
 	@$(BIN)/tensorboard --logdir runs
+
+docs: $(READY)  ## build all pages and the API reference into build/docs
+	@$(BIN)/python -m mkdocs --version >/dev/null 2>&1 || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "open build/docs/index.html"
 
 clean:  ## remove the virtual environment and caches (not runs/ and data/)
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
