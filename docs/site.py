@@ -1,5 +1,5 @@
-"""What `make docs` does to pages: those of the repository's folder become pages too, and links that lead out of docs/, to
-what is no page, become plain words."""
+"""What `make docs` does to pages: those of the repository's folder become pages too, and links that lead out of docs/,
+to what is no page, become plain words."""
 
 from __future__ import annotations
 
