@@ -10,7 +10,7 @@ import torch
 
 import mamba
 from mamba.errors import ConfigError
-from mamba.ops.scan import scans_by, selective_scan
+from mamba.ops.scan import bidirectional_scan, scans_by, selective_scan
 from mamba.predict import export as exporting
 from mamba.predict.export import export
 from mamba.predict.onnx import require_onnx, scan_for_onnx
@@ -42,7 +42,7 @@ def test_every_kind_runs_in_onnxruntime(kind, run, tmp_path):
 
 def test_an_uneven_model_runs_in_onnxruntime(run, tmp_path):
     ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
-    model = build(replace(UNEVEN[1], mixer="bidirectional"), class_token="middle")
+    model = build(replace(UNEVEN[1], mixer="bidirectional"), UNEVEN[2], class_token="middle")
     assert export(predictor_of(model, run), "onnx", tmp_path / "m.onnx").difference <= 1e-5
     session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     x = torch.randn(7, 3, 8, 8)
@@ -52,7 +52,7 @@ def test_an_uneven_model_runs_in_onnxruntime(run, tmp_path):
     props = {p.key: p.value for p in proto.metadata_props}
     assert props["classes"] == '["dark", "grey", "bright"]' and props["fit"] == "crop"
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
-    assert sum(node.op_type == "Scan" for node in proto.graph.node) == 2
+    assert sum(node.op_type == "Scan" for node in proto.graph.node) == 3  # one for each direction
 
 
 def test_the_form_of_the_scan():
@@ -61,8 +61,17 @@ def test_the_form_of_the_scan():
     B, C = (torch.randn(2, 4, 9) for _ in range(2))
     inputs = (u, delta, -torch.rand(5, 4), B, C, torch.randn(5), z, torch.randn(5))
     want = selective_scan(*inputs, delta_softplus=True, backend="reference")
-    with scans_by(scan_for_onnx):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(1)
+        return scan_for_onnx(*arguments)
+
+    with scans_by(counted):
         torch.testing.assert_close(selective_scan(*inputs, delta_softplus=True), want)
+        both = bidirectional_scan(*((x, x) for x in inputs), delta_softplus=True)
+    torch.testing.assert_close(both[0], want)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("form, ending", [("safetensors", "safetensors"), ("torch_export", "pt2")])

@@ -74,10 +74,11 @@ def selective_scan(
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
     _check_inputs(*inputs)
     backend = _chosen(backend, u)
+    scan = _instead[-1] if _instead else BACKENDS[backend]
     with torch.autocast(u.device.type, enabled=False):  # the backends choose their own precision
-        if is_plain(inputs) or backend == "reference":
-            return BACKENDS[backend](*inputs, delta_softplus, return_last_state)
-        return scan_in_any_form(BACKENDS[backend], inputs, delta_softplus, return_last_state)
+        if is_plain(inputs) or (backend == "reference" and not _instead):
+            return scan(*inputs, delta_softplus, return_last_state)
+        return scan_in_any_form(scan, inputs, delta_softplus, return_last_state)
 
 
 def bidirectional_scan(
@@ -122,7 +123,8 @@ def bidirectional_scan(
             f"A {tuple(forward.A.shape)} and {tuple(backward.A.shape)}"
         )
     if _instead:
-        return bidirectional_scan_by_flips(_instead[-1], forward, backward, delta_softplus)
+        scan = partial(_scan_of_fields, _instead[-1])
+        return bidirectional_scan_by_flips(scan, forward, backward, delta_softplus)
     backend = _chosen(backend, forward.u)
     with torch.autocast(forward.u.device.type, enabled=False):
         if backend == "reference" or (is_plain(forward) and is_plain(backward)):
