@@ -123,8 +123,8 @@ def bidirectional_scan(
             f"A {tuple(forward.A.shape)} and {tuple(backward.A.shape)}"
         )
     if _instead:
-        scan = partial(_scan_of_fields, _instead[-1])
-        return bidirectional_scan_by_flips(scan, forward, backward, delta_softplus)
+        instead = partial(_scan_of_fields, _instead[-1])
+        return bidirectional_scan_by_flips(instead, forward, backward, delta_softplus)
     backend = _chosen(backend, forward.u)
     with torch.autocast(forward.u.device.type, enabled=False):
         if backend == "reference" or (is_plain(forward) and is_plain(backward)):
