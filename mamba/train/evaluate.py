@@ -17,6 +17,13 @@ from mamba.data.views import ONE, Views
 from mamba.runs.confusion import FROM_CLASSES, Confusion
 from mamba.train.distributed import Process
 
+STOP_EVERY = 8
+"""Batches between two moments at which several ranks agree whether to stop."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop while a model was being scored."""
+
 
 class Score(NamedTuple):
     """Mean cross-entropy and accuracy in percent; both NaN where the model's outputs are, which rank nowhere."""
@@ -91,6 +98,7 @@ def evaluate(
     amp: torch.dtype | None = None,
     views: Views = ONE,
     counts: ClassCounts | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Score:
     """Score a model on its process's device, counted exactly over all ranks. Leaves it in eval mode.
 
@@ -103,11 +111,19 @@ def evaluate(
         amp: autocast type, or None.
         views: of each image whose class probabilities are averaged.
         counts: filled with all ranks' images, if given; meaningless where the score is NaN.
+        stop: whether to stop, asked between batches; None: score to the end.
+
+    Raises:
+        Stopped: on all ranks together.
     """
     model.eval()
     device = process.device
     totals = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in eval_batches(data, split, batch_size, process.rank, process.world_size, device):
+    asked_by_all = len(split) // process.world_size // batch_size  # batches that every rank has
+    batches = eval_batches(data, split, batch_size, process.rank, process.world_size, device)
+    for number, (images, labels) in enumerate(batches):
+        if stop is not None and _stopped(process, stop, number, asked_by_all):
+            raise Stopped
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             log_probabilities = probabilities(model, images, views).clamp_min(1e-12).log()
         loss = F.nll_loss(log_probabilities, labels, reduction="sum")
@@ -121,3 +137,13 @@ def evaluate(
     if not math.isfinite(loss_sum):  # argmax takes NaN for the largest
         return Score(math.nan, math.nan)
     return Score(loss_sum / count, 100 * correct_sum / count)
+
+
+def _stopped(process: Process, stop: Callable[[], bool], number: int, common: int) -> bool:
+    """Whether to stop before a batch. A process alone asks each time; several agree, at batches that all of them have,
+    and seldom, since the host has to wait for the device."""
+    if process.world_size == 1:
+        return stop()
+    if number % STOP_EVERY or number >= common:
+        return False
+    return bool(process.sum(torch.tensor(float(stop()), device=process.device)).item())

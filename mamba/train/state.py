@@ -21,8 +21,10 @@ from mamba.train.writer import Copies
 if TYPE_CHECKING:
     from mamba.train.trainer import Trainer
 
-POSITION = ("epoch", "step", "seconds", "best", "metrics")
+POSITION = ("epoch", "step", "seconds", "best", "metrics", "unvalidated")
 """Attributes of the trainer that are plain values."""
+NEW = {"unvalidated"}
+"""What states of earlier versions do not have: it stays as a run begins with it."""
 
 
 class Saved(NamedTuple):
@@ -111,11 +113,12 @@ def restore(trainer: Trainer) -> None:
         ckpt.load_weights(trainer.ema.model, folder, ckpt.EMA_WEIGHTS)
     state = ckpt.load_training_state(folder)
     things = saved(trainer)
-    missing = sorted(things.keys() - state.keys())
+    missing = sorted(things.keys() - state.keys() - NEW)
     if missing:
         raise ckpt.CheckpointError(f"{folder / ckpt.STATE} lacks {', '.join(missing)}; {ckpt.ADVICE}", every_rank=True)
     for name, thing in things.items():
-        thing.restore(state[name])
+        if name in state:
+            thing.restore(state[name])
     if trainer.process.rank == 0:
         ckpt.remove_best_after(trainer.folder, trainer.epoch)
 

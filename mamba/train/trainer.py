@@ -32,7 +32,7 @@ from mamba.runs.tracking import Tracker
 from mamba.train.compilation import compile_blocks, should_compile
 from mamba.train.distributed import Process
 from mamba.train.ema import ModelEma
-from mamba.train.evaluate import ClassCounts, Score, best_views, evaluate
+from mamba.train.evaluate import ClassCounts, Score, Stopped, best_views, evaluate
 from mamba.train.heartbeat import Heartbeat
 from mamba.train.hooks import TrainHook
 from mamba.train.loss import TrainingLoss
@@ -107,6 +107,7 @@ class Trainer:
 
         self.epoch = 0  # epochs completed
         self.step = 0  # optimizer steps taken in the current epoch
+        self.unvalidated = False  # the epoch has ended, and its validation was interrupted
         self.seconds = {"epoch": 0.0, "run": 0.0, "waiting": 0.0}  # training, validation left out; for data
         self.best: dict[str, Any] = {"accuracy": -math.inf, "epoch": 0, "weights": "ema" if self.ema else "raw"}
         self.metrics: dict[str, float] = {}
@@ -141,17 +142,27 @@ class Trainer:
         return self.epoch * self.steps_per_epoch + self.step
 
     def run(self) -> dict[str, Any]:
-        while self.epoch < self.config.optim.epochs:
-            if not self.train_epoch():
-                save(self)
-                finish_writing(self)
-                return {"status": "interrupted", "epoch": self.epoch, "step": self.step, "folder": str(self.folder)}
-            self.metrics = self.epoch_metrics()
-            self.epoch, self.step = self.epoch + 1, 0
+        while self.epoch < self.config.optim.epochs or self.unvalidated:
+            if not self.unvalidated:
+                if not self.train_epoch():
+                    return self.interrupted()
+                self.metrics = self.epoch_metrics()
+                self.epoch, self.step = self.epoch + 1, 0
             if self.data.val is not None and self._due(self.config.eval.every):
-                self.validate(self.data.val)
+                self.unvalidated = True
+                try:
+                    self.validate(self.data.val)
+                except Stopped:
+                    return self.interrupted()
+            self.unvalidated = False
             self.end_epoch()
         return self.finish()
+
+    def interrupted(self) -> dict[str, Any]:
+        """Save where the run is; returns what says so."""
+        save(self)
+        finish_writing(self)
+        return {"status": "interrupted", "epoch": self.epoch, "step": self.step, "folder": str(self.folder)}
 
     def _due(self, every: int) -> bool:
         """Whether something happens after this epoch, which is each so many epochs and after the last."""
@@ -254,8 +265,11 @@ class Trainer:
     ) -> Score:
         """`mamba.train.evaluate.evaluate` with the run's settings. What is compiled is so for the training batch alone:
         more graphs would cost more than they save here."""
+        stop = self.monitor.stop_requested if self.unvalidated else None
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
-            return evaluate(model, self.data, split, self.process, self.config.eval.batch_size, self.amp, views, counts)
+            return evaluate(
+                model, self.data, split, self.process, self.config.eval.batch_size, self.amp, views, counts, stop
+            )
 
     def end_epoch(self) -> None:
         """Log, save and report the epoch that has ended."""

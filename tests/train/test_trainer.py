@@ -184,6 +184,32 @@ def test_a_stop_request_saves_at_that_step_and_resumes_bit_for_bit(small_fit, wh
     assert_same_run(reference, tmp_path / "run")
 
 
+@pytest.mark.parametrize("epoch, which", [(1, 0), (1, 1), (3, 1)])
+def test_a_stop_in_validation_is_seen_there_and_resumes_bit_for_bit(
+    small_fit, whole, tmp_path, monkeypatch, epoch, which
+):
+    """It acted at the next training step only: after the whole validation, of raw and averaged weights."""
+    reference = whole()
+    monkeypatch.setattr("mamba.train.monitor.LOG_EVERY_S", 0.0)
+    original, calls = Trainer.evaluate, []
+
+    def evaluate(self, model, split, *rest):
+        if split is self.data.val and self.epoch == epoch:
+            calls.append(model)
+            if len(calls) == which + 1:
+                request_stop(self.folder)
+        return original(self, model, split, *rest)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    assert small_fit("run")["status"] == "interrupted" and len(calls) == which + 1
+    state = ckpt.load_training_state(ckpt.newest_checkpoint(tmp_path / "run"))
+    assert (state["epoch"], state["step"], state["unvalidated"]) == (epoch, 0, True)
+    monkeypatch.setattr(Trainer, "evaluate", original)
+    (tmp_path / "run" / "STOP").unlink()
+    small_fit("run")
+    assert_same_run(reference, tmp_path / "run")
+
+
 def test_accumulation_gives_the_same_result_as_the_whole_batch(small_fit, tmp_path):
     settings = {"model__drop_path": 0, "data__cutmix": 1.0, "data__augment": "basic"}
     for name, parts in (("whole", 1), ("parts", 4)):
