@@ -41,8 +41,6 @@ tensorboard: $(READY)  ## compare the runs under runs/ at http://localhost:6006
 	@$(BIN)/tensorboard --logdir runs
 
 docs: $(READY)  ## build all pages and the API reference into build/docs
-	@$(BIN)/python -m mkdocs --version >/dev/null 2>&1 || \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "open build/docs/index.html"
 
 clean:  ## remove the virtual environment and caches (not runs/ and data/)

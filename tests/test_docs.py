@@ -58,7 +58,9 @@ def test_every_page_is_in_the_navigation():
     listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert len(listed) == len(set(listed))
     outside = {"index.md", "README.zh.md", "CONTRIBUTING.md"}
-    assert set(listed) == {page.name for page in DOCS.glob("*.md")} | outside
+    assert set(listed) == {page.name for page in DOCS.glob("*.md")} | outside, (
+        "each page of docs/ has a line in the nav of mkdocs.yml"
+    )
 
 
 def test_the_reference_lists_what_is_public():
