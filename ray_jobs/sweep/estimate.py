@@ -104,6 +104,7 @@ def measure(config: RunConfig, seconds: float = SECONDS) -> Measured:
             eval_s = _seconds(lambda: trainer.evaluate(trainer.model, data.val or data.test), device) / len(data.val)
             save(trainer)
             write_checkpoint(trainer, "best-00001", None)
+            trainer.writer.wait()
             disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
             macs = float(trainer.model.architecture.macs())
         finally:

@@ -108,7 +108,7 @@ def test_fast_runs_follow_the_plain_one(small_fit, tmp_path, monkeypatch):
         found[name] = torch.cat([w.flatten() for w in last_weights(tmp_path / name).values()])
     assert curves["plain"][-1] < 0.5, "a validation loss of 1.1 is chance"
     torch.manual_seed(0)
-    start = initial_model(make_small_config(tmp_path, **settings), 3, 8, local_process())
+    start = initial_model(make_small_config(tmp_path, **settings), tmp_path, 3, 8, local_process())
     way = (found["plain"] - torch.cat([w.flatten() for w in start.state_dict().values()])).norm()
     for name in FAST:
         assert curves[name] == pytest.approx(curves["plain"], rel=2e-3), name

@@ -80,9 +80,9 @@ def statistics(ways: str):
         note("step", self.model)
         return result
 
-    def noted_evaluate(self, model, split, views=ONE):
+    def noted_evaluate(self, model, *args):
         note("evaluated", model)
-        return evaluate(self, model, split, views)
+        return evaluate(self, model, *args)
 
     def noted_close(self):
         torch.save(seen, self.folder / f"statistics-{self.process.rank}.pt")
