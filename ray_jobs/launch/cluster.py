@@ -91,6 +91,7 @@ def connected(announce: Callable[[str], None]) -> Iterator[Cluster]:
     global _current
     if ahead is not None:
         ahead.wait()
+        _take_back_signals()
     if _current is not None:
         yield _current
         return
@@ -121,6 +122,15 @@ def connected_if(wanted: bool, announce: Callable[[str], None]) -> Iterator[None
     """`connected`, where a cluster is wanted at all."""
     with connected(announce) if wanted else contextlib.nullcontext():
         yield
+
+
+def _take_back_signals() -> None:
+    """Ray starting in another thread puts its own handler of SIGTERM before ours: it prints a stack, calls ours, and
+    aborts the process three seconds later, in the middle of an orderly stop."""
+    if threading.current_thread() is threading.main_thread():
+        signal.alarm(0)
+        handler = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, handler if handler is not None else signal.SIG_DFL)
 
 
 def _connect(announce: Callable[[str], None]) -> tuple[str, bool]:

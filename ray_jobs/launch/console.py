@@ -260,6 +260,7 @@ def stop_on_signal(folder: Path, display: Display) -> Iterator[None]:
             if now - first > SAME_SIGNAL_S:
                 raise KeyboardInterrupt
             return
+        signal.alarm(0)  # Ray's, where it took the signal first while it was starting: it would abort this stop
         request_stop(folder)
         display.say(
             f"{signal.Signals(number).name} after {time.monotonic() - began:.0f} s: saving a checkpoint and stopping "

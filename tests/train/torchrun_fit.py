@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from mamba.config.schema import RunConfig
-from mamba.data.views import ONE
 from mamba.train import gradients
 from mamba.train.distributed import torchrun_process
 from mamba.train.trainer import Trainer, fit
