@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             if args.plan is None:
                 check_rounds(args.config)
+            else:
+                from ray_jobs.launch.plan import check_given
+
+                check_given(args.given)
             return dry_run(args.config, args.plan)
         if args.plan:
             from ray_jobs.launch.plan import run_plan

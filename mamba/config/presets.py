@@ -144,6 +144,29 @@ def cct() -> RunConfig:
     )
 
 
+def best_cifar10() -> RunConfig:
+    """The best of CIFAR-10 that was measured: `cct` with Muon, batch 512, 140 epochs of all 50,000 training images, so
+    without validation: for a recipe that is settled. Where something is still to be chosen, add `--data.val-fraction 0.1`.
+
+    Cost: measured on two H100, 463 s of training (15,960 images/s), 525 s the whole command. Score: measured on two H100,
+    95.28 % of the test set, one seed (docs/RESULTS.md).
+    """
+    return cct().with_values(
+        {
+            "name": "best_cifar10",
+            "data.dataset": "cifar10",
+            "data.batch_size": 512,
+            "data.val_fraction": 0.0,
+            "data.mix_off_epochs": 56,
+            "optim.optimizer": "muon",
+            "optim.lr": 4e-3,
+            "optim.epochs": 140,
+            "optim.warmup_epochs": 6,
+            "ema.decay": 0.999,
+        }
+    )
+
+
 def vim_cifar() -> RunConfig:
     """v2 with Vision Mamba's tiny size for 32x32 images: patches of 4 pixels, a class token in the middle.
 
@@ -181,7 +204,8 @@ def unstable() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    f.__name__: f for f in (quickstart, v1, stage1, v2, stage2, stage3, cct, vim_cifar, overfit, underfit, unstable)
+    f.__name__: f
+    for f in (quickstart, v1, stage1, v2, stage2, stage3, cct, best_cifar10, vim_cifar, overfit, underfit, unstable)
 }
 
 
