@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import util
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def test_every_page_is_in_the_navigation():
     assert set(listed) == {page.name for page in DOCS.glob("*.md")} | outside, (
         "each page of docs/ has a line in the nav of mkdocs.yml"
     )
+
+
+def test_every_extra_that_is_named_can_be_installed():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [*PAGES, *(p for top in ("mamba", "pruning", "ray_jobs") for p in (ROOT / top).rglob("*.py"))]
+    named = {word for p in sources for word in re.findall(r"pip install[^\n`]*\[(\w+)\]", p.read_text())}
+    assert {"onnx", "mlflow", "wandb"} <= named <= set(extras)
+    assert "mamba-forge[" not in "".join(p.read_text() for p in sources), "it is on no package index"
 
 
 def test_the_reference_lists_what_is_public():

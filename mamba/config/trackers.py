@@ -54,5 +54,5 @@ def check(words: Iterable[str]) -> None:
         module = SHIPPED.get(word)
         if module is not None and find_spec(module) is None:
             raise ConfigError(
-                f"tracking.backends: {word} needs a package that is not installed: pip install 'mamba-forge[{word}]'"
+                f"tracking.backends: {word} needs a package that is not installed: pip install -e '.[{word}]'"
             )

@@ -22,7 +22,7 @@ from mamba.errors import ConfigError
 from mamba.ops.scan import scans_by
 
 OPSET = 18
-EXTRA = "pip install 'mamba-forge[onnx]'"
+EXTRA = "pip install -e '.[onnx]'"
 
 
 @torch.library.custom_op("mamba_forge::recurrence", mutates_args=())

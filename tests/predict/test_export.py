@@ -96,8 +96,8 @@ def test_a_file_that_differs_is_removed(run, tmp_path, monkeypatch):
 
 
 def test_without_the_extra(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"needs onnxruntime, which is not installed: pip install"):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ConfigError, match=r"needs onnx, which is not installed: pip install"):
         require_onnx()
     assert main([str(checkpoint(tmp_path / "run")), "--out", str(tmp_path / "m.onnx")]) == 2
     assert not (tmp_path / "m.onnx").exists()

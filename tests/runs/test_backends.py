@@ -36,7 +36,7 @@ def test_words_come_from_yaml_the_command_line_and_python():
 @pytest.mark.parametrize("words, said", [
     ("tensorbord", "unknown 'tensorbord'; valid: tensorboard, csv, wandb, mlflow"),
     ("csv,csv", "csv is given twice"),
-    ("wandb", r"pip install 'mamba-forge\[wandb\]'"),
+    ("wandb", r"pip install -e '.\[wandb\]'"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said_before_anything_starts(monkeypatch, words, said):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
