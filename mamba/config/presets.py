@@ -146,10 +146,11 @@ def cct() -> RunConfig:
 
 def best_cifar10() -> RunConfig:
     """The best of CIFAR-10 that was measured: `cct` with Muon, batch 512, 140 epochs of all 50,000 training images, so
-    without validation: for a recipe that is settled. Where something is still to be chosen, add `--data.val-fraction 0.1`.
+    without validation: for a recipe that is settled. Where something is still to be chosen, add
+    `--data.val-fraction 0.1`.
 
-    Cost: measured on two H100, 463 s of training (15,960 images/s), 525 s the whole command. Score: measured on two H100,
-    95.28 % of the test set, one seed (docs/RESULTS.md).
+    Cost: measured on two H100, 463 s of training (15,960 images/s), 525 s the whole command. Score: measured on two
+    H100, 95.28 % of the test set, one seed (docs/RESULTS.md).
     """
     return cct().with_values(
         {

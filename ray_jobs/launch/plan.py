@@ -22,7 +22,6 @@ from ray_jobs.launch.cluster import connected_if
 from ray_jobs.launch.measure import compare
 from ray_jobs.launch.run import preflight
 
-
 COUNTS = ("name", "trial", "seed", "out", "data", "eval", "scaling", "cut.repair", "optim.amp", "model.checkpoint")
 """Keys, and groups of keys, that have an effect where a plan is applied; `optim.amp` is that of the measurements."""
 

@@ -98,7 +98,7 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
         (["--method", "none"], "prunes nothing"),
         (["--plan", "stage9", "--checkpoint", "CHECKPOINT"], "unknown plan 'stage9'; valid: stage1"),
         (["--plan", "stage2"], "give --checkpoint"),
-        (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--penalty.strength", "1e-3"], "penalty.strength would have"),
+        (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--penalty.strength", "1e-3"], "penalty.strength would"),
         (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--rate", "0.5", "--dry-run"], "prune.rate would have no"),
         (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--cut.mlp", "0.5"], "cut.mlp would have no effect"),
         (["--checkpoint", "/nowhere"], "there is no /nowhere"),
