@@ -35,7 +35,7 @@ from mamba.data.loader import eval_batches
 from mamba.errors import CheckpointError, ConfigError
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.files import read_json, write_csv, write_json
+from mamba.runs.files import read_sealed, write_csv, write_sealed
 from mamba.runs.folder import write_config
 from mamba.runs.provenance import describe_data
 from mamba.runs.start import start_of
@@ -121,7 +121,7 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
             row = _run_round(config, folder, number, engine)
             if row is None:
                 return None
-            write_json(here / "row.json", row)
+            write_sealed(here / "row.json", row)
         rows.append(_read_row(here / "row.json"))
         write_csv(folder / "rounds.csv", COLUMNS, rows)
         row = rows[-1]
@@ -357,4 +357,4 @@ def calibration_batches(data: ImageData, seed: int) -> Batches:
 
 def _read_row(path: Path) -> dict[str, Any]:
     """Raises FolderError where a round's row is damaged."""
-    return read_json(path, "remove it to measure that round again")
+    return read_sealed(path, "remove it to measure that round again")

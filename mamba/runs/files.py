@@ -108,22 +108,44 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     return tree
 
 
+def write_sealed(path: Path, tree: Mapping[str, Any]) -> None:
+    """As `write_json`, with a checksum of the content, which `read_sealed` compares: for what is ranked and trusted."""
+    write_json(path, sealed(tree))
+
+
+def read_sealed(path: Path, remedy: str = "") -> dict[str, Any]:
+    """As `read_json`, of a file that `write_sealed` wrote, without its checksum; one that has none (earlier versions)
+    is as it is.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FolderError: as of `read_json`; a bit of it is not what was written.
+    """
+    tree = read_json(path, remedy)
+    check_seal(tree, path, f"{remedy and remedy + ', or '}take its {SEAL} out to use it as it is")
+    return unsealed(tree)
+
+
 def sealed(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of its own content, which `check_seal` compares."""
-    return {**tree, SEAL: _digest_of(tree)}
+    return {**unsealed(tree), SEAL: _digest_of(tree)}
+
+
+def unsealed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key != SEAL}
 
 
 def check_seal(tree: Mapping[str, Any], path: Path, remedy: str = "") -> None:
     """Raises FolderError where an object that was read is not what `sealed` made; one without a checksum is as it is
     (earlier versions)."""
-    if SEAL in tree and tree[SEAL] != _digest_of({key: value for key, value in tree.items() if key != SEAL}):
+    if SEAL in tree and tree[SEAL] != _digest_of(tree):
         raise FolderError(
             f"{path} is damaged or was changed (its checksum is not that of what was written){remedy and '; ' + remedy}"
         )
 
 
 def _digest_of(tree: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(_finite(tree), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_finite(unsealed(tree)), sort_keys=True).encode()).hexdigest()
 
 
 def as_metrics(tree: Any) -> dict[str, float]:

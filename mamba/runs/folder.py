@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from mamba.config.schema import RunConfig
 from mamba.config.versions import FORMAT, check_format
 from mamba.errors import ConfigError, FolderError
-from mamba.runs.files import as_metrics, create, read_json, unwritable, write_text
+from mamba.runs.files import as_metrics, create, read_json, read_sealed, unwritable, write_text
 
 CONFIG, RESULT, METRICS_LOG, PROGRESS = "config.yaml", "result.json", "metrics.jsonl", "progress.json"
 LOG, ERROR_LOG, STOP, LOCK = "train.log", "error.log", "STOP", ".lock"
@@ -160,7 +160,7 @@ def older_trial(folder: Path) -> dict[str, Any] | None:
 
 def _read_result(folder: Path) -> dict[str, Any]:
     path = folder / RESULT
-    result = read_json(path, "remove it to finish the run again")
+    result = read_sealed(path, "remove it to finish the run again")
     check_format(result, path, FolderError)
     if not isinstance(result.get("status"), str) or not isinstance(result.get("metrics"), dict):
         raise FolderError(f"{path} is damaged (it holds no status and metrics); remove it to finish the run again")

@@ -36,7 +36,7 @@ from mamba.runs.checkpoint import (
     recover,
     weights_file,
 )
-from mamba.runs.files import SEAL, checksum, create, sealed, to_json, unwritable
+from mamba.runs.files import checksum, create, sealed, to_json, unwritable
 from mamba.runs.folder import forget_stop
 
 START = "start"
@@ -115,7 +115,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         for file, name in [(source / weights, WEIGHTS), *((f, f.name) for f in beside)]:
             shutil.copyfile(file, partial / name)
         tree = {
-            **{key: value for key, value in description.items() if key != SEAL},
+            **description,
             "format": FORMAT,
             "weights": "raw",
             "started_from": str(source),

@@ -17,7 +17,7 @@ from mamba.config.schema import RunConfig
 from mamba.config.versions import FORMAT
 from mamba.runs.backends import open_backends
 from mamba.runs.confusion import Confusion
-from mamba.runs.files import append, to_json, unwritable, write_json, write_text
+from mamba.runs.files import append, to_json, unwritable, write_json, write_sealed, write_text
 from mamba.runs.folder import METRICS_LOG, PROGRESS, RESULT, logged_epochs
 from mamba.runs.hparams import write_hparams
 
@@ -88,7 +88,7 @@ class Tracker:
             backend.finish("finished")
         self.close()
         write_hparams(self.folder, self.config, "finished")
-        write_json(self.folder / RESULT, {"format": FORMAT, **result})
+        write_sealed(self.folder / RESULT, {"format": FORMAT, **result})
 
     def close(self) -> None:
         """Close the backends, each of them whatever the others say."""

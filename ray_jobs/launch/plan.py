@@ -10,7 +10,7 @@ from mamba.config.cli import PruneArgs
 from mamba.data import load_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.files import write_json
+from mamba.runs.files import write_sealed
 from mamba.runs.folder import create_run, exclusive
 from mamba.runs.provenance import with_split
 from pruning.lite import describe
@@ -66,7 +66,7 @@ def run_plan(args: PruneArgs) -> int:
         console = Console(highlight=False, soft_wrap=True)
         with connected_if(config.scaling.num_workers != 0, lambda text: console.print(text, markup=False)):
             before, after = compare(config, [config.model.checkpoint, path])
-        write_json(folder / "pruned.json", {"plan": args.plan, "before": before, "after": after})
+        write_sealed(folder / "pruned.json", {"plan": args.plan, "before": before, "after": after})
     console.print(f"{args.plan}: {plan.purpose}", markup=False)
     console.print(
         f"before: {describe(model.architecture)}\nafter:  {describe(pruned.model.architecture)}", markup=False

@@ -20,13 +20,13 @@ from mamba.config.schema import RunConfig
 from mamba.data.split import VAL_FRACTION
 from mamba.errors import ConfigError, ForgeError
 from mamba.runs.checkpoint import best_checkpoint, find_checkpoint, read_description
-from mamba.runs.files import as_metrics, read_json
+from mamba.runs.files import as_metrics, read_sealed
 from mamba.runs.folder import epochs_of, finished_result
 from mamba.runs.metrics import best_accuracy
 from ray_jobs.report.noise import IMAGES, standard_error
 from ray_jobs.report.rows import SCORE, finite, measured, over_seeds, score
 from ray_jobs.sweep import experiment
-from ray_jobs.sweep.results import BASELINE, TRIAL, baseline_of, read_trial
+from ray_jobs.sweep.results import BASELINE, TRIAL, baseline_of, checked_trial, refused
 
 PLAN = "pruned.json"
 OWN = ("out", "name", "trial")
@@ -65,8 +65,7 @@ def collect(folders: Iterable[Path]) -> Found:
                 if (path / experiment.FILE).exists():
                     experiment.load(path)
                     found.experiments.append(path)
-                    if not baseline_of(path) and (path / BASELINE).exists():
-                        found.skipped.append(f"{path / BASELINE} is damaged")
+                    found.skipped += [sentence for sentence in refused(path) if str(path / BASELINE) in sentence]
             except (ForgeError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 found.skipped.append(_reason(path, error))
     _split_by_files(found.rows)
@@ -95,7 +94,7 @@ def _rows(path: Path, name: str) -> list[dict[str, Any]]:
 
 def _one(path: Path, name: str) -> dict[str, Any]:
     """A trial's or a run's row."""
-    trial = read_trial(path)
+    trial = checked_trial(path)
     if trial is not None:
         told = _experiment(path.parent)
         flat = {**told.config.flat(), **trial["values"]} if told else _config(path)
@@ -108,8 +107,6 @@ def _one(path: Path, name: str) -> dict[str, Any]:
         if told and told.space.kind == "measure" and score(row) is not None:
             row["metrics"].setdefault(SCORE, row["metrics"].get("val/accuracy"))
         return row
-    if (path / TRIAL).exists():
-        raise ConfigError(f"{path / TRIAL} is damaged")
     result = finished_result(path)
     if result is None:
         raise ConfigError(f"{path / 'result.json'} is damaged")
@@ -126,7 +123,7 @@ def _one(path: Path, name: str) -> dict[str, Any]:
 
 def _plan(path: Path, name: str) -> list[dict[str, Any]]:
     """What a plan left, before any training, and what it was made of."""
-    report, flat = read_json(path / PLAN), _config(path)
+    report, flat = read_sealed(path / PLAN), _config(path)
     rows = []
     for words, key, status in (("before", "before", "baseline"), (str(report["plan"]), "after", "pruned")):
         row = _row(f"{name} ({words})", path, {"status": status, "metrics": as_metrics(report[key])}, {}, flat)

@@ -15,6 +15,7 @@ from ray_jobs.report.findings import findings
 from ray_jobs.report.rows import SCORE, ranked
 from ray_jobs.report.table import show, write_results
 from ray_jobs.sweep import experiment
+from ray_jobs.sweep.results import refused
 from ray_jobs.sweep.run import check_data, run
 
 SHOWN = 10
@@ -87,6 +88,8 @@ def conclude(folder: Path, script: str) -> int:
     show(best[:SHOWN], first=list(told.space.objectives))
     if len(best) > SHOWN:
         console.print(f"the best {SHOWN} of {len(best)}; all of them: {folder / 'results.csv'}", markup=False)
+    for sentence in refused(folder):  # of a sweep that was interrupted
+        console.print(f"left out: {sentence}", markup=False)
     for row in failed:
         console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
     text = findings(rows, experiment.baseline_of(folder), told.space.objectives)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,8 +12,8 @@ from typing import Any
 
 from mamba.config.keys import current
 from mamba.config.schema import RunConfig
-from mamba.errors import ConfigError
-from mamba.runs.files import write_json
+from mamba.errors import ConfigError, FolderError
+from mamba.runs.files import read_sealed, sealed, to_json, write_sealed
 from mamba.runs.folder import exclusive
 from ray_jobs.sweep.grid import Trial, check_names
 from ray_jobs.sweep.results import baseline_of, rows
@@ -88,7 +87,7 @@ def create(experiment: Experiment, words: Sequence[str]) -> Path:
         "command": shlex.join(["python", *words]),
         "started": datetime.now().isoformat(timespec="seconds"),
     }
-    text = json.dumps(tree, indent=1) + "\n"
+    text = to_json(sealed(tree), indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / FILE).open("x") as file:
@@ -126,10 +125,10 @@ def more_trials(folder: Path, trials: int) -> int:
             f"--trials {trials}: {folder} has {experiment.count} trials to draw; valid: {experiment.count} to "
             f"{MOST_TRIALS:,}"
         )
-    tree = json.loads((folder / FILE).read_text())
+    tree = read_sealed(folder / FILE)
     with exclusive(folder):
         try:
-            write_json(folder / FILE, {**tree, "count": trials})
+            write_sealed(folder / FILE, {**tree, "count": trials})
         except OSError as error:
             raise ConfigError(f"the experiment's folder {folder} cannot be written: {error}") from None
     return experiment.count
@@ -157,7 +156,7 @@ def outline(experiment: Experiment) -> str:
 def load(folder: Path) -> Experiment:
     """Read what `create` wrote; raises ConfigError where there is no experiment, or one that cannot be."""
     try:
-        tree = json.loads((folder / FILE).read_text())
+        tree = read_sealed(folder / FILE)
         found = Experiment(
             Space.model_validate(tree["space"]),
             [Trial(name, current(values, folder / FILE)) for name, values in tree["trials"]],
@@ -172,6 +171,8 @@ def load(folder: Path) -> Experiment:
         check_names(trial.name for trial in found.trials)
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no experiment ({FILE} is missing)") from None
+    except FolderError as error:
+        raise ConfigError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder / FILE} is damaged: {' '.join(str(error).split())}") from None
     return found

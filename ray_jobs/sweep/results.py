@@ -9,14 +9,15 @@ both in result.json: of the two kinds, a trial's holds its values.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mamba.config.keys import current
-from mamba.runs.files import write_json
+from mamba.errors import FolderError
+from mamba.runs.files import read_sealed, unsealed, write_sealed
 
 TRIAL = "trial.json"
 BASELINE = "baseline.json"
@@ -26,29 +27,43 @@ STATUSES = ("finished", "stopped early", "failed")
 
 def write_trial(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Write a trial's result, which ends it; returns it as `read_trial` will. What is not finite is written as null."""
+    result = unsealed(result)
     finite = {key: v for key, v in result["metrics"].items() if v is not None and math.isfinite(v)}
     metrics = {key: finite.get(key) for key in result["metrics"]}
     written = {"status": result["status"], "reason": result.get("reason", ""), **result, "metrics": metrics}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / TRIAL, written)
+    write_sealed(folder / TRIAL, written)
     return {**written, "metrics": finite}
 
 
 def read_trial(folder: Path) -> dict[str, Any] | None:
-    """What `write_trial` wrote, its finite metrics alone; None for a trial that has no result, or a damaged one: it
-    has to run (again)."""
+    """What `write_trial` wrote, its finite metrics alone; None for a trial that has no result, or one that is damaged
+    or was changed (`refused` says so): it has to run (again)."""
+    try:
+        return checked_trial(folder)
+    except FolderError:
+        return None
+
+
+def checked_trial(folder: Path) -> dict[str, Any] | None:
+    """As `read_trial`.
+
+    Raises:
+        FolderError: the result is damaged or was changed.
+    """
     for name in (TRIAL, "result.json"):
+        path = folder / name
         try:
-            tree = json.loads((folder / name).read_text())
+            tree = read_sealed(path, "remove it to run the trial again")
             if name != TRIAL and "values" not in tree:  # a run's own
                 return None
-            values, metrics = current(tree["values"], folder / name), dict(tree["metrics"])
+            values, metrics = current(tree["values"], path), dict(tree["metrics"])
             if tree["status"] not in STATUSES:
-                return None
+                raise ValueError(f"a status of {tree['status']!r:.40}")
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FolderError(f"{path} is damaged ({' '.join(str(error).split())})") from None
         metrics = {key: v for key, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
         seconds = tree.get("trial_seconds", tree.get("seconds"))
         about = {"reason": tree.get("reason") or "", "seconds": seconds}
@@ -66,17 +81,35 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{"trial": n, **{key: result[key] for key in keys}, **series.get(n, {})} for n, result in found]
 
 
+def refused(folder: Path) -> list[str]:
+    """What lies in an experiment's folder and is not taken for a result, since it is damaged or was changed: a sentence
+    each."""
+    found = []
+    for path in sorted({path.parent for path in folder.glob(f"*/{TRIAL}")}):
+        try:
+            checked_trial(path)
+        except FolderError as error:
+            found.append(str(error))
+    with suppress(FileNotFoundError):
+        try:
+            read_sealed(folder / BASELINE)
+        except FolderError as error:
+            found.append(str(error))
+    return found
+
+
 def baseline_of(folder: Path) -> dict[str, float]:
-    """Metrics of the model that an experiment cuts; empty where there is none, or before the first trial."""
+    """Metrics of the model that an experiment cuts; empty where there is none, before the first trial, or where they
+    are damaged or were changed (`refused` says so)."""
     try:
-        tree = json.loads((folder / BASELINE).read_text())
-    except (OSError, ValueError):  # measured again by the next trial
+        tree = read_sealed(folder / BASELINE)
+    except (FileNotFoundError, FolderError):  # measured again by the next trial
         return {}
-    return {key: v for key, v in tree.items() if isinstance(v, int | float)} if isinstance(tree, dict) else {}
+    return {key: v for key, v in tree.items() if isinstance(v, int | float)}
 
 
 def write_baseline(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
     """Add metrics to the baseline's; returns all of them."""
     merged = {**baseline_of(folder), **metrics}
-    write_json(folder / BASELINE, merged)
+    write_sealed(folder / BASELINE, merged)
     return merged

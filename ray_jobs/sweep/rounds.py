@@ -10,7 +10,7 @@ from typing import Any
 from mamba.config.schema import RunConfig
 from mamba.data.images import ImageData
 from mamba.runs.environment import environment
-from mamba.runs.files import read_json, write_csv, write_json
+from mamba.runs.files import read_sealed, write_csv, write_sealed
 from mamba.runs.start import prepare_resume
 from mamba.train.distributed import own_device
 from mamba.train.trainer import fit, resolve_amp
@@ -92,8 +92,8 @@ def write_speeds(folder: Path, models: Sequence[tuple[str, str]], speeds: Sequen
         own = [(name, speed) for (of, name), speed in zip(models, speeds, strict=True) if of == trial]
         rows = []
         for name, speed in own:
-            row = {**read_json(folder / trial / name / "row.json"), **{c: speed[key] for c, key in SPEEDS.items()}}
-            write_json(folder / trial / name / "row.json", row)
+            row = {**read_sealed(folder / trial / name / "row.json"), **{c: speed[key] for c, key in SPEEDS.items()}}
+            write_sealed(folder / trial / name / "row.json", row)
             rows.append(row)
         write_csv(folder / trial / "rounds.csv", COLUMNS, rows)
         result = read_trial(folder / trial)

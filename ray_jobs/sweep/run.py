@@ -21,7 +21,7 @@ from ray_jobs.launch.console import SweepDisplay
 from ray_jobs.sweep.checks import configs_of, data_identity
 from ray_jobs.sweep.experiment import Experiment, load
 from ray_jobs.sweep.measure import time_trials
-from ray_jobs.sweep.results import read_trial, rows, write_baseline, write_trial
+from ray_jobs.sweep.results import read_trial, refused, rows, write_baseline, write_trial
 from ray_jobs.sweep.rounds import models_to_time, time_rounds, write_speeds
 from ray_jobs.sweep.searcher import GridTrials, StudyTrials
 from ray_jobs.sweep.study import open_study
@@ -65,6 +65,8 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
             kind = f"{held.gpus:g} GPU" if held.gpus else f"{int(held.cpus)} CPU"
             kind = kind if held.cpus else f"{shared.workers} workers"
             say(f"{space.question}\n{experiment.count} trials, {done} done, {held.concurrent} at once ({kind} each)")
+            for sentence in refused(folder):
+                say(f"not taken for a result, measured again: {sentence}")
             default = ("val/accuracy" if space.kind == "measure" else SCORE, "max")
             objective, mode = next(iter(space.objectives.items()), default)
             with SweepDisplay(experiment.count, rows(folder), objective, mode) as display:

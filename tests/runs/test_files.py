@@ -78,3 +78,22 @@ def test_damage_is_one_sentence(tmp_path, content):
 def test_csv(tmp_path):
     files.write_csv(tmp_path / "a.csv", ["a", "b"], [{"a": 1}, {"b": "x, y"}])
     assert (tmp_path / "a.csv").read_bytes() == b'a,b\r\n1,\r\n,"x, y"\r\n'
+
+
+def test_a_bit_of_a_sealed_file_is_not_taken_for_another(tmp_path):
+    path = tmp_path / "a.json"
+    tree = {"accuracy": 91.25, "loss": math.nan, "values": {"a": [1, None, "x"]}, "n": 10**17}
+    files.write_sealed(path, tree)
+    assert files.read_sealed(path) == {**tree, "loss": None}
+    files.write_sealed(path, files.read_json(path))  # written again with the old checksum among its keys
+    assert files.read_sealed(path) == {**tree, "loss": None}
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            try:
+                found = files.read_sealed(path)
+            except FolderError as error:
+                assert "is damaged" in str(error)
+            else:  # white space, or the checksum's own name
+                assert {key: found[key] for key in tree} == {**tree, "loss": None}

@@ -13,6 +13,7 @@ from mamba.config.schema import RunConfig
 from mamba.config.versions import FORMAT
 from mamba.errors import ConfigError, FolderError
 from mamba.runs import folder as runs
+from mamba.runs.tracking import Tracker
 
 
 def test_files_carry_the_version_and_newer_ones_are_refused(small_config, tmp_path):
@@ -109,3 +110,14 @@ def test_a_request_to_stop_follows_no_link(tmp_path):
 def test_config_text_is_a_config_file_for_the_command_line(small_config, tmp_path):
     runs.write_config(tmp_path, small_config())
     assert RunConfig.from_yaml(tmp_path / "config.yaml") == small_config() and os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_a_result_that_was_changed_is_refused(tmp_path, small_config):
+    tracker = Tracker(tmp_path, small_config(), 0, 0)
+    tracker.finish({"status": "finished", "metrics": {"test/accuracy": 61.5}, "tested": None}, 1)
+    result = tmp_path / "result.json"
+    found = runs.finished_result(tmp_path)
+    assert found is not None and found["metrics"] == {"test/accuracy": 61.5} and "checksum" not in found
+    result.write_text(result.read_text().replace("61.5", "91.5"))
+    with pytest.raises(FolderError, match=r"result.json is damaged or was changed .* remove it to finish the run again"):
+        runs.finished_result(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
+from mamba.runs.files import read_sealed
 from ray_jobs.launch.cluster import Cluster
 from ray_jobs.launch.console import SweepDisplay
 from ray_jobs.sweep import experiment
@@ -82,10 +83,18 @@ def test_a_full_disk_blocks_no_name(tmp_path, monkeypatch):
 def test_a_damaged_experiment_is_a_sentence(tmp_path, change):
     folder = experiment.create(grid_of(tmp_path, optim__lr=[0.1, 0.2]), [])
     file = folder / "experiment.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    file.write_text(json.dumps({**read_sealed(file), **change}))  # without its checksum, as earlier versions wrote it
     with pytest.raises(ForgeError) as error:
         experiment.load(folder)
     assert "\n" not in str(error.value) and "experiment.json" in str(error.value)
+
+
+def test_an_experiment_that_was_changed_is_named(tmp_path):
+    folder = experiment.create(grid_of(tmp_path, optim__lr=[0.1, 0.2]), [])
+    file = folder / "experiment.json"
+    file.write_text(file.read_text().replace('"optim.lr": 0.2', '"optim.lr": 0.3'))
+    with pytest.raises(ConfigError, match=r"experiment.json is damaged or was changed .* take its checksum out"):
+        experiment.load(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '"x"'])

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from ray_jobs.report.collect import collect
-from ray_jobs.sweep.results import TRIAL, baseline_of, read_trial, rows, write_baseline, write_trial
+from ray_jobs.sweep.results import TRIAL, baseline_of, read_trial, refused, rows, write_baseline, write_trial
 
 RESULT = {"status": "finished", "metrics": {"val/accuracy": 90.0}, "values": {"optim.lr": 0.1}, "seconds": 2.0}
 
@@ -40,6 +40,22 @@ def test_a_damaged_result_is_none(tmp_path, text):
     assert read_trial(tmp_path / "a") is None and rows(tmp_path) == []
     (tmp_path / "baseline.json").write_text(text)
     assert "val/accuracy" not in baseline_of(tmp_path)
+
+
+def test_a_result_that_was_changed_is_named_and_ranked_nowhere(tmp_path):
+    write_trial(tmp_path / "a", RESULT)
+    write_baseline(tmp_path, {"val/accuracy": 95.0})
+    assert refused(tmp_path) == []
+    for path, old, new in ((tmp_path / "a" / TRIAL, "90.0", "98.0"), (tmp_path / "baseline.json", "95.0", "75.0")):
+        path.write_text(path.read_text().replace(old, new))
+    assert read_trial(tmp_path / "a") is None and rows(tmp_path) == [] and baseline_of(tmp_path) == {}
+    said = refused(tmp_path)
+    assert len(said) == 2 and all("was changed" in s and "checksum" in s for s in said) and TRIAL in said[0]
+    found = collect([tmp_path])
+    assert found.rows == [] and TRIAL in found.skipped[0]
+    path = tmp_path / "a" / TRIAL  # as earlier versions wrote it, or on purpose
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}))
+    assert [row["metrics"]["val/accuracy"] for row in rows(tmp_path)] == [98.0]
 
 
 def test_what_is_not_finite_is_null_and_no_metric(tmp_path):
