@@ -87,13 +87,14 @@ def test_a_bit_of_a_sealed_file_is_not_taken_for_another(tmp_path):
     assert files.read_sealed(path) == {**tree, "loss": None}
     files.write_sealed(path, files.read_json(path))  # written again with the old checksum among its keys
     assert files.read_sealed(path) == {**tree, "loss": None}
-    whole = path.read_bytes()
+    whole, noticed = path.read_bytes(), 0
     for at in range(len(whole)):
         for bit in range(8):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
             try:
                 found = files.read_sealed(path)
-            except FolderError as error:
-                assert "is damaged" in str(error)
+            except FolderError:
+                noticed += 1
             else:  # white space, or the checksum's own name
                 assert {key: found[key] for key in tree} == {**tree, "loss": None}
+    assert noticed > 7 * len(whole)

@@ -119,5 +119,5 @@ def test_a_result_that_was_changed_is_refused(tmp_path, small_config):
     found = runs.finished_result(tmp_path)
     assert found is not None and found["metrics"] == {"test/accuracy": 61.5} and "checksum" not in found
     result.write_text(result.read_text().replace("61.5", "91.5"))
-    with pytest.raises(FolderError, match=r"result.json is damaged or was changed .* remove it to finish the run again"):
+    with pytest.raises(FolderError, match=r"result.json is damaged or was changed .* remove it to finish the run"):
         runs.finished_result(tmp_path)
