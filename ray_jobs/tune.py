@@ -45,7 +45,7 @@ def _experiment(args: SweepArgs) -> Experiment:
     from ray_jobs.sweep.experiment import Experiment, absolute
     from ray_jobs.sweep.grid import expand
     from ray_jobs.sweep.space import MOST_TRIALS, base_of, load_space
-    from ray_jobs.sweep.study import best_of
+    from ray_jobs.sweep.warm_start import best_of
 
     if args.space is None:
         raise ConfigError("--space is missing: a YAML file, or the name of one in search_spaces/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -81,6 +81,46 @@ def arrows(file: Path) -> Iterator[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_imports_point_down(file):
     assert not list(arrows(file))
+
+
+def circle(known: Mapping[str, Collection[str]]) -> list[str]:
+    """Modules that need each other, the first as the last; [] where there is no circle."""
+    done: set[str] = set()
+
+    def found(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(known.get(module, ())):
+            if loop := found(other, [*way, module]):
+                return loop
+        done.add(module)
+        return []
+
+    return next((loop for module in known if (loop := found(module, []))), [])
+
+
+def needed(file: Path, modules: Collection[str]) -> set[str]:
+    """The modules of ours that a file needs when it runs, inside of functions too; not those that only types name."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & set(modules) or {node.module}
+    return found & set(modules)
+
+
+def test_no_two_files_need_each_other():
+    modules = {name_of(file): file for file in FILES}
+    assert not circle({name: needed(file, modules) for name, file in modules.items()})
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
 def test_the_order_names_every_room():

@@ -94,8 +94,16 @@ def current(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key is not None}
 
 
+ROOT: list[type[Keyed]] = []
+"""The run config, `mamba.config.schema.RunConfig`, whose keys this module knows by name; it enters itself."""
+
+
 class Keyed(Group):
     """A group of groups, whose values have dotted keys: `optim.lr`, or `seed`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ROOT.append(cls)
 
     def __init__(self, **values: Any) -> None:
         load_plugins()
@@ -174,15 +182,14 @@ def stored_values(tree: object, where: object) -> dict[str, Any]:
 
 def dotted_keys() -> dict[str, type[Group]]:
     """Every dotted key of a run config, with the group that owns it."""
-    from mamba.config.schema import RunConfig  # which is made of this module's groups
-
+    root = ROOT[0]
     keys: dict[str, type[Group]] = {}
-    for name, field in RunConfig.model_fields.items():
+    for name, field in root.model_fields.items():
         group = field.annotation
         if isinstance(group, type) and issubclass(group, Group):
             keys |= {f"{name}.{leaf}": group for leaf in group.model_fields}
         else:
-            keys[name] = RunConfig
+            keys[name] = root
     return keys
 
 
@@ -202,9 +209,7 @@ def _annotation(key: str) -> Any:
 
 def _key(group: type[BaseModel], leaf: str) -> str:
     """The dotted key of a group's field."""
-    from mamba.config.schema import RunConfig
-
-    names = [name for name, field in RunConfig.model_fields.items() if field.annotation is group]
+    names = [name for name, field in ROOT[0].model_fields.items() if field.annotation is group]
     return ".".join([*names, leaf])
 
 

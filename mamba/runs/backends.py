@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mamba.config.schema import RunConfig
-from mamba.config.trackers import added, check
-from mamba.errors import ConfigError
 from mamba.runs.files import append, unwritable, write_csv
 
-Make = Callable[[Path, RunConfig, int], "Backend"]
-"""(the run's folder, its resolved config, optimizer steps that lie behind it: 0 for a new run) -> a backend."""
 CSV = "metrics.csv"
 
 
@@ -69,36 +65,3 @@ class CsvFile(Backend):
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         lines = (f"{step},{key},{value if math.isfinite(value) else ''}\r\n" for key, value in metrics.items())
         append(self.path, "".join(lines))
-
-
-def open_backends(folder: Path, config: RunConfig, steps_done: int) -> list[Backend]:
-    """The backends of `tracking.backends`, open.
-
-    Raises:
-        ForgeError: one that is not there, or does not start.
-    """
-    words = config.tracking.backends
-    check(words)
-    return [maker(word)(folder, config, steps_done) for word in words]
-
-
-def maker(word: str) -> Make:
-    """What makes a backend; nothing that is not used is imported.
-
-    Raises:
-        ConfigError: an entry point that cannot be imported.
-    """
-    if word == "tensorboard":
-        from mamba.runs.tensorboard import TensorBoard
-
-        return TensorBoard
-    if word == "csv":
-        return CsvFile
-    if word in ("wandb", "mlflow"):
-        from mamba.runs.remote import MLflow, WeightsAndBiases
-
-        return WeightsAndBiases if word == "wandb" else MLflow
-    try:
-        return added()[word].load()
-    except Exception as error:
-        raise ConfigError(f"tracking.backends: {word} cannot be imported ({type(error).__name__}: {error})") from error

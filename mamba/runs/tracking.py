@@ -6,7 +6,7 @@ backends (`tracking.backends`). A resumed run drops what was logged after the ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from mamba.config.schema import RunConfig
+from mamba.config.trackers import added, check
 from mamba.config.versions import FORMAT
-from mamba.runs.backends import open_backends
+from mamba.errors import ConfigError
+from mamba.runs.backends import Backend, CsvFile
 from mamba.runs.confusion import Confusion
 from mamba.runs.files import append, to_json, unwritable, write_json, write_sealed, write_text
 from mamba.runs.folder import METRICS_LOG, PROGRESS, RESULT, logged_epochs
 from mamba.runs.hparams import write_hparams
+
+Make = Callable[[Path, RunConfig, int], Backend]
+"""(the run's folder, its resolved config, optimizer steps that lie behind it: 0 for a new run) -> a backend."""
 
 
 class Tracker:
@@ -100,3 +105,36 @@ class Tracker:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+def open_backends(folder: Path, config: RunConfig, steps_done: int) -> list[Backend]:
+    """The backends of `tracking.backends`, open.
+
+    Raises:
+        ForgeError: one that is not there, or does not start.
+    """
+    words = config.tracking.backends
+    check(words)
+    return [maker(word)(folder, config, steps_done) for word in words]
+
+
+def maker(word: str) -> Make:
+    """What makes a backend; nothing that is not used is imported.
+
+    Raises:
+        ConfigError: an entry point that cannot be imported.
+    """
+    if word == "tensorboard":
+        from mamba.runs.tensorboard import TensorBoard
+
+        return TensorBoard
+    if word == "csv":
+        return CsvFile
+    if word in ("wandb", "mlflow"):
+        from mamba.runs.remote import MLflow, WeightsAndBiases
+
+        return WeightsAndBiases if word == "wandb" else MLflow
+    try:
+        return added()[word].load()
+    except Exception as error:
+        raise ConfigError(f"tracking.backends: {word} cannot be imported ({type(error).__name__}: {error})") from error

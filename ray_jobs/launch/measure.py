@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mamba.config.schema import RunConfig
-from mamba.data.registry import load_data
-from mamba.train.distributed import own_device
-from mamba.train.trainer import resolve_amp
-from pruning import measure as meter
-from pruning.store import load_smaller
+from ray_jobs.launch.tasks import measured
 from ray_jobs.launch.workers import Workers
-
-SECONDS = 0.5
-"""How long latency and throughput are timed, each."""
 
 
 def measure(
@@ -47,22 +39,3 @@ def compare(
         if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0:
             return ray.get(ray.remote(num_gpus=1)(measured).remote(spec))
     return measured(spec)
-
-
-def measured(spec: dict[str, Any]) -> list[dict[str, float]]:
-    """`compare`, in this process, whose first GPU is used if it has one."""
-    config = RunConfig(**spec["config"])
-    device = own_device()
-    amp = resolve_amp(config.optim.amp, device)
-    models = [load_smaller(Path(path), device)[0].model for path in spec["paths"]]
-    data = load_data(config.data, config.seed)
-    batch_size = spec["batch_size"] or meter.usual_batch(device)
-    rows = meter.speeds(models, batch_size, SECONDS, amp)
-    for model, row in zip(models, rows, strict=True):
-        row |= meter.size(model)
-        if data.val is None:
-            row["test/accuracy"] = meter.accuracy(model, data, data.test, config.eval.batch_size, amp)
-        else:
-            row["val/accuracy"] = meter.accuracy(model, data, data.val, config.eval.batch_size, amp)
-            row["val/images"] = float(len(data.val))
-    return rows

@@ -8,78 +8,24 @@ its newest checkpoint.
 
 from __future__ import annotations
 
-import os
-import pickle
 import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mamba.config.schema import RunConfig
 from mamba.errors import FolderError, ForgeError, TrainingError
-from mamba.runs.files import read_json, write_json, write_text
+from mamba.runs.files import read_json, write_text
 from mamba.runs.folder import ERROR_LOG, stop_requested
-from mamba.train.distributed import Process
-from mamba.train.trainer import fit
-from pruning.rounds import hooks_for
-from ray_jobs.launch.process import restored
+from ray_jobs.launch.tasks import LOOK_S, Channel, Task, serve
 from ray_jobs.launch.waiting import Wait
 
 ORPHANS_S = 30.0
 """How long the workers of a killed driver are waited for."""
-LOOK_S = 0.05
-"""Seconds between two looks for a task, or for its answer."""
-Task = tuple[str, dict[str, Any]]
-"""Its kind (KINDS) and what it needs."""
-
-
-class Channel:
-    """The newest task and the answers to tasks, in the key-value store of the cluster."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def put(self, number: int, task: Task | None) -> None:
-        """Make this the newest task; None: there are no more."""
-        self._put("task", (number, task))
-
-    def newest(self) -> tuple[int, Task | None]:
-        """Number 0 where there was none yet."""
-        found = self._get("task")
-        return (0, None) if found is None else found
-
-    def answer(self, number: int, value: Any) -> None:
-        self._put(f"answer-{number}", (value,))
-
-    def answered(self, number: int) -> tuple[Any] | None:
-        """The answer to a task, in a tuple; None: there is none yet."""
-        found: tuple[Any] | None = self._get(f"answer-{number}")
-        return found
-
-    def after(self, number: int) -> tuple[int, Task | None]:
-        """Wait for a task that is newer than `number`."""
-        while True:
-            found = self.newest()
-            if found[0] > number:
-                return found
-            time.sleep(LOOK_S)
-
-    def _put(self, key: str, value: Any) -> None:
-        from ray.experimental import internal_kv
-
-        internal_kv._internal_kv_put(f"{self.name}/{key}", pickle.dumps(value), overwrite=True)
-
-    def _get(self, key: str) -> Any:
-        from ray.experimental import internal_kv
-
-        found = internal_kv._internal_kv_get(f"{self.name}/{key}")
-        return None if found is None else pickle.loads(found)
 
 
 class Workers:
@@ -192,72 +138,6 @@ class Workers:
             ).fit()
         except BaseException as error:
             self.outcome["error"] = error
-
-
-class RayProcess(Process):
-    """A Ray Train worker; the process group is Ray's."""
-
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        import ray.train
-
-        ray.train.report(dict(metrics))
-
-
-def serve(spec: dict[str, Any]) -> None:
-    """What each worker runs: task after task, until there are no more. A task ends with the random states, settings and
-    memory with which it began."""
-    import ray.train
-    from ray.train.torch import get_device
-
-    context = ray.train.get_context()
-    device = get_device()
-    assert not isinstance(device, list)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels are launched on the current device
-    process = RayProcess(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
-    serve_tasks(Channel(spec["channel"]), process)
-
-
-def serve_tasks(channel: Channel, process: Process) -> None:
-    """`serve`, once the process is known. What has an answer is not done again: a worker group that was restarted finds
-    the newest task, which has none unless the group died at its end."""
-    done = 0
-    while True:
-        number, task = channel.after(done)
-        if task is None:
-            return
-        if channel.answered(number) is None:
-            kind, needs = task
-            with restored(torch.get_num_threads()):
-                value = KINDS[kind](process, needs)
-            if process.rank == 0:
-                channel.answer(number, value)
-        done = number
-
-
-def train_task(process: Process, needs: dict[str, Any]) -> dict[str, Any]:
-    """Errors that all ranks raise together come back as a value, so that Ray does not restart what would only fail
-    again; others end the worker, and the whole group with it."""
-    folder = Path(needs["folder"])
-    about = {"pid": os.getpid(), "host": platform.node(), "device": str(process.device)}
-    (folder / ".ray").mkdir(exist_ok=True)
-    write_json(folder / ".ray" / f"worker-{process.rank}.json", about)
-    try:
-        config = RunConfig(**needs["config"])
-        return fit(config, process, folder, hooks=hooks_for(config, process.rank, folder))
-    except ForgeError as error:
-        if process.world_size == 1 or error.every_rank:
-            return {"error": str(error)}
-        raise
-
-
-def _measure_task(process: Process, needs: dict[str, Any]) -> list[dict[str, float]] | None:
-    from ray_jobs.launch.measure import measured
-
-    return measured(needs) if process.rank == 0 else None
-
-
-KINDS: dict[str, Callable[[Process, dict[str, Any]], Any]] = {"train": train_task, "measure": _measure_task}
 
 
 def await_orphans(folder: Path) -> None:

@@ -27,7 +27,7 @@ from pruning.rounds import calibration_batches, hooks_for
 from pruning.shrink import Shrunk
 from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.sweep.results import baseline_of, write_baseline
-from ray_jobs.sweep.trial import Report, Shared, TrialProcess, data_of, finished_run, trial_config
+from ray_jobs.sweep.shared import Report, Shared, TrialProcess, data_of, finished_run, trial_config
 
 BENCH_SECONDS = 0.4
 

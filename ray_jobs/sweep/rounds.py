@@ -18,7 +18,7 @@ from pruning import measure as meter
 from pruning.rounds import COLUMNS, Engine, hooks_for, round_folders, run_rounds
 from pruning.store import load_smaller
 from ray_jobs.sweep.results import read_trial, write_trial
-from ray_jobs.sweep.trial import Report, Shared, TrialProcess, data_of, finished_run
+from ray_jobs.sweep.shared import Report, Shared, TrialProcess, data_of, finished_run
 
 BENCH_SECONDS = 0.4
 SPEEDS = {"images_per_s": "bench/images_per_s", "latency_ms": "bench/latency_ms"}

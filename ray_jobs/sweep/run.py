@@ -24,8 +24,8 @@ from ray_jobs.sweep.measure import time_trials
 from ray_jobs.sweep.results import read_trial, refused, rows, write_baseline, write_trial
 from ray_jobs.sweep.rounds import models_to_time, time_rounds, write_speeds
 from ray_jobs.sweep.searcher import GridTrials, StudyTrials
+from ray_jobs.sweep.shared import Shared
 from ray_jobs.sweep.study import open_study
-from ray_jobs.sweep.trial import Shared
 from ray_jobs.sweep.tuner import Resources, run_sweep
 
 MEASURES_PER_GPU = 4

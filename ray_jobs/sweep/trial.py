@@ -11,74 +11,33 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mamba.config.schema import DataConfig, RunConfig
-from mamba.data.images import ImageData
-from mamba.data.registry import load_data
+from mamba.config.schema import RunConfig
 from mamba.errors import ForgeError, TrainingError
 from mamba.runs.files import write_json
-from mamba.runs.folder import epochs_of, finished_result, request_stop
+from mamba.runs.folder import epochs_of, request_stop
 from mamba.runs.hparams import MANY, write_hparams
 from mamba.runs.metrics import best_accuracy
-from mamba.runs.provenance import with_split
 from mamba.runs.start import prepare_resume
-from mamba.train.distributed import Process, own_device
+from mamba.train.distributed import own_device
 from mamba.train.trainer import fit
 from pruning.rounds import hooks_for
 from ray_jobs.launch.process import restored
 from ray_jobs.launch.workers import await_orphans
-from ray_jobs.sweep.checks import data_identity
+from ray_jobs.sweep.measure import measure_trial
 from ray_jobs.sweep.results import read_trial, write_trial
+from ray_jobs.sweep.rounds import rounds_trial
+from ray_jobs.sweep.shared import Report, Shared, TrialProcess, data_of, finished_run, trial_config
 
-Report = Callable[[Mapping[str, float]], None]
 LOG = "trial.log"
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What every trial of an experiment needs, put on each node once."""
-
-    kind: str
-    folder: Path
-    config: dict[str, Any]
-    """The experiment's config, as plain values."""
-    checkpoint: Path | None
-    """The trained model that measure trials cut."""
-    threads: int
-    """CPU threads of a trial."""
-    workers: int
-    """DDP workers of a training trial; 1: the trial trains by itself."""
-    gpu: bool
-    """Whether the cluster has GPUs."""
-    compared: tuple[str, ...] = ()
-    """The keys in which trials differ: TensorBoard's first columns."""
-    objectives: tuple[str, ...] = ()
-    """Metrics without which a trial has failed."""
-
-
-class TrialProcess(Process):
-    """Trains in the trial's own process and reports each epoch to Tune."""
-
-    def __init__(self, device: torch.device, threads: int, report: Report) -> None:
-        super().__init__(device=device)
-        self.threads, self.report_to_tune = threads, report
-
-    @property
-    def cpus(self) -> int:
-        return self.threads
-
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        self.report_to_tune(metrics)
 
 
 def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -87,9 +46,6 @@ def run_trial(shared: Shared, name: str, values: dict[str, Any], report: Report)
     Returns:
         trial.json's content: status finished or failed, metrics, the reason of a failure.
     """
-    from ray_jobs.sweep.measure import measure_trial
-    from ray_jobs.sweep.rounds import rounds_trial
-
     folder = shared.folder / name
     done = read_trial(folder)
     if done is not None:
@@ -150,18 +106,6 @@ def _claim(folder: Path) -> None:
     write_json(mark, {"pid": os.getpid(), "host": platform.node()})
 
 
-def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunConfig:
-    """A trial's whole config; raises ForgeError where its values do not go together."""
-    base = RunConfig(**shared.config)
-    own = {"out": shared.folder.parent, "name": shared.folder.name, "trial": name}
-    config = base.with_values({**values, **own}).resolve()
-    if shared.kind != "measure":  # so that workers of its own, and who repeats it alone, validate on the same images
-        config = with_split(config)
-        if config.data.split_seed is None:
-            config = config.with_values({"data.split_seed": base.seed})
-    return config
-
-
 def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str) -> None:
     """A trial's line in TensorBoard's HPARAMS tab, also of one whose values do not go together."""
     config = RunConfig(**shared.config)
@@ -169,26 +113,6 @@ def list_trial(shared: Shared, name: str, values: Mapping[str, Any], status: str
         config = config.with_values(dict(values))
         config = trial_config(shared, name, values)
     write_hparams(shared.folder / name, config, status, shared.compared[:MANY])
-
-
-def data_of(shared: Shared, config: RunConfig) -> ImageData:
-    """The images that a trial's config asks for, loaded once a process. The validation split is the experiment's: of
-    trials that differ in their seed all are validated on the same images."""
-    config = with_split(config, shared.checkpoint)
-    return _loaded(data_identity(config.data), RunConfig(**shared.config).seed)
-
-
-@lru_cache(maxsize=2)
-def _loaded(config: DataConfig, seed: int) -> ImageData:
-    return load_data(config, seed)
-
-
-def finished_run(folder: Path) -> dict[str, Any] | None:
-    """What the training in a trial's folder left, if the trial was ended between it and its own result."""
-    try:
-        return finished_result(folder)
-    except ForgeError:  # damaged: the trainer writes it again, from its last checkpoint
-        return None
 
 
 def train_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:

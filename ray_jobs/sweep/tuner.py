@@ -29,8 +29,9 @@ from ray_jobs.launch.console import SAME_SIGNAL_S
 from ray_jobs.sweep.named import named
 from ray_jobs.sweep.results import read_trial, rows, write_trial
 from ray_jobs.sweep.searcher import GridTrials
+from ray_jobs.sweep.shared import Shared
 from ray_jobs.sweep.space import Space
-from ray_jobs.sweep.trial import Shared, list_trial, reported_epochs, run_trial
+from ray_jobs.sweep.trial import list_trial, reported_epochs, run_trial
 
 RETRIES = 2
 """How often a trial whose process or node died is started again."""

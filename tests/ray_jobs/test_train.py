@@ -16,7 +16,8 @@ import yaml
 from mamba.errors import FolderError, TrainingError
 from mamba.runs import checkpoint as ckpt
 from mamba.train.distributed import Process
-from ray_jobs.launch.workers import _sentence, train_task
+from ray_jobs.launch.tasks import train_task
+from ray_jobs.launch.workers import _sentence
 from ray_jobs.train import main
 from tests.runs.test_tracking import shown_status
 
@@ -183,7 +184,7 @@ def test_errors_of_all_ranks_come_back_from_workers_and_are_not_retried(
     def fail(*_args, **_options):
         raise TrainingError("the loss is not finite", every_rank=every_rank)
 
-    monkeypatch.setattr("ray_jobs.launch.workers.fit", fail)
+    monkeypatch.setattr("ray_jobs.launch.tasks.fit", fail)
     spec = {"config": small_config().model_dump(mode="json"), "folder": str(tmp_path)}
     if comes_back:
         assert train_task(Process(0, world_size), spec) == {"error": "the loss is not finite"}

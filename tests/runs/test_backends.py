@@ -13,8 +13,9 @@ from mamba.config.cli import parse_train_args
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 from mamba.runs import remote
-from mamba.runs.backends import Backend, maker
+from mamba.runs.backends import Backend
 from mamba.runs.folder import epochs_of
+from mamba.runs.tracking import maker
 
 
 def without_last_epoch(run, keep=2):
@@ -102,7 +103,7 @@ def test_a_backend_of_an_installed_package_is_a_word(small_fit, monkeypatch):
 
 def test_one_that_cannot_be_imported_is_a_sentence(monkeypatch):
     point = EntryPoint("broken", "nowhere.at.all:Thing", trackers.GROUP)
-    monkeypatch.setattr("mamba.runs.backends.added", lambda: {"broken": point})
+    monkeypatch.setattr("mamba.runs.tracking.added", lambda: {"broken": point})
     with pytest.raises(ConfigError, match="tracking.backends: broken cannot be imported"):
         maker("broken")
 

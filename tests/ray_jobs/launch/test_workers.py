@@ -11,8 +11,9 @@ from mamba.errors import TrainingError
 from mamba.runs import checkpoint as ckpt
 from mamba.train.distributed import Process
 from mamba.train.trainer import fit
-from ray_jobs.launch import workers as module
-from ray_jobs.launch.workers import Channel, Workers, serve_tasks
+from ray_jobs.launch import tasks
+from ray_jobs.launch.tasks import Channel, serve_tasks
+from ray_jobs.launch.workers import Workers
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_a_group_that_fails_before_any_answer_ends_the_run(group, small_config, 
 def test_a_restarted_group_takes_the_task_without_an_answer(store, monkeypatch):
     """And skips one that was answered while the group died."""
     done = []
-    monkeypatch.setitem(module.KINDS, "note", lambda process, needs: done.append(needs["n"]))
+    monkeypatch.setitem(tasks.KINDS, "note", lambda process, needs: done.append(needs["n"]))
     channel = Channel("test")
     channel.put(4, ("note", {"n": 4}))
     channel.answer(4, "there")

@@ -12,8 +12,7 @@ from mamba.config.schema import RunConfig
 from mamba.data.images import ImageData
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
-from ray_jobs.sweep import trial
-from ray_jobs.sweep.trial import Shared
+from ray_jobs.sweep.shared import Shared, _loaded
 from tests.conftest import SMALL
 
 
@@ -45,8 +44,8 @@ def trained_on_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared_of(trained: Path, tmp_path: Path, small_data: ImageData, monkeypatch: pytest.MonkeyPatch) -> Any:
     """(kind, values of the experiment's config) -> what trials of an experiment share, in this test's folder. They
     train and measure on `small_data`."""
-    monkeypatch.setattr("ray_jobs.sweep.trial.load_data", lambda config, seed: small_data)
-    trial._loaded.cache_clear()
+    monkeypatch.setattr("ray_jobs.sweep.shared.load_data", lambda config, seed: small_data)
+    _loaded.cache_clear()
 
     def shared(kind: str = "measure", folder: str = "exp", **changes: Any) -> Shared:
         values = {key.replace("__", "."): value for key, value in changes.items() if "__" in key}
@@ -60,7 +59,7 @@ def shared_of(trained: Path, tmp_path: Path, small_data: ImageData, monkeypatch:
                          "workers": 1, "gpu": False, **own})  # fmt: skip
 
     yield shared
-    trial._loaded.cache_clear()
+    _loaded.cache_clear()
 
 
 @pytest.fixture(scope="session")

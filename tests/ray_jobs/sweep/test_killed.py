@@ -27,7 +27,8 @@ from ray_jobs.compare import main as compare
 from ray_jobs.sweep import experiment
 from ray_jobs.sweep.results import read_trial
 from ray_jobs.sweep.run import compared
-from ray_jobs.sweep.trial import Shared, run_trial
+from ray_jobs.sweep.shared import Shared
+from ray_jobs.sweep.trial import run_trial
 from tests.runs.test_tracking import hparams_table, shown_status
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]

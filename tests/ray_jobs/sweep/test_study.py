@@ -15,7 +15,8 @@ from ray_jobs.sweep.results import TRIAL, write_trial
 from ray_jobs.sweep.run import _search
 from ray_jobs.sweep.searcher import StudyTrials
 from ray_jobs.sweep.space import Space, checked, load_space
-from ray_jobs.sweep.study import OWNER, best_of, check_storage, new_id, open_study
+from ray_jobs.sweep.study import OWNER, check_storage, new_id, open_study
+from ray_jobs.sweep.warm_start import best_of
 from ray_jobs.tune import main as tune
 
 SPACE = load_space("quickstart")

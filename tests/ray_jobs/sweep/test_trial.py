@@ -23,8 +23,9 @@ from ray_jobs.launch.process import restored
 from ray_jobs.sweep.grid import expand
 from ray_jobs.sweep.measure import time_trials
 from ray_jobs.sweep.results import TRIAL, baseline_of, read_trial
+from ray_jobs.sweep.shared import data_of, trial_config
 from ray_jobs.sweep.space import load_space
-from ray_jobs.sweep.trial import check_finite, data_of, reported_epochs, run_trial, trial_config
+from ray_jobs.sweep.trial import check_finite, reported_epochs, run_trial
 from tests.runs.test_tracking import hparams_table, shown_status
 
 
@@ -123,7 +124,7 @@ def test_trials_train_on_the_data_that_their_keys_say(shared_of, monkeypatch):
     """All trained on the experiment's images; results.csv said otherwise."""
     shared = shared_of("train", optim__epochs=1, optim__warmup_epochs=0, data__batch_size=700, model__patch_size=None,
                        model__stride=None)  # fmt: skip
-    monkeypatch.setattr("ray_jobs.sweep.trial.load_data", load_data)
+    monkeypatch.setattr("ray_jobs.sweep.shared.load_data", load_data)
     seen = {}
     for name, values in {
         "base": {},
