@@ -16,6 +16,7 @@ from mamba.errors import ConfigError
 from mamba.models.block import MambaBlock
 from mamba.models.model import MambaModel
 from mamba.models.ssm import BlockShape
+from mamba.ops.update import is_known
 from mamba.ops.update.muon import Muon
 from mamba.train.ema import ModelEma
 from mamba.train.optim import matrix_parts
@@ -149,9 +150,11 @@ def shrink_optimizer(optimizer: torch.optim.AdamW, model: MambaModel, shrunk: Sh
         shrunk: what `shrink` made of it.
 
     Raises:
-        ConfigError: a replacement rewrote tensors, whose moments nobody knows.
+        ConfigError: a replacement rewrote tensors, whose moments nobody knows; or an optimizer of another kind.
     """
     _check_heirs(shrunk)
+    if not is_known(optimizer):
+        raise ConfigError(f"an optimizer of {type(optimizer).__name__} cannot be made smaller; valid: AdamW, Muon")
     larger = dict(model.named_parameters())
     smaller = dict(shrunk.model.named_parameters())
     heir: dict[Tensor, tuple[str, nn.Parameter]] = {

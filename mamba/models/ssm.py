@@ -254,7 +254,10 @@ class SelectiveSSM(nn.Module):
         pieces = self.in_proj(x).chunk(len(self.segments()["in_proj.weight"]), dim=-1)
         pairs = [pieces] * len(self.paths) if self.shared else list(zip(pieces[::2], pieces[1::2], strict=True))
         inputs = [self._scan_inputs(path, x, z) for path, (x, z) in zip(self.paths, pairs, strict=True)]
-        outputs = both_scans(*inputs) if self.paths[-1].reverse else tuple(one_scan(one) for one in inputs)
+        if [path.reverse for path in self.paths] == [False, True]:
+            outputs = both_scans(*inputs)
+        else:
+            outputs = tuple(one_scan(one, path.reverse) for one, path in zip(inputs, self.paths, strict=True))
         ys = [upsample(y.transpose(1, 2), path.scale, length) for path, y in zip(self.paths, outputs, strict=True)]
         if self.shared:
             return sum(ys[1:], ys[0]) / len(ys)
@@ -284,10 +287,13 @@ class SelectiveSSM(nn.Module):
         )
 
 
-def one_scan(inputs: ScanInputs) -> Tensor:
+def one_scan(inputs: ScanInputs, reverse: bool = False) -> Tensor:
+    """`reverse`: from the last token to the first; the output is in the order of the inputs all the same."""
+    if reverse:
+        inputs = inputs._replace(**{name: getattr(inputs, name).flip(-1) for name in ("u", "delta", "B", "C", "z")})
     y = selective_scan(*inputs, delta_softplus=True)
     assert isinstance(y, Tensor)
-    return y
+    return y.flip(-1) if reverse else y
 
 
 def both_scans(forward: ScanInputs, backward: ScanInputs) -> tuple[Tensor, Tensor]:

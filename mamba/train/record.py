@@ -15,11 +15,14 @@ Batches = list[tuple[Tensor, Tensor]]
 """Micro-batches of a step: images and targets, on the device."""
 
 
-def can_record(setting: bool | str, device: torch.device, fp16: bool) -> bool:
-    """What `optim.cuda_graph` means here; a warning where it is asked for and not possible."""
+def can_record(setting: bool | str, device: torch.device, fp16: bool, foreign: str | None = None) -> bool:
+    """What `optim.cuda_graph` means here; a warning where it is asked for and not possible. `foreign`: the name of an
+    optimizer that is none of ours."""
     if not setting or device.type != "cuda":
         return False
     obstacle = "fp16 cannot be recorded" if fp16 else None if HAS_TRITON else "triton is missing"
+    if foreign:
+        obstacle = f"a step of {foreign} is not known to be recordable"
     if obstacle and setting is True:
         warnings.warn(f"optim.cuda_graph: {obstacle}, steps are launched one by one", stacklevel=2)
     return obstacle is None

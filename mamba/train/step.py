@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mamba.config.schema import OptimConfig
 from mamba.models.model import MambaModel
-from mamba.ops.update import Update, make_update
+from mamba.ops.update import Update, is_known, make_update
 from mamba.train.distributed import Pending, Process
 from mamba.train.ema import ModelEma
 from mamba.train.gradients import Gradients, average_gradients
@@ -84,7 +84,8 @@ class OptimizerStep:
     def prepare(self) -> None:
         """Decide how gradients are averaged, and whether steps are recorded."""
         stream = None
-        recording = can_record(self.config.cuda_graph, self.process.device, self.scaler.is_enabled())
+        foreign = None if is_known(self.optimizer) else type(self.optimizer).__name__
+        recording = can_record(self.config.cuda_graph, self.process.device, self.scaler.is_enabled(), foreign)
         self.update = make_update(self.optimizer, self.ema, self.config.grad_clip, fused=recording)
         if recording:
             self.recorded = RecordedStep(self.take, self.update.fill_in)

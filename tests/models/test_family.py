@@ -15,6 +15,7 @@ from mamba.models.embed import STEMS, permute, rotary_tables, sequence_order, tr
 from mamba.models.heads import HEADS
 from mamba.models.model import Architecture, MambaModel, count_parameters, named_model
 from mamba.models.ssm import MIXERS as REGISTRY
+from mamba.models.ssm import BlockShape, Mixer, ScanPath, SelectiveSSM
 from mamba.runs.checkpoint import load_model, save_checkpoint
 from mamba.train.optim import parameter_groups
 from tests.models.plain_loops import ROPE, agree, images, small
@@ -22,6 +23,29 @@ from tests.models.plain_loops import ROPE, agree, images, small
 MIXERS = ("forward", "bidirectional", "bidirectional_shared", "multiscale", "alternating", "cross")
 CLASS_TOKENS = ("none", "start", "middle", "double")
 POSITIONS = ("learned", "rope", "both", "none")
+
+# --- what somebody adds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverses", [(True,), (False, True), (False, True, False), (False, False, True), (True, True)])
+def test_a_path_that_reads_backwards_does_so_wherever_it_stands(monkeypatch, reverses):
+    """It read forwards unless it was the second of two."""
+    torch.manual_seed(0)
+    paths = tuple(ScanPath(f"_{n}" if n else "", reverse) for n, reverse in enumerate(reverses))
+    monkeypatch.setitem(REGISTRY, "toy", Mixer(paths))
+    monkeypatch.setitem(REGISTRY, "straight", Mixer(tuple(replace(path, reverse=False) for path in paths)))
+    toy = SelectiveSSM(6, BlockShape(4, 3, 2, 0, mixer="toy"))
+    x = torch.randn(1, 9, 6)
+    merged = toy.out_proj.weight.split(4, dim=1)
+    for n, reverse in enumerate(reverses):
+        with torch.no_grad():  # this path's columns alone
+            for m, part in enumerate(merged):
+                part.zero_() if m != n else part.copy_(torch.randn(6, 4))
+        straight = SelectiveSSM(6, BlockShape(4, 3, 2, 0, mixer="straight"))
+        straight.load_state_dict(toy.state_dict())
+        want = straight(x.flip(1)).flip(1) if reverse else straight(x)
+        torch.testing.assert_close(toy(x), want, msg=lambda m, n=n: f"path {n}: {m}")
+
 
 # --- every choice ----------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,30 @@ from mamba.train.optim import make_optimizer
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+        lambda p: torch.optim.AdamW([{"params": p[:1], "betas": (0.5, 0.9)}, {"params": p[1:]}], lr=0.1),
+    ],
+)
+def test_an_optimizer_of_another_kind_takes_its_own_step(make):
+    """It trained as AdamW on a GPU; and a step that is not finite moved it on every device."""
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = make(weights)
+    with pytest.raises(TypeError, match="has no fused update"):
+        make_update(optimizer, None, None, fused=True)
+    update = make_update(optimizer, None, None, fused=False)
+    for finite in (True, False):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 1.0 if finite else torch.nan)
+        before = [weight.detach().clone() for weight in weights]
+        update.apply(torch.tensor(0.1), update.norm(), torch.tensor(finite))
+        assert all(torch.equal(a, b) != finite for a, b in zip(weights, before, strict=True))
+
+
 def compare(device: str, optimizer: str = "adamw") -> None:
     """Six steps, the third not finite, one parameter frozen and one without a gradient."""
     config = OptimConfig(optimizer=optimizer, layer_decay=0.8, weight_decay=0.3, lr=0.02)  # type: ignore[arg-type]

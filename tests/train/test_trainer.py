@@ -711,6 +711,7 @@ def test_which_runs_are_recorded(monkeypatch, recwarn, asked, device, fp16, trit
     monkeypatch.setattr("mamba.train.record.HAS_TRITON", triton)
     assert can_record(asked, torch.device(device), fp16) is recorded
     assert any("optim.cuda_graph" in str(w.message) for w in recwarn) == warned
+    assert not can_record(asked, torch.device(device), fp16, foreign="SGD"), "it would train as AdamW"
 
 
 class Doubled(Process):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba.ops.update.average import Average
+from mamba.ops.update.muon import Muon
 from mamba.ops.update.reference import PlainUpdate
 
 
@@ -28,6 +29,14 @@ class Update(Protocol):
         ...
 
 
+def is_known(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `FusedUpdate` computes what its `step` would; of any other its own `step` is called."""
+    groups = optimizer.param_groups
+    same = all(g.get(key) == groups[0].get(key) for g in groups for key in ("betas", "eps"))
+    plain = not any(g.get("amsgrad") or g.get("maximize") for g in groups)
+    return type(optimizer) in (torch.optim.AdamW, Muon) and same and plain
+
+
 def make_update(optimizer: torch.optim.AdamW, average: Average | None, clip: float | None, fused: bool) -> Update:
     """Of an optimizer whose state has been restored.
 
@@ -39,6 +48,8 @@ def make_update(optimizer: torch.optim.AdamW, average: Average | None, clip: flo
     """
     if not fused:
         return PlainUpdate(optimizer, average, clip)
+    if not is_known(optimizer):
+        raise TypeError(f"{type(optimizer).__name__} has no fused update; valid: AdamW (one for all its groups), Muon")
     from mamba.ops.update.triton import FusedUpdate
 
     return FusedUpdate(optimizer, average, clip)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba.ops.update.average import Average
+from mamba.ops.update.muon import Muon
 
 
 class PlainUpdate:
@@ -13,6 +14,8 @@ class PlainUpdate:
 
     def __init__(self, optimizer: torch.optim.AdamW, average: Average | None, clip: float | None) -> None:
         self.optimizer, self.average, self.clip = optimizer, average, clip
+        self.skips = isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
+        """Whether its `step` looks at `found_inf`; others are asked on the host."""
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
 
     def norm(self) -> Tensor:
@@ -23,8 +26,11 @@ class PlainUpdate:
         """Clip to the norm, step every parameter at its group's rate and move the average, where `finite`."""
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self.skips:
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
         if self.average:
             self.average.update(finite)
 
