@@ -254,6 +254,7 @@ class SelectiveSSM(nn.Module):
         pieces = self.in_proj(x).chunk(len(self.segments()["in_proj.weight"]), dim=-1)
         pairs = [pieces] * len(self.paths) if self.shared else list(zip(pieces[::2], pieces[1::2], strict=True))
         inputs = [self._scan_inputs(path, x, z) for path, (x, z) in zip(self.paths, pairs, strict=True)]
+        outputs: tuple[Tensor, ...]
         if [path.reverse for path in self.paths] == [False, True]:
             outputs = both_scans(*inputs)
         else:
