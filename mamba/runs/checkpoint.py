@@ -335,13 +335,28 @@ def find_checkpoint(path: Path) -> Path:
         where = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         if not path.exists():
             raise CheckpointError(f"there is no {path}{where}; give a checkpoint's folder, or that of a run")
-        rounds = max(path.glob("round-*/pruned"), default=None)
-        hint = f"; it holds rounds of pruning: did you mean {rounds}?" if rounds else ""
         raise CheckpointError(
             f"{path}{where} is neither a checkpoint (with {DESCRIPTION} and {WEIGHTS}) nor a run with {FOLDER}/ in "
-            f"it{hint}"
+            f"it{_meant(path)}"
         )
     return found
+
+
+def _meant(path: Path) -> str:
+    """What may have been meant by a folder that is no checkpoint and no run."""
+    rounds = max(path.glob("round-*/pruned"), default=None)
+    if rounds:
+        return f"; it holds rounds of pruning: did you mean {rounds}?"
+    if (path / "trial.json").exists():
+        return (
+            "; it is a trial that keeps no model: where it cut and measured one, cut.finetune_epochs trains it on and "
+            "keeps it"
+        )
+    inside = [place for place in path.glob("*") if (place / FOLDER).is_dir() or any(place.glob("round-*/pruned"))]
+    if not inside:
+        return ""
+    newest = max(inside, key=lambda place: (place.stat().st_mtime, place.name))
+    return f"; {len(inside)} of its folders hold models: did you mean {newest}?"
 
 
 def newest_checkpoint(run: Path) -> Path | None:

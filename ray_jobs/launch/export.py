@@ -20,8 +20,9 @@ def export_run(args: Namespace) -> int:
     path = args.out or Path(f"{args.run.resolve().name}{FORMATS[args.format]}")
     found = export(predictor, args.format, path)
     side, opset = predictor.transform.side, f", opset {found.opset}" if found.opset else ""
-    size = found.path.stat().st_size / 2**20
-    print(f"{found.path}: {count_parameters(smaller.model):,} parameters, {size:.1f} MiB{opset}")
+    size = found.path.stat().st_size / 2**10
+    told = f"{size / 2**10:.1f} MiB" if size >= 2**10 else f"{size:.0f} KiB"
+    print(f"{found.path}: {count_parameters(smaller.model):,} parameters, {told}{opset}")
     print(f"input: images, float32 (any batch, 3, {side}, {side}), normalised by the mean and std in the file")
     print(f"logits differ from ours by at most {found.difference:.1e}")
     print(

@@ -209,3 +209,22 @@ def test_metrics_that_are_not_finite_are_null_on_disk_and_nan_again(model, tmp_p
     assert "NaN" not in (folder / "config.json").read_text()
     loss = ckpt.read_description(folder)["metrics"]["train/loss"]
     assert loss != loss
+
+
+def test_a_folder_that_only_holds_runs_names_what_may_be_meant(model, tmp_path):
+    series, trial = tmp_path / "exp" / "series", tmp_path / "exp" / "measured"
+    trial.mkdir(parents=True)
+    (trial / "trial.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"in it$"):
+        ckpt.find_checkpoint(tmp_path / "exp")
+    with pytest.raises(CheckpointError, match="it is a trial that keeps no model: .*cut.finetune_epochs"):
+        ckpt.find_checkpoint(trial)
+    ckpt.save_checkpoint(series / "round-01" / "pruned", model, None, {}, None)
+    with pytest.raises(CheckpointError, match=r"did you mean .*series/round-01/pruned\?"):
+        ckpt.find_checkpoint(series)
+    with pytest.raises(CheckpointError, match=r"1 of its folders hold models: did you mean .*exp/series\?"):
+        ckpt.find_checkpoint(tmp_path / "exp")
+    ckpt.save_checkpoint(tmp_path / "exp" / "run" / "checkpoints" / "best-00001", model, None, {}, None)
+    os.utime(series, (0, 0))
+    with pytest.raises(CheckpointError, match=r"2 of its folders hold models: did you mean .*exp/run\?"):
+        ckpt.find_checkpoint(tmp_path / "exp")
