@@ -26,12 +26,14 @@ from pruning.masks import (
 )
 from pruning.penalty import compute_rsst_loss, rsst_schedule_exp
 from pruning.plans import PLANS, apply_plan
+from pruning.record import Record, load_record
 from pruning.refill import refill_masks
 
 __all__ = [
     "COMPONENTS",
     "PLANS",
     "MaskHook",
+    "Record",
     "apply_mask_mamba",
     "apply_plan",
     "build_mamba_lite",
@@ -41,6 +43,7 @@ __all__ = [
     "get_prunable_layers",
     "is_mamba_model",
     "load_masks",
+    "load_record",
     "prune_component",
     "prune_mamba_structured",
     "prune_mamba_unstructured",

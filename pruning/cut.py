@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from pruning.components import (
 )
 from pruning.importance import SCORES, Batches, element_scores, unit_scores
 from pruning.masks import Masks, apply_mask_mamba, combine, gone_units, unit_masks
+from pruning.record import highest_gone, record_of
 from pruning.repair import repair
 from pruning.replace import REPLACEMENTS, REWRITES
 from pruning.select import check_scope, choose_elements, choose_units
@@ -169,23 +170,28 @@ def prune_multiple(model: MambaModel, rates: Mapping[str, float], shrink: bool =
 
 
 def cut(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **how: Any) -> Shrunk:
-    """What `prune_multiple` does, with the masks that hold it in training (`MaskHook`) and, of a smaller model, the map
-    of its tensors onto the larger one's."""
+    """What `prune_multiple` does, with the masks that hold it in training (`MaskHook`), of a smaller model the map of
+    its tensors onto the larger one's, and the record of what was cut in each layer."""
     options = How.of(how)
-    cuts = _parse(model, rates, options, structured=shrink)
-    masks = _masks(model, [c for c in cuts if c[1] not in REPLACEMENTS], options)
+    cuts = [c for c in _parse(model, rates, options, structured=shrink) if c[2] > 0]
+    thresholds: dict[str, float] = {}
+    masks = _masks(model, [c for c in cuts if c[1] not in REPLACEMENTS], options, thresholds)
+    done = record_of(model, masks, [c[:2] for c in cuts], options.masks, options.layers, thresholds)
     if shrink:
         result = remove_units(model, masks)
     else:
         result = Shrunk(copy.deepcopy(model), masks, Slices({name: (name, {}) for name in model.state_dict()}))
         apply_mask_mamba(result.model, masks)
-    for _, granularity, rate in cuts:
-        if granularity in REPLACEMENTS and rate > 0:
-            result = _replace(result, granularity, rate, options.layers, shrink)
+    replaced = [c for c in cuts if c[1] in REPLACEMENTS]
+    for _, granularity, rate in replaced:
+        result = _replace(result, granularity, rate, options.layers, shrink)
+    if shrink:  # in the old shape a replacement leaves every weight
+        names = [(name, granularity) for name, granularity, _ in replaced]
+        done = done.with_replaced(model, masks, result.model, result.masks, names, options.layers)
     if options.repair:
         assert options.calibration is not None
         repair(model, result, list(options.calibration))
-    return result
+    return replace(result, record=done)
 
 
 def _parse(
@@ -213,29 +219,50 @@ def _parse(
     return cuts
 
 
-def _masks(model: nn.Module, cuts: Sequence[tuple[str, str, float]], how: How) -> Masks:
+def _masks(
+    model: nn.Module, cuts: Sequence[tuple[str, str, float]], how: How, thresholds: dict[str, float] | None = None
+) -> Masks:
+    """The masks of some cuts and of what was cut before; where all layers were ranked together, the highest score that
+    went is added to `thresholds`."""
     masks: Masks = combine(how.masks or {})
     cuts = [c for c in cuts if c[2] > 0]
+    thresholds = {} if thresholds is None else thresholds
     if not cuts:
         return masks
     elements = element_scores(model, how.score, how.calibration, how.seed)
     chosen = None if how.layers is None else list(how.layers)
     for name, granularity, rate in cuts:
         if granularity == ELEMENT:
-            masks = combine(masks, _element_masks(model, name, rate, how, elements, chosen))
-            continue
-        group = COMPONENTS[name].groups[granularity]
-        keep = _unit_choice(model, group, rate, how, elements, chosen)
-        masks = combine(masks, unit_masks(model, group, keep))
+            places = _places(model, name, chosen)
+            own = _element_masks(places, rate, how, elements)
+            masks = combine(masks, own)
+            scores, stays = [elements[n][rows] for n, _, rows in places], [own[n][rows] for n, _, rows in places]
+        else:
+            group = COMPONENTS[name].groups[granularity]
+            keep = _unit_choice(model, group, rate, how, elements, chosen)
+            masks = combine(masks, unit_masks(model, group, keep))
+            if group in GROUPS and GROUPS[group].order == "first":  # a tap's score is its place
+                continue
+            units = zip(unit_scores(model, group, elements, how.score), keep, strict=True)
+            scores, stays = map(list, zip(*((s, k) for s, k in units if k is not None), strict=True))
+        exact = how.multiple == 1 or granularity == ELEMENT
+        highest = highest_gone(scores, stays) if exact and (how.scope == "global" or name == BLOCK) else None
+        if highest is not None:
+            thresholds[f"{name}:{granularity}"] = highest
     return masks
 
 
-def _element_masks(
-    model: nn.Module, name: str, rate: float, how: How, elements: dict[str, Tensor], layers: list[int] | None
-) -> Masks:
+def _places(model: nn.Module, name: str, layers: list[int] | None) -> list[tuple[str, Tensor, slice]]:
+    """What a component covers in the blocks to be cut; raises ConfigError where that is nothing."""
     places = list(covered(model, name, layers))
     if not places:
         raise ConfigError(f"no block to be cut has a weight of component '{name}'")
+    return places
+
+
+def _element_masks(
+    places: Sequence[tuple[str, Tensor, slice]], rate: float, how: How, elements: dict[str, Tensor]
+) -> Masks:
     keeps = choose_elements([elements[full][rows] for full, _, rows in places], rate, how.scope)
     masks: Masks = {}
     for (full, parameter, rows), keep in zip(places, keeps, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor, nn
 from mamba.errors import ConfigError
 from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import MIXERS, BlockShape
-from pruning.components import BLOCK, blocks_of
+from pruning.components import BLOCK, GROUPS, blocks_of, named_blocks, units_of
 from pruning.importance import Batches, element_scores, unit_scores
 from pruning.masks import combine, unit_masks
+from pruning.record import ALL, Record, Row
 from pruning.select import lowest
 from pruning.shrink import rebuild, shrink
+
+WIDTHS = ("d_inner", "d_state", "d_conv", "mlp_hidden")
+"""The groups whose widths a smaller model chooses."""
 
 
 def build_mamba_lite(
@@ -77,7 +82,7 @@ def transfer_pruned_weights(
     per_block = torch.cat([s.cpu() for s in unit_scores(model, BLOCK, elements, score)])
     taken = ~lowest(per_block, len(per_block) - depth)
     masks = unit_masks(model, BLOCK, [stays[None] for stays in taken])
-    for group in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
+    for group in WIDTHS:
         width = getattr(shape, group)
         if not width:  # no MLP, here as there
             continue
@@ -93,6 +98,22 @@ def transfer_pruned_weights(
     return [i for i, stays in enumerate(taken.tolist()) if stays]
 
 
+def record_of_lite(model: MambaModel, lite: MambaModel, taken: Sequence[int]) -> Record:
+    """What a smaller model has of each block of the larger one: blocks, and in each the units of its groups.
+
+    Args:
+        model, lite, taken: as `transfer_pruned_weights` takes and gives them.
+    """
+    rows = [Row(ALL, f"{BLOCK}:depth", "block", len(model.stack), len(taken))]
+    heirs = dict(zip(taken, lite.stack, strict=True))
+    for group in WIDTHS:
+        for i, (prefix, block) in enumerate(named_blocks(model)):
+            before, kept = units_of(block, GROUPS[group]), units_of(heirs[i], GROUPS[group]) if i in heirs else 0
+            if before:
+                rows.append(Row(prefix.rstrip("."), group, GROUPS[group].unit, before, kept))
+    return Record(tuple(rows))
+
+
 def _plain(shape: BlockShape) -> BlockShape:
     """The widths, whatever the direction."""
     return replace(shape, direction="forward")
@@ -105,7 +126,7 @@ def _check_fits(model: nn.Module, shape: BlockShape, depth: int) -> None:
     for field in ("out_channels", "dt_rank", "shared_bc", "separable_conv"):
         if any(getattr(b.shape, field) != getattr(shape, field) for b in blocks):
             raise ConfigError(f"the model was cut already ({field}), which a plain smaller model cannot take over")
-    for field in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
+    for field in WIDTHS:
         width, most = getattr(shape, field), min(getattr(b.shape, field) for b in blocks)
         if not min(1, most) <= width <= most:
             raise ConfigError(f"{field} {width} does not fit the model; valid: {min(1, most)} to {most}")
@@ -115,7 +136,7 @@ def describe(architecture: Architecture) -> str:
     """One line: depth and the range of each width."""
     shapes = [asdict(b) for b in architecture.blocks]
     words = [f"{len(shapes)} blocks"]
-    for field in ("d_inner", "d_state", "d_conv", "mlp_hidden"):
+    for field in WIDTHS:
         low, high = min(s[field] for s in shapes), max(s[field] for s in shapes)
         words.append(f"{field} {low}" if low == high else f"{field} {low} to {high}")
     return ", ".join(words)

@@ -116,6 +116,12 @@ def gone_units(masks: Mapping[str, Tensor], prefix: str, parts: Sequence[Found])
     return torch.zeros(0, dtype=torch.bool) if gone is None else gone
 
 
+def block_gone(masks: Mapping[str, Tensor], prefix: str, block: nn.Module) -> bool:
+    """Whether the masks take every parameter of a block."""
+    names = [prefix + name for name, _ in block.named_parameters()]
+    return all(name in masks and not masks[name].any() for name in names)
+
+
 def unit_masks(model: nn.Module, group: str, keep: Sequence[Tensor | None]) -> Masks:
     """Masks that take whole units: one keep-mask over the group's units a block (of `stem`, a convolution), or None to
     leave it alone."""

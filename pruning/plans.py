@@ -13,7 +13,7 @@ from mamba.models.model import MambaModel
 from pruning.components import covered
 from pruning.cut import cut
 from pruning.importance import Batches
-from pruning.lite import build_mamba_lite, transfer_pruned_weights
+from pruning.lite import build_mamba_lite, record_of_lite, transfer_pruned_weights
 from pruning.shrink import Shrunk, Slices, shrink
 
 
@@ -76,8 +76,8 @@ def apply_plan(
             raise ConfigError(f"cut.repair does not go with plan '{name}', which rebuilds the model; leave it out")
         model = shrink(model, masks or {}).model
         lite = build_mamba_lite(model, **plan.lite)
-        transfer_pruned_weights(model, lite, score, calibration)
-        return Shrunk(lite, {}, Slices({}))
+        taken = transfer_pruned_weights(model, lite, score, calibration)
+        return Shrunk(lite, {}, Slices({}), record_of_lite(model, lite, taken))
     rates = {what: rate for what, rate in plan.rates.items() if any(covered(model, what.partition(":")[0]))}
     how: dict[str, Any] = {"score": score, "calibration": calibration, "seed": seed, "masks": masks, "repair": repair}
     return cut(model, rates, plan.shrink, **how, **plan.how)

@@ -22,6 +22,7 @@ from pruning.components import GROUPS, Part, each, find_all, named_blocks, parts
 from pruning.importance import SCORES, Batches, element_scores
 from pruning.masks import Masks, gone_units, unit_masks
 from pruning.penalty import groups_of
+from pruning.record import Record, highest_gone, unit_rows, weight_rows
 from pruning.select import lowest
 
 MATRICES: dict[str, tuple[Part, ...]] = {
@@ -111,6 +112,41 @@ def prune_survivors(model: nn.Module, masks: Mapping[str, Tensor], target: str, 
     left = ~lowest(scores, cut)
     parts = left.split([p.numel() for p in weights.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(weights.items(), parts, strict=True)}
+
+
+def record_of_round(
+    model: nn.Module,
+    dense: nn.Module,
+    before: Mapping[str, Tensor],
+    survivors: Mapping[str, Tensor],
+    units: Mapping[str, Tensor],
+    target: str,
+    apart: bool = False,
+) -> Record:
+    """What a round has cut since the dense model: the weights that survive global pruning, and the units that stay.
+
+    Args:
+        model: the trained model that was pruned, in the dense model's shape: its magnitudes give the thresholds.
+        dense: the dense model.
+        before: survivors of the round before; empty at first.
+        survivors: survivors of this round.
+        units: its unit masks; empty where weights go one by one.
+        target: ssm, mlp or both.
+        apart: channels' and neurons' weights were ranked apart, so that each has a threshold of its own.
+    """
+    rows, thresholds, parts = [], {}, targets_of(dense, target)
+    for part in parts:
+        (group,) = groups_of(part)
+        rows += weight_rows(dense, f"{part}:element", MATRICES[group], survivors, {})
+        if units:
+            rows += unit_rows(dense, f"{part}:{GROUPS[group].unit}", group, units, {})
+        weights = weights_of(model, part if apart else target)
+        stay = [survivors[name] for name in weights]
+        there = [before.get(name, torch.ones_like(keep)) for name, keep in zip(weights, stay, strict=True)]
+        highest = highest_gone([p.detach().abs() for p in weights.values()], stay, there)
+        if highest is not None:
+            thresholds[f"{part}:element"] = highest
+    return Record(tuple(rows), thresholds)
 
 
 def units_to_keep(remaining: int, units: int, fan_in: int, fillback_rate: float) -> int:

@@ -45,7 +45,9 @@ from pruning.importance import Batches
 from pruning.masks import FILE as MASKS
 from pruning.masks import MaskHook, Masks, load_masks
 from pruning.penalty import GrowingDecay, PenaltyHook
-from pruning.refill import REFILL_SCORES, prune_survivors, refill_masks, targets_of
+from pruning.record import load_record, save_record
+from pruning.refill import REFILL_SCORES, prune_survivors, record_of_round, refill_masks, targets_of
+from pruning.show import PICTURE, cut_picture
 from pruning.shrink import Slices, shrink
 from pruning.store import load_smaller, masks_of, save_pruned
 
@@ -193,10 +195,23 @@ def hooks_for(config: RunConfig, rank: int = 0, folder: Path | None = None) -> l
             hooks.append(GrowingDecay(masks, stay, prune.ceiling, prune.schedule, prune.exponent, config.grow_epochs()))
         elif masks:
             hooks.append(MaskHook(masks))
+    if folder is not None and rank == 0 and prune.round > 0:
+        hooks.append(ShowCut(folder))
     if prune.method != "none" and prune.round == 0 and prune.rewind_epoch and rank == 0:
         series = config.out / config.name
         hooks.append(KeepEpoch(series / "rewind", prune.rewind_epoch))
     return hooks
+
+
+class ShowCut(TrainHook):
+    """Shows a run's backends what its round was cut to, layer by layer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def pictures(self) -> dict[str, Tensor]:
+        record = load_record(self.folder)
+        return {} if record is None else {PICTURE: cut_picture(record)}
 
 
 class KeepEpoch(TrainHook):
@@ -283,8 +298,8 @@ def _density(config: RunConfig, folder: Path, number: int) -> float:
 def _prepare(config: RunConfig, folder: Path, number: int, data: ImageData) -> None:
     """Prune the round before, rewind, and write what this round starts from."""
     prune, method = config.prune, METHODS[config.prune.method]
-    trained, survivors = _trained(config, folder, number - 1)
-    survivors = survivors_of_round(trained, survivors, prune, number)
+    trained, earlier = _trained(config, folder, number - 1)
+    survivors = survivors_of_round(trained, earlier, prune, number)
     rewind = folder / ("rewind" if prune.rewind_epoch and config.model.checkpoint is None else "start")
     dense, description = ckpt.load_model(rewind, weights="raw", drop_path=config.model.drop_path)
     units: Masks = {}
@@ -294,6 +309,9 @@ def _prepare(config: RunConfig, folder: Path, number: int, data: ImageData) -> N
         among = load_masks(before) if number > 1 else None
         seed = config.seed + number
         units = method.choose(trained, survivors, prune.target, prune.fillback_rate, prune.score, batches, seed, among)
+    apart = prune.ssm_rate is not None or prune.mlp_rate is not None
+    record = record_of_round(trained, dense, earlier, survivors, units, prune.target, apart)
+    save_record(folder / f"round-{number:02d}", record)
     extra: dict[str, dict[str, Tensor]] = {SURVIVORS: survivors}
     model = dense
     if units:

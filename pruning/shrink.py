@@ -30,7 +30,8 @@ from pruning.components import (
     tensors_of,
     units_of,
 )
-from pruning.masks import Masks, apply_mask_mamba, check_masks, gone_units
+from pruning.masks import Masks, apply_mask_mamba, block_gone, check_masks, gone_units
+from pruning.record import Record
 
 Kept = dict[int, Tensor]
 """Axis -> the indices that stay along it."""
@@ -70,6 +71,8 @@ class Shrunk:
     masks: Masks
     """What is left of the masks: single weights within the units that stay. Empty where all was taken whole."""
     slices: Slices
+    record: Record | None = None
+    """What was cut, layer by layer; None of `shrink` alone, which does not know what was asked for."""
 
 
 def shrink(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
@@ -83,7 +86,7 @@ def shrink(model: MambaModel, masks: Mapping[str, Tensor]) -> Shrunk:
     """
     check_masks(model, masks)
     blocks = named_blocks(model)
-    gone_blocks = [prefix for prefix, block in blocks if _is_gone(masks, prefix, block)][: len(blocks) - 1]
+    gone_blocks = [prefix for prefix, block in blocks if block_gone(masks, prefix, block)][: len(blocks) - 1]
     state = model.state_dict()
     in_stem, channels = _kept_of_stem(masks, model)
     entries: dict[str, tuple[str, Kept]] = {n: (n, in_stem.get(n, {})) for n in outside_blocks(model)}
@@ -184,11 +187,6 @@ def _check_heirs(shrunk: Shrunk) -> None:
     new = [name for name in shrunk.model.state_dict() if name not in shrunk.slices.entries]
     if new:
         raise ConfigError(f"{new[0]} was rewritten by a replacement: there is no state of the larger model to slice")
-
-
-def _is_gone(masks: Mapping[str, Tensor], prefix: str, block: MambaBlock) -> bool:
-    names = [prefix + name for name, _ in block.named_parameters()]
-    return all(name in masks and not masks[name].any() for name in names)
 
 
 def _kept(masks: Mapping[str, Tensor], prefix: str, block: MambaBlock) -> tuple[dict[str, Kept], BlockShape]:

@@ -23,8 +23,8 @@ MAMBA = """
     load_published mamba_base mamba_small mamba_tiny selective_scan vim_base vim_small vim_tiny
 """
 PRUNING = """
-    COMPONENTS PLANS MaskHook apply_mask_mamba apply_plan build_mamba_lite check_sparsity_mamba compute_rsst_loss
-    extract_mask_mamba get_prunable_layers is_mamba_model load_masks prune_component prune_mamba_structured
+    COMPONENTS PLANS MaskHook Record apply_mask_mamba apply_plan build_mamba_lite check_sparsity_mamba compute_rsst_loss
+    extract_mask_mamba get_prunable_layers is_mamba_model load_masks load_record prune_component prune_mamba_structured
     prune_mamba_unstructured prune_multiple refill_masks rsst_schedule_exp save_masks transfer_pruned_weights
     verify_selective_scan_compatibility
 """

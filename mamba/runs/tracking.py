@@ -78,9 +78,15 @@ class Tracker:
 
     def confusion(self, found: Confusion, global_step: int) -> None:
         """Which test images are taken for which class, and how many of each class are recognised: two pictures."""
-        for name, picture in (("test/confusion", found.picture()), ("test/classes", found.class_picture())):
+        shown = {"test/confusion": found.picture(), "test/classes": found.class_picture()}
+        pictures = {name: torch.from_numpy(one.copy()).permute(2, 0, 1) / 255 for name, one in shown.items()}
+        self.pictures(pictures, global_step)
+
+    def pictures(self, pictures: Mapping[str, Tensor], global_step: int) -> None:
+        """Pictures of shape (3, height, width), values from 0 to 1, by their tags."""
+        for name, picture in pictures.items():
             for backend in self.backends:
-                backend.image(name, torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255, global_step)
+                backend.image(name, picture, global_step)
 
     def progress(self, **position: Any) -> None:
         write_json(self.folder / PROGRESS, position)

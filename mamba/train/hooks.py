@@ -33,6 +33,11 @@ class TrainHook:
         """Whether the weights after this epoch (from 0) may be kept as the run's best. Host code."""
         return True
 
+    def pictures(self) -> dict[str, Tensor]:
+        """What the run's backends are shown once, in the first step of a run: tag -> picture of shape (3, height,
+        width), values from 0 to 1. Asked on rank 0. Host code."""
+        return {}
+
     def files(self) -> dict[str, dict[str, Tensor]]:
         """Tensors to keep with each checkpoint: file name (ending in .safetensors) -> name -> tensor."""
         return {}

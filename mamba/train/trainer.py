@@ -208,6 +208,7 @@ class Trainer:
                 micro.append(self.mix(images, labels, self.epoch, step))
             if self.tracker and self.epoch == 0 and step == 0:
                 self.tracker.samples(micro[0][0], self.data.mean, self.data.std)
+                self.tracker.pictures({tag: one for hook in self.hooks for tag, one in hook.pictures().items()}, 0)
             yield micro
 
     def train_step(self, micro_batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:

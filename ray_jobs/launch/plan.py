@@ -13,10 +13,13 @@ from mamba.runs import checkpoint as ckpt
 from mamba.runs.files import write_sealed
 from mamba.runs.folder import create_run, exclusive
 from mamba.runs.provenance import with_split
+from mamba.runs.tracking import Tracker
 from pruning.lite import describe
 from pruning.plans import apply_plan, get_plan
+from pruning.record import save_record
 from pruning.report import before_after_table
 from pruning.rounds import calibration_batches
+from pruning.show import PICTURE, cut_picture, print_cut
 from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.launch.cluster import connected_if
 from ray_jobs.launch.measure import compare
@@ -63,6 +66,11 @@ def run_plan(args: PruneArgs) -> int:
     with exclusive(folder):
         description = {**of_cut(description), "plan": args.plan}
         path = save_pruned(folder / "checkpoints" / "best-00000", pruned.model, pruned.masks, description)
+        assert pruned.record is not None
+        save_record(folder, pruned.record)
+        tracker = Tracker(folder, config, 0, 0)
+        tracker.pictures({PICTURE: cut_picture(pruned.record)}, 0)
+        tracker.close()
         console = Console(highlight=False, soft_wrap=True)
         with connected_if(config.scaling.num_workers != 0, lambda text: console.print(text, markup=False)):
             before, after = compare(config, [config.model.checkpoint, path])
@@ -71,6 +79,7 @@ def run_plan(args: PruneArgs) -> int:
     console.print(
         f"before: {describe(model.architecture)}\nafter:  {describe(pruned.model.architecture)}", markup=False
     )
+    print_cut(pruned.record, folder)
     console.print(before_after_table(before, after))
     if "test/accuracy" in before:
         console.print("no validation split: accuracies are the test set's, by which no plan should be chosen")

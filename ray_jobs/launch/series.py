@@ -15,8 +15,10 @@ from mamba.errors import ForgeError
 from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
 from mamba.runs.provenance import with_split
 from mamba.runs.start import prepare_resume
+from pruning.record import load_record
 from pruning.report import rounds_figure, rounds_table
 from pruning.rounds import Engine, check_rounds, check_series, run_rounds
+from pruning.show import print_cut
 from ray_jobs.launch.console import Display, stop_on_signal
 from ray_jobs.launch.measure import measure
 from ray_jobs.launch.run import preflight, run, workers_for
@@ -59,12 +61,16 @@ def run_series(args: PruneArgs, command: str) -> int:
     if rows is None:
         say(f"interrupted; continue with\n  python {command} --resume {folder}")
         return 130
+    last = folder / f"round-{config.prune.rounds:02d}"
+    record = load_record(last)
+    if record is not None:
+        print_cut(record, last)
     console.print(rounds_table(rows))
     say(f"table: {folder / 'rounds.csv'}\nfigure: {rounds_figure(folder, rows)}")
     if rows[-1].get("val_accuracy") is not None and rows[-1].get("test_accuracy") is not None:
         say(f"test accuracy of the last round, read once: {rows[-1]['test_accuracy']:.2f} %")
-    last = folder / f"round-{config.prune.rounds:02d}" / "pruned"
-    say(f"pruned model: {last}\ntrain it on: python ray_jobs/train.py --model.checkpoint {last} ...")
+    pruned = last / "pruned"
+    say(f"pruned model: {pruned}\ntrain it on: python ray_jobs/train.py --model.checkpoint {pruned} ...")
     return 0
 
 

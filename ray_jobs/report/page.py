@@ -13,6 +13,8 @@ from typing import Any
 
 from mamba.runs.folder import epochs_of
 from mamba.runs.metrics import number
+from pruning.record import Record
+from ray_jobs.report.cuts import cut_map, cut_tables, records_of
 from ray_jobs.report.figures import draw, is_accuracy
 from ray_jobs.report.noise import images_in_words, images_of, standard_error
 from ray_jobs.report.rows import best_of, finite, ranked, same_models, varied
@@ -32,6 +34,10 @@ def write_report(folder: Path, rows: Rows, text: str) -> Path:
     baseline = baseline_of(folder)
     images = images_of(rows, baseline)
     figures = draw(told.space, rows, baseline, images, _curves(folder, rows))
+    records = records_of(folder, rows)
+    cuts = cut_map(records)
+    if cuts is not None:
+        figures["cuts"] = cuts
     if told.space.search and told.space.objectives:
         from ray_jobs.report.search_figures import optuna_figures
 
@@ -44,7 +50,7 @@ def write_report(folder: Path, rows: Rows, text: str) -> Path:
             figure.set_layout_engine("none")  # it stays as laid out for the first
     _tensorboard(out, list(figures))
     there = out / "index.html"
-    there.write_text(_page(folder, told, rows, text, list(figures), baseline, images))
+    there.write_text(_page(folder, told, rows, text, list(figures), baseline, images, records))
     return there
 
 
@@ -86,6 +92,7 @@ def _page(
     names: Sequence[str],
     baseline: Mapping[str, float],
     images: int,
+    records: Mapping[str, Record],
 ) -> str:
     same = {k: v for k, v in rows[0]["values"].items() if k not in varied(rows, rows[0])} if len(rows) > 1 else {}
     facts = "".join(
@@ -107,6 +114,7 @@ def _page(
         f'<h2>All trials</h2><p class=hint><a href="../results.csv">results.csv</a>.{note}{error} Click on a '
         "heading to sort.</p>",
         _table(rows, same, objectives, best, images),
+        f"<h2>What was cut, layer by layer</h2>{cut_tables(records)}" if records else "",
     )
 
 

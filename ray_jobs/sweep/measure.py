@@ -23,7 +23,9 @@ from pruning import measure as meter
 from pruning.cut import cut
 from pruning.importance import SCORES
 from pruning.masks import Masks
-from pruning.rounds import calibration_batches, hooks_for
+from pruning.record import save_record
+from pruning.rounds import ShowCut, calibration_batches, hooks_for
+from pruning.show import PICTURE, cut_picture
 from pruning.shrink import Shrunk
 from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.sweep.results import baseline_of, write_baseline
@@ -73,13 +75,17 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     baseline = measured_baseline(shared, config, device)
     pruned = cut_model(shared, config, device)
     smaller = pruned.model
+    folder.mkdir(parents=True, exist_ok=True)
+    save_record(folder, pruned.record)
     metrics: dict[str, float] = {}
     if epochs:
         start = save_pruned(folder / "start", smaller, pruned.masks, of_cut(description))
         tuning = config.with_values({"model.checkpoint": start, "optim.epochs": epochs})
         tuning = tuning.with_values({"optim.warmup_epochs": min(tuning.optim.warmup_epochs, 0.2 * tuning.optim.epochs)})
         process = TrialProcess(device, shared.threads, report)
-        result = finished_run(folder) or fit(tuning.resolve(), process, folder, data, hooks_for(tuning))
+        result = finished_run(folder) or fit(
+            tuning.resolve(), process, folder, data, [*hooks_for(tuning), ShowCut(folder)]
+        )
         smaller, _ = ckpt.load_model(folder, device=device)
         metrics |= result["metrics"]
     amp = resolve_amp(config.optim.amp, device)
@@ -90,6 +96,8 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     if not epochs:
         tracker = Tracker(folder, config, 0, 0)
         tracker.scalars(metrics, 0)
+        if pruned.record is not None:
+            tracker.pictures({PICTURE: cut_picture(pruned.record)}, 0)
         tracker.close()
     return {"status": "finished", "metrics": metrics, "seed": config.seed, **environment(device)}
 

@@ -16,7 +16,7 @@ from mamba.runs.folder import finished_result, request_stop
 from mamba.train.distributed import local_process
 from mamba.train.hooks import TrainHook
 from mamba.train.trainer import fit
-from pruning import load_masks, measure, prune_mamba_unstructured, refill_masks
+from pruning import load_masks, load_record, measure, prune_mamba_unstructured, refill_masks
 from pruning.masks import FILE
 from pruning.refill import prune_survivors
 from pruning.report import before_after_table, rounds_figure, rounds_table
@@ -100,6 +100,16 @@ def test_rounds_prune_what_they_say(series, method):
     assert lines[0].startswith("round,density,params") and len(lines) == 5
     assert rounds_figure(s.folder, rows).stat().st_size > 1000
     assert rounds_table(rows).row_count == 4
+    for k in (1, 3):
+        record = load_record(s.folder / f"round-{k:02d}")
+        weights = [record.total(f"{part}:element") for part in ("ssm", "mlp")]
+        assert sum(w.kept for w in weights) / sum(w.before for w in weights) == pytest.approx(rows[k]["density"])
+        if method != "magnitude":
+            model = ckpt.load_model(s.folder / f"round-{k:02d}")[0]
+            units = zip(record.of("mlp:neuron").values(), record.of("ssm:channel").values(), strict=True)
+            shapes = [(b.mlp_hidden, b.d_inner) for b in model.architecture.blocks]
+            assert method == "rsst" or [(a.kept, b.kept) for a, b in units] == shapes
+    assert list(hooks_for(s.config.with_values({"prune.round": 3}), folder=s.folder / "round-03")[-1].pictures())
 
 
 def test_rounds_that_an_earlier_version_measured_are_shown_by_their_test_accuracy(tmp_path):

@@ -38,6 +38,14 @@ def trained(tmp_path_factory):
     return out / "quickstart" / "one"
 
 
+def pictures(folder):
+    """Tags of the images in a run's TensorBoard file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.rglob("events*")
+    return EventAccumulator(str(file)).Reload().Tags()["images"]
+
+
 def rows(folder):
     with (folder / "rounds.csv").open() as file:
         return list(csv.DictReader(file))
@@ -60,7 +68,12 @@ def test_rounds_from_a_trained_model(trained, tmp_path, capsys):
         and "% validation, " in out
         and "test accuracy of the last round, read once" in out
     )
+    assert (
+        "what was cut, layer by layer" in out and "mlp:neuron" in out and str(folder / "round-01" / "cut.json") in out
+    )
     model, _ = ckpt.load_model(str(folder / "round-01" / "pruned"))
+    kept = [row["kept"] for row in json.loads((folder / "round-01" / "cut.json").read_text())["rows"]]
+    assert [b.mlp_hidden for b in model.architecture.blocks] == kept[-2:]
     assert model.architecture.blocks[0].mlp_hidden < 48 and model.architecture.blocks[0].d_inner == 24
     assert main(["--resume", str(folder)]) == 0, "a finished series shows its table again"
 
@@ -70,6 +83,8 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
     out = capsys.readouterr().out
     folder = tmp_path / "prune" / "p"
     report = json.loads((folder / "pruned.json").read_text())
+    assert "what was cut, layer by layer" in out and str(folder / "cut.json") in out and "linear_gate:element" in out
+    assert pictures(folder) == ["prune/cut"]
     assert "test accuracy" not in out and "test/accuracy" not in {**report["before"], **report["after"]}
     for words in ("validation accuracy", "parameters", "MACs", "zeros among", "latency", "throughput", "peak memory"):
         assert words in out

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from pruning.record import Record, Row, save_record
 from ray_jobs.report.findings import findings
 from ray_jobs.report.page import write_report
 from ray_jobs.sweep.results import baseline_of
@@ -81,6 +82,23 @@ def test_the_report_of_a_search_with_one_objective(tmp_path):
     assert page.count('class="best"') == 1 and 'class="best"><td>trial-0008' in page
     text = findings(trials, {}, space.objectives)
     assert "best: trial-0008: val/best_accuracy 98 with model.drop_path 0.2, ema.decay 0.991" in text
+
+
+def test_what_was_cut_is_drawn_and_told_layer_by_layer(tmp_path):
+    folder = tmp_path / "exp"
+    rates = (0.25, 0.5)
+    trials = [lost({"cut.mlp": rate}, rate, model__macs=10.0, model__nonzero=5.0) for rate in rates]
+    rows = left_behind(folder, space_of(grids=[{"cut.mlp": list(rates)}]), trials, {"val/accuracy": 90.0})
+    for one, rate in zip(rows, rates, strict=True):
+        kept = [Row(f"blocks.{i}", "mlp:neuron", "neuron", 16, round(16 * (1 - rate)) - i) for i in range(2)]
+        save_record(folder / one["trial"], Record(tuple(kept), {"mlp:neuron": 0.125}))
+    page = write_report(folder, rows, "").read_text()
+    assert (folder / "report" / "cuts.png").exists() and "What was cut, layer by layer" in page
+    assert "cut.mlp-0.5: mlp:neuron 46.9 % kept (threshold 0.125)" in page
+    assert "<td>blocks.1</td><td>mlp:neuron</td><td>neuron</td><td>16</td><td>7</td><td>43.8 %</td>" in page
+    (folder / rows[0]["trial"] / "cut.json").write_text("{")
+    again = write_report(folder, rows, "").read_text()
+    assert "cut.mlp-0.5: mlp" in again and "cut.mlp-0.25: mlp" not in again, "a damaged one is left out"
 
 
 def test_a_report_of_one_trial_is_a_page(tmp_path):

@@ -17,8 +17,8 @@ from mamba.runs import checkpoint as ckpt
 from mamba.runs.folder import epochs_of
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
+from pruning import load_record, prune_multiple
 from pruning import measure as meter
-from pruning import prune_multiple
 from ray_jobs.launch.process import restored
 from ray_jobs.sweep.grid import expand
 from ray_jobs.sweep.measure import time_trials
@@ -48,6 +48,11 @@ def test_a_measure_trial_is_the_prune_done_by_hand(trained, shared_of):
         assert result["metrics"]["val/drop"] == pytest.approx(drop, abs=1e-6)
         assert result["metrics"]["model/params"] == sum(p.numel() for p in by_hand.parameters())
         assert "bench/images_per_s" not in result["metrics"], "measured beside other trials"
+        record = load_record(shared.folder / trial.name)
+        assert {what.partition(":")[0] for what in record.whats} == set(rates)
+        if "cut.structured" in trial.values:
+            units = [row.kept for row in record.of("mlp:neuron").values()]
+            assert units == [block.mlp_hidden for block in by_hand.architecture.blocks]
     baseline = baseline_of(shared.folder)
     assert baseline["val/accuracy"] == pytest.approx(dense, abs=1e-6)
     assert baseline["model/params"] == sum(p.numel() for p in model.parameters())
