@@ -30,6 +30,8 @@ from pruning.components import (
     named_blocks,
     parse_target,
     parts_of,
+    stem_layers,
+    units_of,
 )
 from pruning.importance import SCORES, Batches, element_scores, unit_scores
 from pruning.masks import Masks, apply_mask_mamba, combine, gone_units, unit_masks
@@ -194,6 +196,26 @@ def cut(model: MambaModel, rates: Mapping[str, float], shrink: bool = False, **h
     return replace(result, record=done)
 
 
+def check_cut(model: nn.Module, rates: Mapping[str, float], shrink: bool = False, **how: Any) -> None:
+    """Refuse what `cut` could not do to a model, whatever its weights are: they may be on `torch.device("meta")`.
+
+    Raises:
+        ConfigError: as `cut`, but for what calibration images decide.
+    """
+    options = How.of(how)
+    layers = None if options.layers is None else list(options.layers)
+    for name, granularity, rate in _parse(model, rates, options, structured=shrink):
+        if rate > 0 and granularity == ELEMENT:
+            _places(model, name, layers)
+        elif rate > 0 and granularity not in REPLACEMENTS:
+            group = COMPONENTS[name].groups[granularity]
+            if group == STEM:
+                units = [parts[0][2].stop for parts in stem_layers(model)]
+            else:
+                units = [1 if group == BLOCK else units_of(b, GROUPS[group]) for b in blocks_of(model)]
+            _unit_choice(model, group, rate, options, [torch.arange(n) for n in units], layers)
+
+
 def _parse(
     model: nn.Module, rates: Mapping[str, float], how: How, structured: bool = False
 ) -> list[tuple[str, str, float]]:
@@ -239,11 +261,12 @@ def _masks(
             scores, stays = [elements[n][rows] for n, _, rows in places], [own[n][rows] for n, _, rows in places]
         else:
             group = COMPONENTS[name].groups[granularity]
-            keep = _unit_choice(model, group, rate, how, elements, chosen)
+            unit_values = unit_scores(model, group, elements, how.score)
+            keep = _unit_choice(model, group, rate, how, unit_values, chosen)
             masks = combine(masks, unit_masks(model, group, keep))
             if group in GROUPS and GROUPS[group].order == "first":  # a tap's score is its place
                 continue
-            units = zip(unit_scores(model, group, elements, how.score), keep, strict=True)
+            units = zip(unit_values, keep, strict=True)
             scores, stays = map(list, zip(*((s, k) for s, k in units if k is not None), strict=True))
         exact = how.multiple == 1 or granularity == ELEMENT
         highest = highest_gone(scores, stays) if exact and (how.scope == "global" or name == BLOCK) else None
@@ -272,12 +295,11 @@ def _element_masks(
 
 
 def _unit_choice(
-    model: nn.Module, group: str, rate: float, how: How, elements: dict[str, Tensor], layers: list[int] | None
+    model: nn.Module, group: str, rate: float, how: How, scores: list[Tensor], layers: list[int] | None
 ) -> list[Tensor | None]:
-    """Which units of a group stay, block by block; None for a block that is left alone."""
+    """Which units of a group stay, block by block, by their scores; None for a block that is left alone."""
     if group == STEM and layers is not None:
         raise ConfigError("layers are blocks, and the stem is none; cut it without")
-    scores = unit_scores(model, group, elements, how.score)
     depth = len(scores)
     picked = [i for i in range(depth) if (layers is None or i in layers) and len(scores[i])]
     keep: list[Tensor | None] = [None] * depth

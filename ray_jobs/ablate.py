@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _experiment(args: AblateArgs) -> Experiment:
     from mamba.models.model import Architecture
-    from mamba.runs import checkpoint as ckpt
+    from mamba.runs.checkpoint import architecture_in, find_checkpoint
     from mamba.runs.provenance import with_split
-    from ray_jobs.sweep.checks import check, check_given
+    from ray_jobs.sweep.checks import check, check_cuts, check_given
     from ray_jobs.sweep.experiment import FILE, Experiment, absolute, taken
     from ray_jobs.sweep.grid import expand
     from ray_jobs.sweep.space import load_space
@@ -52,24 +52,26 @@ def _experiment(args: AblateArgs) -> Experiment:
     folder = config.out / config.name
     if (folder / FILE).exists():
         raise taken(folder)  # before a baseline is trained for it
-    checkpoint, depth = config.model.checkpoint, resolved.model.depth or 0
-    if checkpoint is None and not args.dry_run:
-        checkpoint = _baseline(resolved, folder)
-    if checkpoint is not None:
-        config = with_split(config, checkpoint)
-        description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
-        depth = len(Architecture.from_dict(description["architecture"]).blocks)
+    checkpoint = config.model.checkpoint
+    if checkpoint is None:
+        own = Architecture.from_config(resolved.model, 10, resolved.data.img_size or 0)  # classes do not matter
+    else:
+        config, own = with_split(config, checkpoint), architecture_in(find_checkpoint(checkpoint))
     spaces = [load_space(GRIDS[name]) for name in chosen]
     many = len(spaces) > 1
-    trials = [t for n, s in zip(chosen, spaces, strict=True) for t in expand(s, depth, f"{n}-" if many else "")]
+    trials = [t for n, s in zip(chosen, spaces, strict=True) for t in expand(s, len(own.blocks), f"{n}-" if many else "")]
     question = spaces[0].question if not many else "What does each cut cost: components, blocks, combinations?"
     cost = " ".join(space.cost for space in spaces)
     grids = [{**{key: [value] for key, value in s.fixed.items()}, **grid} for s in spaces for grid in s.grids]
     space = spaces[0].model_copy(update={"question": question, "cost": cost, "fixed": {}, "grids": grids})
-    for sentence in check_given(space, config, args.given):
+    for sentence in check_given(space, config, args.given, args.over):
         print(f"note: {sentence}", file=sys.stderr)
     config = config.with_values({"model.checkpoint": None})
-    check(space, trials, config)
+    check(space, trials, config, args.given, baseline=checkpoint is None)
+    check_cuts(space, trials, config, own)
+    if checkpoint is None and not args.dry_run:
+        checkpoint = _baseline(resolved, folder)
+        config = with_split(config, checkpoint)
     return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, None, len(trials))
 
 

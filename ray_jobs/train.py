@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mamba.config.cli import TrainArgs, parse_train_args
+from mamba.config.counts import check_given
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
 from ray_jobs.launch.ending import exit_code
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         args = parse_train_args(argv, description=(__doc__ or "").split("\n")[0])
+        if args.resume is None:
+            check_given(["train"], args.given, [args.config])
         if args.dry_run:
             from ray_jobs.launch.dry_run import dry_run
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba.config.cli import SweepArgs, parse_sweep_args
@@ -40,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _experiment(args: SweepArgs) -> Experiment:
+    from mamba.runs.checkpoint import architecture_in, find_checkpoint
     from mamba.runs.provenance import with_split
-    from ray_jobs.sweep.checks import check, check_given
+    from ray_jobs.sweep.checks import check, check_cuts, check_given
     from ray_jobs.sweep.experiment import Experiment, absolute
     from ray_jobs.sweep.grid import expand
     from ray_jobs.sweep.space import MOST_TRIALS, base_of, load_space
@@ -51,7 +51,7 @@ def _experiment(args: SweepArgs) -> Experiment:
         raise ConfigError("--space is missing: a YAML file, or the name of one in search_spaces/")
     space = load_space(args.space)
     base = base_of(space, args)
-    for sentence in check_given(space, base, args.given):
+    for sentence in check_given(space, base, args.given, args.over):
         print(f"note: {sentence}", file=sys.stderr)
     config = absolute(base)
     checkpoint = config.model.checkpoint if space.kind == "measure" else None
@@ -59,7 +59,8 @@ def _experiment(args: SweepArgs) -> Experiment:
         if checkpoint is None:
             raise ConfigError("a space of kind measure cuts a trained model: give --checkpoint")
         config = with_split(config, checkpoint).with_values({"model.checkpoint": None})
-    trials = expand(space, _depth(checkpoint), given=args.over) if space.grids else []
+    own = None if checkpoint is None else architecture_in(find_checkpoint(checkpoint))
+    trials = expand(space, len(own.blocks) if own else 0, given=args.over) if space.grids else []
     if trials and (args.trials is not None or args.storage is not None or args.warm_start is not None):
         raise ConfigError("--trials, --storage and --warm-start are of searches; this space has grids, with "
                           f"{len(trials)} trials")  # fmt: skip
@@ -67,19 +68,10 @@ def _experiment(args: SweepArgs) -> Experiment:
     if not 1 <= count <= MOST_TRIALS:
         raise ConfigError(f"--trials {count} is not possible; valid: 1 to {MOST_TRIALS:,}")
     warm = best_of(args.warm_start.absolute(), space)[:count] if args.warm_start else None
-    check(space, trials, config)
+    check(space, trials, config, args.given)
+    if own is not None:
+        check_cuts(space, trials, config, own)
     return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, args.storage, count, warm_start=warm)
-
-
-def _depth(checkpoint: Path | None) -> int:
-    """Blocks of the model that is cut; 0 where none is."""
-    from mamba.models.model import Architecture
-    from mamba.runs import checkpoint as ckpt
-
-    if checkpoint is None:
-        return 0
-    description = ckpt.read_description(ckpt.find_checkpoint(checkpoint))
-    return len(Architecture.from_dict(description["architecture"]).blocks)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, Suppress, arg
 
+from mamba.config.counts import BESIDE_CHECKPOINT
 from mamba.config.files import read_yaml
 from mamba.config.help import show_completion, show_help
 from mamba.config.keys import stored_values
@@ -22,9 +23,6 @@ from mamba.config.presets import PRESETS, get_preset
 from mamba.config.schema import RunConfig
 from mamba.config.words import split_words
 from mamba.errors import ConfigError
-
-BESIDE_CHECKPOINT = ("model.new_head", "model.new_size", "model.drop_path", "model.sync_batchnorm")
-"""Of model.*, the keys that count beside a checkpoint."""
 
 
 @dataclass(frozen=True)

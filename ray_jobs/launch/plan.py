@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from rich.console import Console
 
 from mamba.config.cli import PruneArgs
@@ -25,23 +23,6 @@ from ray_jobs.launch.cluster import connected_if
 from ray_jobs.launch.measure import compare
 from ray_jobs.launch.run import preflight
 
-COUNTS = ("name", "trial", "seed", "out", "data", "eval", "scaling", "cut.repair", "optim.amp", "model.checkpoint")
-"""Keys, and groups of keys, that have an effect where a plan is applied; `optim.amp` is that of the measurements."""
-
-
-def check_given(given: Iterable[str]) -> None:
-    """Refuse what was typed beside a plan and would change nothing.
-
-    Raises:
-        ConfigError: with the keys.
-    """
-    idle = [key for key in given if key not in COUNTS and key.split(".")[0] not in COUNTS]
-    if idle:
-        raise ConfigError(
-            f"{', '.join(idle)} would have no effect: a plan says itself what it cuts, and trains nothing; "
-            f"valid beside --plan: {', '.join(COUNTS)}"
-        )
-
 
 def run_plan(args: PruneArgs) -> int:
     """Cut a trained model by a plan, write it as a run, and print what it cost and bought; returns 0.
@@ -51,7 +32,6 @@ def run_plan(args: PruneArgs) -> int:
     """
     assert args.plan is not None
     plan = get_plan(args.plan)
-    check_given(args.given)
     config = args.config.resolve()
     if config.model.checkpoint is None:
         raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")

@@ -5,30 +5,29 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from mamba.config.cli import BESIDE_CHECKPOINT as BESIDE
+import torch
+
+from mamba.config.counts import BESIDE_CHECKPOINT, TRAINING_DATA, Work, idle
+from mamba.config.counts import check_given as check_typed
 from mamba.config.keys import dotted_keys, unknown_key
 from mamba.config.schema import DataConfig, RunConfig
 from mamba.errors import ConfigError, ForgeError
-from pruning.rounds import METHODS, check_rounds
+from mamba.models.model import Architecture, MambaModel
+from mamba.runs.metrics import metric
+from pruning.cut import check_cut
+from pruning.rounds import check_rounds
 from ray_jobs.sweep.grid import Trial
 from ray_jobs.sweep.space import Range, Space
 
-TRAINING_DATA = frozenset(
-    {
-        *("batch_size", "augment", "magnitude", "magnitude_std", "crop", "crop_scale", "random_erasing", "cutout"),
-        *("repeats", "mixup", "cutmix", "mix_prob", "mix_off_epochs", "device", "loader_workers", "prefetch_factor"),
-    }
-)
-"""Keys of data.* that say how the training images are used; all others decide which images there are."""
 COMPARED_ON = ("data.dataset", "data.root", "data.val_fraction", "data.split_seed")
 """Keys that decide which images trials are validated on: a search over them would choose the easiest images."""
 NO_RESULT = ("checkpoint.every", "checkpoint.keep", "data.strict", "eval.batch_size")
 """Keys that change no figure of a trial."""
-BESIDE_CHECKPOINT = ("model.checkpoint", *BESIDE)
+MODEL = ("model.checkpoint", *BESIDE_CHECKPOINT)
 """Keys of model.* that count where there is a checkpoint."""
 DRAWS, TRIED, TRIED_OF_KEY = 512, 16, 8
 """Points of a search that are drawn before it starts, how many of them are tried in any case, and how many of those
@@ -40,13 +39,21 @@ SIZES = ("model/params", "model/macs")
 MEASURED = ("val/loss", "val/accuracy", "val/drop", "model/params", "model/nonzero", "model/macs", "model/sparsity")
 
 
-def check(space: Space, trials: Sequence[Trial], config: RunConfig) -> None:
+def check(
+    space: Space,
+    trials: Sequence[Trial],
+    config: RunConfig,
+    given: Sequence[str] = (),
+    baseline: bool = False,
+) -> None:
     """Refuse an experiment in which something asked for would have no effect or cannot be.
 
     Args:
         space: as `load_space` gives it.
         trials: of its grids; none for a search.
         config: of the experiment, before it is resolved.
+        given: keys that were typed.
+        baseline: whether the model that is cut is trained first, by the experiment's config.
 
     Raises:
         ConfigError: the key or the trial, what is wrong, what is valid.
@@ -74,6 +81,7 @@ def check(space: Space, trials: Sequence[Trial], config: RunConfig) -> None:
             refusal = error
     if refusal and not configs:
         raise ConfigError(f"search: none of {len(points)} points that were drawn can be: {refusal}")
+    _check_typed(space, config, configs, given, baseline)
     if trials:
         for trial, own in zip(trials, configs, strict=True):
             if space.kind == "measure" and not own.cut.rates:
@@ -90,16 +98,18 @@ def check(space: Space, trials: Sequence[Trial], config: RunConfig) -> None:
     _check_objectives(space, config, configs)
 
 
-def check_given(space: Space, config: RunConfig, given: Sequence[str]) -> list[str]:
+def check_given(space: Space, config: RunConfig, given: Sequence[str], over: Collection[str] = ()) -> list[str]:
     """See that what was typed counts: a space's own values come over those of the command line.
 
     Args:
         space: of the experiment.
         config: with the values that were typed.
         given: their keys.
+        over: these, and the keys of the file of --config.
 
     Returns:
-        what should be said of keys that count in some trials only, a sentence each.
+        what should be said of keys that count in some trials only, or not at all where they are a file's, a sentence
+        each.
 
     Raises:
         ConfigError: a key that the space sets or varies in all trials, with what to do.
@@ -117,59 +127,32 @@ def check_given(space: Space, config: RunConfig, given: Sequence[str]) -> list[s
         if varied:
             said.append(f"--{key} {flat[key]} counts in {len(space.grids) - len(varied)} of {len(space.grids)} grids; "
                         "the others have values of their own")  # fmt: skip
+    own = [f"{key} ({value}, not {flat[key]})" for key, value in space.fixed.items()
+           if key in over and key not in given and value != flat[key]]  # fmt: skip
+    own += [key for key in dict.fromkeys([*(k for grid in space.grids for k in grid), *space.search])
+            if key in over and key not in given]  # fmt: skip
+    if own:
+        more = f" and {len(own) - 5} more" if len(own) > 5 else ""
+        said.append(f"the search space has its own instead of --config's: {', '.join(own[:5])}{more}")
     return said
 
 
-def idle(config: RunConfig, kind: str) -> set[str]:
-    """Keys that have no effect on a training or measurement with the other keys as they are."""
-    data, model = config.data, config.model
-    found: set[str] = set()
+def _check_typed(
+    space: Space, config: RunConfig, configs: Sequence[RunConfig], given: Sequence[str], baseline: bool
+) -> None:
+    """What was typed counts in some trial, or in the baseline's training."""
+    if "trial" in given:
+        raise ConfigError(f"--trial {config.trial} has no effect: the trials of a sweep have names of their own")
+    works: list[Work] = [space.kind]
+    if space.kind == "measure" and any(c.cut.finetune_epochs for c in configs):
+        works = ["finetune"]
+    check_typed([*works, *(["train"] if baseline else [])], given, configs)  # type: ignore[list-item]
 
-    def when(off: bool, *keys: str) -> None:
-        if off:
-            found.update(keys)
 
-    optim, distill, penalty = config.optim, config.distill, config.penalty
-    when(True, *NO_RESULT)
-    when(not (data.mixup or data.cutmix), "data.mix_prob", "data.mix_off_epochs")
-    when(data.mix_prob == 0, "data.mixup", "data.cutmix", "data.mix_off_epochs")
-    when(data.augment == "none", "data.crop", "data.crop_scale")
-    when(data.augment != "randaugment_inc", "data.magnitude", "data.magnitude_std")
-    when(data.crop != "resized", "data.crop_scale")
-    when(data.dataset in ("digits", "cifar10", "cifar100"), "data.fit", "data.cache")
-    when(data.dataset == "digits", "data.root")
-    when(data.val_fraction == 0, "data.split_seed", "eval.every")
-    when(optim.schedule != "wsd", "optim.decay_epochs")
-    when(optim.optimizer != "muon", "optim.muon_momentum")
-    when(optim.warmup_epochs == 0, "optim.warmup")
-    when(not config.ema.enabled, "ema.decay")
-    when(distill.teacher is None or distill.alpha == 0, "distill.temperature")
-    when(distill.teacher is None, "distill.alpha")
-    when(distill.teacher is not None and distill.alpha == 0, "distill.teacher")
-    when(distill.teacher is not None and distill.alpha == 1, "optim.label_smoothing")
-    when(penalty.kind == "off", "penalty.strength", "penalty.target", "penalty.exponent")
-    when(penalty.strength == 0, "penalty.kind", "penalty.target", "penalty.exponent")
-    when(config.eval.tta_views == 1, "eval.tta_always")
-    when(model.stem == "patch" or (config.scaling.num_workers or 1) == 1, "model.sync_batchnorm")
-    when(model.pos_embed in ("learned", "none"), "model.rope_grid")
-    when(model.checkpoint is None and kind != "measure", "model.new_head")
-    when(model.checkpoint is None or kind == "measure", "model.new_size")
-    if model.checkpoint is not None:
-        when(True, *(k for k in dotted_keys() if k.startswith("model.") and k not in BESIDE_CHECKPOINT))
-    if kind == "rounds":
-        prune = config.prune
-        method = METHODS[prune.method] if prune.method != "none" else None
-        when(method is None or method.choose is None, "prune.score", "prune.fillback_rate")
-        when(method is None or not method.decays, "prune.ceiling", "prune.schedule", "prune.grow_fraction")
-        when(method is None or not method.decays or prune.schedule != "power", "prune.exponent")
-        own = {"ssm": prune.ssm_rate, "mlp": prune.mlp_rate}
-        parts = ("ssm", "mlp") if prune.target == "both" else (prune.target,)
-        when(all(own[part] is not None for part in parts), "prune.rate")
-    if kind == "measure":
-        when(config.cut.layer is not None, "cut.scope")
-        when(config.optim.warmup_epochs >= 0.2 * config.cut.finetune_epochs > 0, "optim.warmup_epochs")
-        when(config.cut.finetune_epochs == 0 and config.cut.criterion in ("l1", "l2") and not config.cut.repair, "seed")
-    return found
+def without_effect(config: RunConfig, kind: Work) -> set[str]:
+    """Keys that change no figure of a trial with the other keys as they are."""
+    alone = {"model.sync_batchnorm"} if (config.scaling.num_workers or 1) == 1 else set()
+    return {*NO_RESULT, *alone, *idle(config, kind)}
 
 
 def _check_keys(space: Space, config: RunConfig) -> None:
@@ -213,14 +196,14 @@ def _reason(key: str, kind: str, finetuned: bool, checkpoint: bool) -> str | Non
     if kind != "measure":
         if group == "cut":
             return "cuts a trained model, which only kind measure does"
-        if group == "model" and checkpoint and key not in BESIDE_CHECKPOINT:
-            return f"has no effect beside model.checkpoint, which brings its own; valid: {', '.join(BESIDE_CHECKPOINT)}"
+        if group == "model" and checkpoint and key not in MODEL:
+            return f"has no effect beside model.checkpoint, which brings its own; valid: {', '.join(MODEL)}"
         return None
     if group == "data" and leaf not in TRAINING_DATA:
         return "decides the data set, and a trained model is measured on its own"
     if key == "model.checkpoint":
         return "is the model that all trials cut: give it on the command line"
-    if group == "model" and key not in BESIDE_CHECKPOINT:
+    if group == "model" and key not in MODEL:
         return "has no effect: the checkpoint brings its own"
     if key == "optim.epochs":
         return "has no effect: cut.finetune_epochs says how long a cut model is trained"
@@ -277,7 +260,7 @@ def _check_effects(space: Space, config: RunConfig, points: Sequence[Mapping[str
     counts: set[str] = set()
     for values in points:
         try:
-            counts |= values.keys() - idle(config.with_values(dict(values)), space.kind)
+            counts |= values.keys() - without_effect(config.with_values(dict(values)), space.kind)
         except ConfigError:
             continue
     for key in space.search:
@@ -293,7 +276,7 @@ def _check_different(space: Space, trials: Sequence[Trial], configs: Sequence[Ru
     for trial, config in zip(trials, configs, strict=True):
         flat = config.flat()
         flat["model.name"] = config.model.is_vim  # the widths that it stands for are filled in
-        unused = idle(config, space.kind) & flat.keys()
+        unused = without_effect(config, space.kind) & flat.keys()
         counted = str({key: value for key, value in flat.items() if key not in unused})
         other, others = seen.setdefault(counted, (trial, config))
         if others != config or (other is not trial and other.values.keys() == trial.values.keys()):
@@ -302,6 +285,59 @@ def _check_different(space: Space, trials: Sequence[Trial], configs: Sequence[Ru
                 f"grids: trials {other.name} and {trial.name} are the same: {', '.join(keys)} has no effect in them; "
                 "list what makes sense in a grid of its own"
             )
+
+
+def corners(space: Space, trials: Sequence[Trial], config: RunConfig) -> list[tuple[str, RunConfig]]:
+    """What an experiment's trials are going to be, and how to call it: each trial of its grids; of a search each end of
+    a range and each choice by itself, over the experiment's config."""
+    if trials:
+        points = [(f"grids: trial {trial.name}", trial.values) for trial in trials]
+    else:
+        ends = [(key, value) for key, where in space.search.items() for value in where.extremes()]
+        points = [(f"search: {key} {value}", {**space.fixed, key: value}) for key, value in ends]
+    found = []
+    for words, values in points:
+        with suppress(ConfigError):  # of a search: what goes with other values alone
+            found.append((words, config.with_values(dict(values)).resolve()))
+    return found
+
+
+def check_cuts(space: Space, trials: Sequence[Trial], config: RunConfig, architecture: Architecture) -> None:
+    """Refuse a cut that a model of this architecture does not allow: a block or a part that it has not, a rate that
+    leaves nothing.
+
+    Raises:
+        ConfigError: the trial, or the key of a search, and what is wrong.
+    """
+    with torch.device("meta"):
+        model = MambaModel(architecture)
+    seen: set[str] = set()
+    for words, own in corners(space, trials, config):
+        cut = own.cut
+        said = f"{cut.rates} {cut.structured} {cut.scope} {cut.layer}"
+        if said in seen:
+            continue
+        seen.add(said)
+        try:
+            layers = None if cut.layer is None else [cut.layer]
+            check_cut(model, cut.rates, cut.structured, scope=cut.scope, layers=layers)
+        except ConfigError as error:
+            raise ConfigError(f"{words} cannot be: {error}") from None
+
+
+def check_machine(space: Space, trials: Sequence[Trial], config: RunConfig, gpu: bool) -> None:
+    """Refuse trials that this cluster cannot train.
+
+    Raises:
+        ConfigError: the trial, or the key of a search, and what is wrong.
+    """
+    for words, own in corners(space, trials, config):
+        if space.kind == "measure" and not own.cut.finetune_epochs:
+            continue
+        try:
+            own.check_workers(own.scaling.num_workers or 1, gpu)
+        except ConfigError as error:
+            raise ConfigError(f"{words} cannot be: {error}") from None
 
 
 def configs_of(space: Space, trials: Sequence[Trial], config: RunConfig) -> list[RunConfig]:
@@ -325,7 +361,7 @@ def metrics_of(space: Space, config: RunConfig, configs: Sequence[RunConfig]) ->
 
 def _check_objectives(space: Space, config: RunConfig, configs: Sequence[RunConfig]) -> None:
     valid = metrics_of(space, config, configs)
-    for objective in space.objectives:
+    for objective, mode in space.objectives.items():
         if objective.startswith("test/"):
             raise ConfigError(
                 f"objectives: {objective}: what is chosen by the test set cannot be tested on it any more; "
@@ -352,6 +388,9 @@ def _check_objectives(space: Space, config: RunConfig, configs: Sequence[RunConf
             near = difflib.get_close_matches(objective, valid, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"objectives: {objective} is no metric of these trials{hint} (valid: {', '.join(valid)})")
+        right = {"up": "max", "down": "min"}.get(metric(objective).better or "", mode)
+        if mode != right:
+            raise ConfigError(f"objectives: {objective} {mode} would make the worst trial the best; valid: {right}")
         if space.early_stop and objective not in (*VALIDATED, "val/ema_accuracy", *EVERY_EPOCH):
             raise ConfigError(f"early_stop: {objective} is known at the end alone, and nothing can be stopped by it")
 

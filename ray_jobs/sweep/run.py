@@ -18,7 +18,7 @@ from mamba.runs.provenance import with_split
 from mamba.runs.start import check_start
 from ray_jobs.launch.cluster import Cluster, connected
 from ray_jobs.launch.console import SweepDisplay
-from ray_jobs.sweep.checks import configs_of, data_identity
+from ray_jobs.sweep.checks import check_machine, configs_of, data_identity
 from ray_jobs.sweep.experiment import Experiment, load
 from ray_jobs.sweep.measure import time_trials
 from ray_jobs.sweep.results import read_trial, refused, rows, write_baseline, write_trial
@@ -49,6 +49,7 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
     with exclusive(folder):
         search = _search(experiment, folder)
         with connected(say) as cluster:
+            check_machine(space, experiment.trials, config, cluster.gpus > 0)
             held = resources(experiment, cluster)
             shared = Shared(
                 space.kind,

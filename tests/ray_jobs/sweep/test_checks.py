@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from mamba.config.presets import get_preset
-from mamba.config.schema import RunConfig
+from mamba.config.schema import ModelConfig, RunConfig
 from mamba.errors import ConfigError
-from ray_jobs.sweep.checks import TRAINING_DATA, check, check_given, data_identity
+from mamba.models.model import Architecture
+from ray_jobs.sweep.checks import TRAINING_DATA, check, check_cuts, check_given, check_machine, data_identity
 from ray_jobs.sweep.grid import expand
 from ray_jobs.sweep.space import FOLDER, Space, checked, load_space
 
@@ -155,6 +156,65 @@ def test_what_was_typed_counts_or_is_refused():
     ]
 
 
+def test_what_a_file_says_and_the_space_overrides_is_said():
+    config = RunConfig().with_values({"optim.epochs": 9, "optim.lr": 0.1, "seed": 3})
+    fixed = space(grids=[{"optim.lr": [0.1, 0.2]}], set={"optim.epochs": 6})
+    assert check_given(fixed, config, [], ["optim.epochs", "optim.lr", "seed"]) == [
+        "the search space has its own instead of --config's: optim.epochs (6, not 9), optim.lr"
+    ]
+    assert check_given(fixed, config, [], ["seed"]) == []
+
+
+def test_what_was_typed_has_an_effect_in_some_trial():
+    config = RunConfig().with_values({"data.dataset": "digits", "optim.warmup_epochs": 0, "data.mix_prob": 0.3})
+
+    def typed(*keys, **parts):
+        own = space(**parts)
+        check(own, expand(own, 2), config, keys)
+
+    with pytest.raises(ConfigError, match=r"--data\.mix_prob 0\.3 has no effect: data\.mixup and data\.cutmix are 0"):
+        typed("data.mix_prob", search=ONE)
+    typed("data.mix_prob", grids=[{"data.mixup": [0.0, 0.2]}])
+    cuts = [{"cut.mlp": [0.1, 0.2]}]
+    with pytest.raises(ConfigError, match=r"--optim\.lr .* has no effect in cuts of a trained model"):
+        typed("optim.lr", kind="measure", grids=cuts)
+    typed("optim.lr", kind="measure", grids=cuts, set={"cut.finetune_epochs": 1})
+
+
+def test_cuts_that_a_model_does_not_allow_are_refused_before_trials_start():
+    """Each was a failed trial, the last perhaps after hours."""
+    own = Architecture.from_config(ModelConfig(d_model=8, depth=2, patch_size=4, mlp_ratio=0.0), 10, 8)
+    config = RunConfig().with_values({"data.dataset": "digits"})
+
+    def cuts(**parts):
+        one = space("measure", **parts)
+        check_cuts(one, expand(one, 2), config, own)
+
+    cuts(grids=[{"cut.linear_out": [0.5], "cut.layer": [0, 1]}])
+    cuts(search={"cut.linear_out": {"low": 0.1, "high": 0.5}})
+    for parts, words in (
+        ({"grids": [{"cut.linear_out": [0.5], "cut.layer": [1, 2]}]}, r"trial layer-02 cannot be: there is no block 2"),
+        ({"grids": [{"cut.linear_out": [0.1]}, {"cut.stem": [0.5]}]}, r"stem-0\.5 cannot be: the model's stem has no inner"),
+        ({"grids": [{"cut.mlp": [0.5]}]}, r"no block to be cut has a weight of component 'mlp'"),
+        ({"grids": [{"cut.block": [0.9]}], "set": {"cut.structured": True}}, r"takes 2 of 2 blocks"),
+        ({"search": {"cut.linear_out": {"low": 0.1, "high": 0.5}, "cut.layer": {"low": 0, "high": 2}}}, "cut.layer 2"),
+        ({"search": {"cut.stem": {"low": 0.1, "high": 0.5}}}, r"search: cut\.stem 0\.1 cannot be"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            cuts(**parts)
+
+
+def test_trials_that_the_machine_cannot_train_are_refused_before_they_start():
+    config = RunConfig().with_values({"data.dataset": "digits"})
+    grid = space(grids=[{"data.device": ["cpu", "gpu"]}])
+    check_machine(grid, expand(grid, 2), config, gpu=True)
+    with pytest.raises(ConfigError, match=r"trial device-gpu cannot be: data\.device 'gpu' needs a GPU"):
+        check_machine(grid, expand(grid, 2), config, gpu=False)
+    drawn = space(search={"data.device": {"choices": ["cpu", "gpu"]}})
+    with pytest.raises(ConfigError, match=r"search: data\.device gpu cannot be"):
+        check_machine(drawn, [], config, gpu=False)
+
+
 @pytest.mark.parametrize("key", ["seed", "data.split_seed"])
 def test_a_search_does_not_choose_the_luckiest(key):
     with pytest.raises(ConfigError, match=f"search: {key} .*give grids"):
@@ -215,6 +275,17 @@ def test_trials_that_cannot_be_are_refused():
 def test_objectives_are_what_trials_measure(objective, words):
     with pytest.raises(ConfigError, match=words):
         verify(search=ONE, objectives={objective: "max"})
+
+
+@pytest.mark.parametrize("objective, mode, right", [("val/accuracy", "min", "max"), ("val/loss", "max", "min"),
+                                                    ("model/macs", "max", "min")])  # fmt: skip
+def test_an_objective_of_the_wrong_direction_is_refused(objective, mode, right):
+    """It ran to its end, and the worst model was called the best."""
+    keys = {"model.depth": {"low": 1, "high": 4}}
+    with pytest.raises(ConfigError, match=f"{objective} {mode} would make the worst trial the best; valid: {right}"):
+        verify(search=keys, objectives={objective: mode})
+    verify(search=keys, objectives={objective: right})
+    verify(search=keys, objectives={"train/lr": mode})
 
 
 def test_objectives_need_what_they_measure():

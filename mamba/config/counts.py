@@ -1,0 +1,136 @@
+"""Which keys count where: what each kind of work reads of a config, and what has no effect beside other values.
+
+Whatever was typed and would change nothing is refused, since the result would be believed to be of it. A whole config of
+a file, a preset or a checkpoint may hold more than counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from mamba.config.keys import dotted_keys
+from mamba.config.schema import RunConfig
+from mamba.errors import ConfigError
+
+Work = Literal["train", "rounds", "plan", "measure", "finetune"]
+
+TRAINING_DATA = frozenset(
+    {
+        *("batch_size", "augment", "magnitude", "magnitude_std", "crop", "crop_scale", "random_erasing", "cutout"),
+        *("repeats", "mixup", "cutmix", "mix_prob", "mix_off_epochs", "device", "loader_workers", "prefetch_factor"),
+    }
+)
+"""Keys of data.* that say how the training images are used; all others decide which images there are."""
+BESIDE_CHECKPOINT = ("model.new_head", "model.new_size", "model.drop_path", "model.sync_batchnorm")
+"""Of model.*, the keys that count beside a checkpoint."""
+
+ALWAYS = ("name", "out", "trial", "seed", "scaling", "model.checkpoint")
+TRAINING = (*ALWAYS, "data", "model", "optim", "ema", "distill", "eval", "penalty", "checkpoint", "tracking")
+IMAGES = tuple(key for key in dotted_keys() if key.startswith("data.") and key[5:] not in TRAINING_DATA)
+MEASURING = (*ALWAYS, *IMAGES, "eval.batch_size", "optim.amp", "tracking")
+COUNTS: dict[Work, tuple[str, ...]] = {
+    "train": TRAINING,
+    "rounds": (*TRAINING, "prune"),
+    "plan": (*ALWAYS, *IMAGES, "eval.batch_size", "optim.amp", "cut.repair"),
+    "measure": (*MEASURING, "cut"),
+    "finetune": (*TRAINING, "cut"),
+}
+"""Keys, and groups of keys, that each kind of work reads."""
+WORDS: dict[Work, str] = {
+    "train": "a training (train.py)",
+    "rounds": "rounds of pruning (prune.py)",
+    "plan": "a plan (prune.py --plan)",
+    "measure": "cuts of a trained model (ablate.py, tune.py with kind measure)",
+    "finetune": "cuts that are fine-tuned (cut.finetune_epochs)",
+}
+
+
+def counts(key: str, work: Work) -> bool:
+    """Whether a key is read in this kind of work, whatever the others are."""
+    read = COUNTS[work]
+    return key != "prune.round" and (key in read or key.partition(".")[0] in read)
+
+
+def check_given(works: Sequence[Work], given: Iterable[str], configs: Sequence[RunConfig]) -> None:
+    """Refuse what was typed and would change nothing.
+
+    Args:
+        works: what is going to be done; a key has to count in one of them.
+        given: the keys that were typed.
+        configs: with their values, of all that is going to be done; a key has to have an effect in one of them.
+
+    Raises:
+        ConfigError: the key, and where it counts or what keeps it from counting.
+    """
+    flat = configs[0].flat()
+    for key in given:
+        here = [work for work in works if counts(key, work)]
+        if not here:
+            there = [WORDS[work] for work in COUNTS if counts(key, work)]
+            where = f"it counts in {', '.join(there)}" if there else "it is set by the rounds themselves"
+            raise ConfigError(f"--{key} {flat[key]} has no effect in {WORDS[works[0]]}: {where}; leave it out")
+        reasons = [idle(config, work).get(key) for work in here for config in configs]
+        if all(reasons):
+            raise ConfigError(f"--{key} {flat[key]} has no effect: {reasons[0]}; leave it out, or change that too")
+
+
+def idle(config: RunConfig, work: Work) -> dict[str, str]:
+    """Keys that have no effect with the other keys as they are, and which of those it is."""
+    data, model, optim = config.data, config.model, config.optim
+    distill, penalty, prune = config.distill, config.penalty, config.prune
+    found: dict[str, str] = {}
+
+    def when(off: bool, because: str, *keys: str) -> None:
+        if off:
+            found.update(dict.fromkeys(keys, because))
+
+    when(not (data.mixup or data.cutmix), "data.mixup and data.cutmix are 0", "data.mix_prob", "data.mix_off_epochs")
+    when(data.mix_prob == 0, "data.mix_prob is 0", "data.mixup", "data.cutmix", "data.mix_off_epochs")
+    when(data.augment == "none", "data.augment is none", "data.crop", "data.crop_scale")
+    when(
+        data.augment != "randaugment_inc", f"data.augment is {data.augment}", "data.magnitude", "data.magnitude_std"
+    )
+    when(data.crop != "resized", f"data.crop is {data.crop}", "data.crop_scale")
+    plain = data.dataset in ("digits", "cifar10", "cifar100")
+    when(plain, f"data.dataset is {data.dataset}", "data.fit", "data.cache", "data.strict")
+    when(data.dataset == "digits", "data.dataset is digits", "data.root")
+    when(data.val_fraction == 0, "data.val_fraction is 0", "data.split_seed", "eval.every")
+    when(optim.schedule != "wsd", f"optim.schedule is {optim.schedule}", "optim.decay_epochs")
+    when(optim.optimizer != "muon", f"optim.optimizer is {optim.optimizer}", "optim.muon_momentum")
+    when(optim.warmup_epochs == 0, "optim.warmup_epochs is 0", "optim.warmup")
+    when(not config.ema.enabled, "ema.enabled is False", "ema.decay")
+    when(distill.alpha == 0, "distill.alpha is 0", "distill.temperature", "distill.teacher")
+    when(distill.teacher is None, "there is no distill.teacher", "distill.temperature", "distill.alpha")
+    when(distill.teacher is not None and distill.alpha == 1, "distill.alpha is 1", "optim.label_smoothing")
+    when(penalty.strength == 0, "penalty.strength is 0", "penalty.kind", "penalty.target", "penalty.exponent")
+    when(penalty.kind == "off", "penalty.kind is off", "penalty.strength", "penalty.target", "penalty.exponent")
+    when(config.eval.tta_views == 1, "eval.tta_views is 1", "eval.tta_always")
+    when(config.scaling.num_workers in (0, 1), "one process trains", "model.sync_batchnorm")
+    cuts = work in ("measure", "finetune")
+    if model.checkpoint is None:
+        when(model.stem == "patch", "model.stem is patch", "model.sync_batchnorm")
+        when(not cuts, "there is no model.checkpoint", "model.new_head")
+        when(model.pos_embed in ("learned", "none"), f"model.pos_embed is {model.pos_embed}", "model.rope_grid")
+    else:
+        own = [k for k in dotted_keys() if k.startswith("model.") and k not in ("model.checkpoint", *BESIDE_CHECKPOINT)]
+        when(True, "model.checkpoint brings its own", *own)
+    when(model.checkpoint is None or cuts, "there is no model.checkpoint", "model.new_size")
+    if work == "rounds":
+        alone, decays = prune.method in ("none", "magnitude"), prune.method not in ("none", "magnitude", "refill")
+        method = f"prune.method is {prune.method}"
+        when(alone, method, "prune.score", "prune.fillback_rate")
+        when(not decays, method, "prune.ceiling", "prune.schedule", "prune.grow_fraction", "prune.exponent")
+        when(prune.schedule != "power", f"prune.schedule is {prune.schedule}", "prune.exponent")
+        rates = {"ssm": prune.ssm_rate, "mlp": prune.mlp_rate}
+        parts = ("ssm", "mlp") if prune.target == "both" else (prune.target,)
+        when(all(rates[part] is not None for part in parts), "each part has a rate of its own", "prune.rate")
+    if cuts:
+        cut = config.cut
+        when(True, "cut.finetune_epochs says how long a cut model is trained", "optim.epochs")
+        when(cut.layer is not None, "cut.layer is the only one", "cut.scope")
+        short = optim.warmup_epochs >= 0.2 * cut.finetune_epochs > 0
+        when(short, "fine-tuning warms up for a fifth of cut.finetune_epochs at most", "optim.warmup_epochs")
+        fixed = cut.finetune_epochs == 0 and cut.criterion in ("l1", "l2") and not cut.repair
+        when(fixed, "nothing in such a cut is random", "seed")
+    return found
