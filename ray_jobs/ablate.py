@@ -59,7 +59,9 @@ def _experiment(args: AblateArgs) -> Experiment:
         config, own = with_split(config, checkpoint), architecture_in(find_checkpoint(checkpoint))
     spaces = [load_space(GRIDS[name]) for name in chosen]
     many = len(spaces) > 1
-    trials = [t for n, s in zip(chosen, spaces, strict=True) for t in expand(s, len(own.blocks), f"{n}-" if many else "")]
+    trials = [
+        t for n, s in zip(chosen, spaces, strict=True) for t in expand(s, len(own.blocks), f"{n}-" if many else "")
+    ]
     question = spaces[0].question if not many else "What does each cut cost: components, blocks, combinations?"
     cost = " ".join(space.cost for space in spaces)
     grids = [{**{key: [value] for key, value in s.fixed.items()}, **grid} for s in spaces for grid in s.grids]

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: TrainArgs, config: RunConfig) -> int:
     from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
-    from mamba.runs.provenance import with_split
+    from mamba.runs.provenance import own_split, with_split
     from mamba.runs.start import described, keep_start, prepare_resume
     from ray_jobs.launch.console import Display, result_table, stop_on_signal
     from ray_jobs.launch.resume import check_run, extend, is_longer
@@ -58,6 +58,7 @@ def _train(args: TrainArgs, config: RunConfig) -> int:
     else:
         folder = args.resume.absolute()
         check_run(folder)
+        config = own_split(config, folder)
 
     with exclusive(folder), Display(folder) as display, stop_on_signal(folder, display):
         display.say(f"run folder: {folder}")

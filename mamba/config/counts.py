@@ -1,7 +1,7 @@
 """Which keys count where: what each kind of work reads of a config, and what has no effect beside other values.
 
-Whatever was typed and would change nothing is refused, since the result would be believed to be of it. A whole config of
-a file, a preset or a checkpoint may hold more than counts.
+Whatever was typed and would change nothing is refused, since the result would be believed to be of it. A whole config
+of a file, a preset or a checkpoint may hold more than counts.
 """
 
 from __future__ import annotations
@@ -88,13 +88,12 @@ def idle(config: RunConfig, work: Work) -> dict[str, str]:
     when(not (data.mixup or data.cutmix), "data.mixup and data.cutmix are 0", "data.mix_prob", "data.mix_off_epochs")
     when(data.mix_prob == 0, "data.mix_prob is 0", "data.mixup", "data.cutmix", "data.mix_off_epochs")
     when(data.augment == "none", "data.augment is none", "data.crop", "data.crop_scale")
-    when(
-        data.augment != "randaugment_inc", f"data.augment is {data.augment}", "data.magnitude", "data.magnitude_std"
-    )
+    when(data.augment != "randaugment_inc", f"data.augment is {data.augment}", "data.magnitude", "data.magnitude_std")
     when(data.crop != "resized", f"data.crop is {data.crop}", "data.crop_scale")
     plain = data.dataset in ("digits", "cifar10", "cifar100")
-    when(plain, f"data.dataset is {data.dataset}", "data.fit", "data.cache", "data.strict")
+    when(plain, f"data.dataset is {data.dataset}", "data.fit", "data.cache", "data.strict", "data.split_from")
     when(data.dataset == "digits", "data.dataset is digits", "data.root")
+    when(data.split_from is not None, "data.split_from says which images", "data.split_seed", "data.val_fraction")
     when(data.val_fraction == 0, "data.val_fraction is 0", "data.split_seed", "eval.every")
     when(optim.schedule != "wsd", f"optim.schedule is {optim.schedule}", "optim.decay_epochs")
     when(optim.optimizer != "muon", f"optim.optimizer is {optim.optimizer}", "optim.muon_momentum")

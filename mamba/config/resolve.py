@@ -107,6 +107,7 @@ def resolved(config: RunConfig) -> RunConfig:
             "distill.teacher": _absolute("distill.teacher", config.distill.teacher),
             "data.img_size": side,
             "data.root": _absolute("data.root", config.data.root),
+            "data.split_from": _absolute("data.split_from", config.data.split_from),
             "out": _absolute("out", config.out),
             **{f"model.{key}": value for key, value in model if key != "checkpoint"},
         }

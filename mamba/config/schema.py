@@ -50,6 +50,10 @@ class DataConfig(Group):
     that of the model that the run starts from, else 0.1."""
     split_seed: int | None = Field(None, ge=0, lt=2**32)
     """Seed of the validation split. None: that of the model that the run starts from, else `seed`."""
+    split_from: Path | None = None
+    """Of an image folder: a run's folder or a checkpoint, whose validation images are this run's too, as far as they
+    are here; all others train. For a model whose folder has grown or shrunk since. None: that of the model that the run
+    starts from, where it has one, else a split by `data.split_seed`."""
     augment: Literal["none", "basic", "randaugment", "randaugment_inc", "autoaugment", "autoaugment_imagenet"] = "basic"
     """basic: crop and flip; the others add a policy. randaugment: torchvision's (2 operations, magnitude 9);
     randaugment_inc: timm's "rand-m9-mstd0.5-inc1" (2 of 15 operations, each with probability 0.5, at a level around

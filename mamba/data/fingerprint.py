@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mamba.data.held import hashes_of, pack, probe
 from mamba.data.images import ImageData, ImageSet, spread
+from mamba.data.listing import Files
 
 UNKNOWN = "-"
 """In place of a digest of pixels where nothing has been decoded."""
@@ -38,8 +40,14 @@ def _fingerprint(data: ImageData) -> dict[str, Any]:
             "train": len(data.train),
             "val": len(held),
             "digest": _digest(np.sort(data.train.index)) + _digest(held),
+            **_held(data.train.files, held),
         },
     }
+
+
+def _held(files: Files | None, rows: np.ndarray) -> dict[str, Any]:
+    """The validation images one by one, where they have names."""
+    return {} if files is None or not len(rows) else {"held": pack(hashes_of(files, rows)), "probe": probe(files, rows)}
 
 
 def _of_classes(part: ImageSet, classes: tuple[str, ...]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mamba.data.copies import copies
 from mamba.data.decode import hash_images
 from mamba.data.listing import Files
 
@@ -61,10 +62,10 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Split:
-    """How the validation split was cut out of the training set."""
+    """How the validation split was cut out of the training set. None: it is that of another run (`data.split_from`)."""
 
-    seed: int
-    fraction: float
+    seed: int | None
+    fraction: float | None
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,13 @@ class ImageData:
             both = int(np.isin(test[self.test.index], train).sum())
             if both:
                 lines.append(f"{both:,} of {len(self.test):,} test images are training images too, pixel for pixel")
+        elif self.train.files is not None and self.test.files is not None:
+            both = copies(self.train.files, self.test.files)
+            if both:
+                lines.append(
+                    f"{both:,} of {len(self.test):,} test images are training images too, byte for byte (pixels are "
+                    "not compared with data.cache files)"
+                )
         return lines
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba.config.schema import DataConfig
+from mamba.data.held import split_like
 from mamba.data.images import ImageData, ImageSet, Split, Statistics, resize
 from mamba.errors import DataError
 
@@ -20,7 +21,10 @@ VAL_FRACTION = 0.1
 def split_training(
     train: ImageSet, config: DataConfig, seed: int, classes: Sequence[str]
 ) -> tuple[ImageSet, ImageSet | None, Split]:
-    """Cut the validation split as `data.val_fraction` and `data.split_seed` (None: `seed`) say."""
+    """Cut the validation split as `data.split_from` says, else `data.val_fraction` and `data.split_seed` (None:
+    `seed`)."""
+    if config.split_from is not None:
+        return *split_like(train, config.split_from, classes), Split(None, None)
     fraction = VAL_FRACTION if config.val_fraction is None else config.val_fraction
     seed = seed if config.split_seed is None else config.split_seed
     train, val = split_validation(train, fraction, seed, classes)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mamba.config.schema import RunConfig
 from mamba.data.fingerprint import UNKNOWN, fingerprint
+from mamba.data.held import hashes_of, same_images, unpack
 from mamba.data.images import ImageData
 from mamba.errors import CheckpointError
-from mamba.runs.checkpoint import find_checkpoint, read_description
+from mamba.runs.checkpoint import find_checkpoint, newest_checkpoint, read_description
 
 OLD = "is of an earlier version and does not say what data it was trained on: that cannot be compared"
 
@@ -26,8 +29,9 @@ def describe_data(data: ImageData) -> dict[str, Any]:
 
 
 def with_split(config: RunConfig, path: Path | None = None) -> RunConfig:
-    """A config whose `data.split_seed` and `data.val_fraction`, where they are None, are those of the model that the
-    run starts from, or of its teacher: a trained model's validation split stays its own, whatever the seed.
+    """A config whose `data.split_seed` and `data.val_fraction`, or `data.split_from`, where they are None, are those of
+    the model that the run starts from, or of its teacher: a trained model's validation split stays its own, whatever
+    the seed.
 
     Args:
         config: of the run.
@@ -37,10 +41,12 @@ def with_split(config: RunConfig, path: Path | None = None) -> RunConfig:
         CheckpointError: there is no such checkpoint.
     """
     path = path or config.model.checkpoint or config.distill.teacher
-    if path is None or (config.data.split_seed is not None and config.data.val_fraction is not None):
+    asked = {"data.split_seed": config.data.split_seed, "data.val_fraction": config.data.val_fraction}
+    if path is None or config.data.split_from is not None or None not in asked.values():
         return config
     try:
-        description = read_description(find_checkpoint(path))
+        folder = find_checkpoint(path)
+        description = read_description(folder)
     except CheckpointError as error:
         key = "distill.teacher" if path == config.distill.teacher else "model.checkpoint"
         raise CheckpointError(f"{key}: {error}", every_rank=error.every_rank) from None
@@ -51,9 +57,19 @@ def with_split(config: RunConfig, path: Path | None = None) -> RunConfig:
         data = _dict(trained.get("data"))
         own = data.get("split_seed")
         seed, fraction = trained.get("seed") if own is None else own, data.get("val_fraction")
+    elif seed is None and split.get("held") and set(asked.values()) == {None}:  # of another run before it
+        return config.with_values({"data.split_from": path})
     values = {"data.split_seed": seed, "data.val_fraction": fraction}
-    asked = {"data.split_seed": config.data.split_seed, "data.val_fraction": config.data.val_fraction}
     return config.with_values({key: value for key, value in values.items() if asked[key] is None and value is not None})
+
+
+def own_split(config: RunConfig, folder: Path) -> RunConfig:
+    """The config of a run that is continued: where its split is another run's, its own checkpoints keep that by now,
+    wherever the other has gone."""
+    here = folder if newest_checkpoint(folder) else folder / "start"
+    if config.data.split_from is None or not here.exists():
+        return config
+    return config.with_values({"data.split_from": here})
 
 
 def check_data(path: Path, data: ImageData, key: str = "model.checkpoint", new_head: bool = False) -> str | None:
@@ -75,7 +91,8 @@ def check_data(path: Path, data: ImageData, key: str = "model.checkpoint", new_h
         return f"{key} {path} {OLD}"
     now = fingerprint(data)
     if _files(before) != _files(now):
-        return (
+        changed = _check_changed(path, before, data, key)
+        return changed or (
             f"{key} {path} was trained on other files than these: whether it has seen some of the images to validate "
             "and test on is not known"
         )
@@ -87,6 +104,33 @@ def check_data(path: Path, data: ImageData, key: str = "model.checkpoint", new_h
             every_rank=True,
         )
     return None
+
+
+def _check_changed(path: Path, before: dict[str, Any], data: ImageData, key: str) -> str | None:
+    """Of a folder that has grown or shrunk since a model was trained on it: see that nothing is validated on but what
+    that model validated on. Returns what should be said; None where this is no such folder, as far as is known.
+
+    Raises:
+        CheckpointError: with the numbers.
+    """
+    held, files = before["split"].get("held"), data.train.files
+    if held is None or files is None or data.val is None or data.split is None:
+        return None
+    was, now = unpack(held), hashes_of(files, range(len(files)))
+    here, other = int(np.isin(now, was).sum()), int((~np.isin(now[data.val.index], was)).sum())
+    if not here or not same_images(files, now, before["split"].get("probe")):
+        return None
+    seen = (
+        f"{key} {path} was trained when the folder held other files: of {len(was)} images that it validated on {here}"
+    )
+    if other:
+        raise CheckpointError(
+            f"{seen} are here, and {other} of the {len(data.val)} to validate on are none of those, it may have been "
+            f"trained on them; give --data.split-from {path} to validate on those that are here and to train on all "
+            "others, or start from new weights",
+            every_rank=True,
+        )
+    return f"{seen} are here, and nothing else is validated on"
 
 
 def check_resume(folder: Path, data: ImageData) -> None:

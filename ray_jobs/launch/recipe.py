@@ -21,4 +21,7 @@ def recipe_of(path: Path) -> RunConfig:
     tree = read_description(folder).get("config")
     if tree is None:
         raise ConfigError(f"{folder} does not say how it was trained: give --preset, or the data.* keys with one")
-    return RunConfig.stored(tree, folder).with_values({"out": RunConfig().out, "prune.round": 0})
+    recipe = RunConfig.stored(tree, folder).with_values({"out": RunConfig().out, "prune.round": 0})
+    if recipe.data.split_from is not None:  # it is this model's own by now
+        recipe = recipe.with_values({"data.split_from": None, "data.split_seed": None, "data.val_fraction": None})
+    return recipe

@@ -13,7 +13,7 @@ from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError
 from mamba.runs.folder import create_run, discard_if_unused, exclusive, finished_result
-from mamba.runs.provenance import with_split
+from mamba.runs.provenance import own_split, with_split
 from mamba.runs.start import prepare_resume
 from pruning.record import load_record
 from pruning.report import rounds_figure, rounds_table
@@ -43,6 +43,7 @@ def run_series(args: PruneArgs, command: str) -> int:
     else:
         folder = args.resume.absolute()
         check_series(folder, config)
+        config = own_split(config, folder)
         start = folder / "start"  # a series is complete by itself, wherever its model came from
         preflight(config.with_values({"model.checkpoint": start if start.exists() else config.model.checkpoint}))
     console = Console(highlight=False, soft_wrap=True)

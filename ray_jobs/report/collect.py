@@ -197,6 +197,8 @@ def _group(flat: Mapping[str, Any]) -> str:
     if not flat:
         return "data not recorded"
     root = f" {Path(str(flat['data.root'])).name}" if flat.get("data.dataset") == "folder" else ""
+    if flat.get("data.split_from"):
+        return f"{flat['data.dataset']}{root}, validation images of {Path(str(flat['data.split_from'])).name}"
     fraction = finite(flat.get("data.val_fraction"))
     fraction = VAL_FRACTION if fraction is None else fraction
     if fraction == 0:

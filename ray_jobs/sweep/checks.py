@@ -23,7 +23,7 @@ from pruning.rounds import check_rounds
 from ray_jobs.sweep.grid import Trial
 from ray_jobs.sweep.space import Range, Space
 
-COMPARED_ON = ("data.dataset", "data.root", "data.val_fraction", "data.split_seed")
+COMPARED_ON = ("data.dataset", "data.root", "data.val_fraction", "data.split_seed", "data.split_from")
 """Keys that decide which images trials are validated on: a search over them would choose the easiest images."""
 NO_RESULT = ("checkpoint.every", "checkpoint.keep", "data.strict", "eval.batch_size")
 """Keys that change no figure of a trial."""

@@ -52,6 +52,7 @@ class Experiment:
 def absolute(config: RunConfig) -> RunConfig:
     """A config whose paths hold wherever its trials run."""
     paths: dict[str, Path | None] = {"out": config.out, "data.root": config.data.root}
+    paths["data.split_from"] = config.data.split_from
     paths |= {"model.checkpoint": config.model.checkpoint, "distill.teacher": config.distill.teacher}
     return config.with_values({key: path.expanduser().absolute() if path else None for key, path in paths.items()})
 

@@ -66,7 +66,7 @@ def trial_config(shared: Shared, name: str, values: Mapping[str, Any]) -> RunCon
     config = base.with_values({**values, **own}).resolve()
     if shared.kind != "measure":  # so that workers of its own, and who repeats it alone, validate on the same images
         config = with_split(config)
-        if config.data.split_seed is None:
+        if config.data.split_seed is None and config.data.split_from is None:
             config = config.with_values({"data.split_seed": base.seed})
     return config
 

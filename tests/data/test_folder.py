@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mamba.data.copies import copies
+from mamba.data.listing import list_split
 from mamba.data.registry import load_data
 from mamba.errors import DataError
 from tests.data.helpers import config, write_folder
@@ -236,3 +238,19 @@ def test_duplicates_and_tiny_splits_are_said(tmp_path):
     assert "validation split of 9 images: one is 11 points" in remarks
     assert "test set of 18 images: one is 5.6 points" in remarks
     assert load_data(config(dataset="digits"), 0).remarks() == []
+    said = [line for line in load(root, cache="files").remarks() if "training images too" in line]
+    words = "2 of 18 test images are training images too, byte for byte (pixels are not compared with data.cache files)"
+    assert said == [words]
+
+
+def test_copies_are_told_from_files_of_the_same_size(tmp_path, monkeypatch):
+    root = write_folder(tmp_path, count=2)
+    for i, file in enumerate(sorted(root.rglob("*.png"))):
+        file.write_bytes(bytes([i]) + bytes(10_000) + bytes([i]))  # alike in their middles
+    train, test = (list_split(root / name).files for name in ("train", "test"))
+    assert copies(train, test) == 0
+    shutil.copy(root / "train" / "bee" / "0.png", root / "test" / "cat" / "1.png")
+    train, test = (list_split(root / name).files for name in ("train", "test"))
+    assert copies(train, test) == 1
+    monkeypatch.setattr("mamba.data.copies._count", lambda *_: pytest.fail("counted again"))
+    assert copies(train, test) == 1

@@ -9,27 +9,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mamba.config.schema import RunConfig
 from mamba.data import load_data
 from mamba.data.fingerprint import fingerprint
 from mamba.data.images import ImageSet
-from mamba.errors import CheckpointError
+from mamba.errors import CheckpointError, DataError
 from mamba.runs.checkpoint import find_checkpoint, newest_checkpoint
-from mamba.runs.provenance import check_data, check_resume, describe_data, with_split
+from mamba.runs.provenance import check_data, check_resume, describe_data, own_split, with_split
 
 
-def write(root, classes=("ant", "bee", "cat"), count=10):
-    rng = np.random.default_rng(0)
+def write(root, classes=("ant", "bee", "cat"), count=10, first=0, seed=0):
+    rng = np.random.default_rng((seed, first))
     for split in ("train", "test"):
         for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(first, count):
                 Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / split / name / f"{i}.png")
     return root
 
 
 def load(root, seed=0, **values):
-    from mamba.config.schema import RunConfig
-
     values = {"dataset": "folder", "root": root, "img_size": 8, "val_fraction": 0.2, **values}
     return load_data(RunConfig().with_values({f"data.{k}": v for k, v in values.items()}).resolve().data, seed)
 
@@ -110,7 +109,61 @@ def test_validation_images_are_never_those_of_the_training(tmp_path):
     for values in ({"seed": 1}, {"split_seed": 7}, {"val_fraction": 0.3}, {"seed": 1, "img_size": 16}):
         with pytest.raises(CheckpointError, match="would validate on images that the model was trained on"):
             check_data(folder, load(root, **values))
-    assert "other files" in check_data(folder, load(write(tmp_path / "e", count=20), seed=1))
+    assert "other files" in check_data(folder, load(write(tmp_path / "e", count=20, seed=1), seed=1))
+
+
+@pytest.mark.parametrize("cache", ["decoded", "files"])
+def test_a_folder_that_has_changed_is_not_validated_on_what_was_trained_on(tmp_path, cache):
+    """The split was drawn anew over the new list: images that a model had trained on validated it."""
+    root = write(tmp_path / "d")
+    before = load(root, cache=cache)
+    old = stored(tmp_path / "old", before)
+    trained = {before.train.files.name(row) for row in before.train.index}
+    validated = {before.train.files.name(row) for row in before.val.index}
+    write(root, count=25, first=10)  # grown
+    (root / "train" / sorted(validated)[0]).unlink()  # and shrunk
+    with pytest.raises(CheckpointError, match=r"of 6 images .* validated on 5 are here, and \d+ of the 15 to validate"):
+        check_data(old, load(root, cache=cache))
+    assert check_data(old, load(root, cache=cache, val_fraction=0)) is not None  # nothing is validated
+    now = load(root, cache=cache, split_from=old, seed=3)
+    names = {now.train.files.name(row) for row in now.val.index}
+    assert names == validated - {sorted(validated)[0]} and len(now.train) == 74 - 5
+    assert trained <= {now.train.files.name(row) for row in now.train.index}
+    assert "nothing else is validated on" in check_data(old, now)
+    new = stored(tmp_path / "new", now)  # and who starts from that one has its split without being asked
+    config = with_split(RunConfig().with_values({"model.checkpoint": new}))
+    assert config.data.split_from == new and config.data.split_seed is None
+    again = load(root, cache=cache, split_from=config.data.split_from)
+    assert check_data(new, again) is None
+    check_resume(new, again)
+    shutil.rmtree(old)  # a run that goes on has its own by now
+    assert own_split(RunConfig().with_values({"data.split_from": old}), tmp_path).data.split_from == old
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(new, tmp_path / "run" / "checkpoints" / "step-3")
+    resumed = own_split(RunConfig().with_values({"data.split_from": old}), tmp_path / "run")
+    check_resume(new, load(root, cache=cache, split_from=resumed.data.split_from))
+
+
+def test_a_split_that_cannot_be_that_of_another_run_is_refused(tmp_path):
+    root = write(tmp_path / "d")
+    with pytest.raises(DataError, match=r"data\.split_from .*nowhere: there is no checkpoint"):
+        load(root, split_from=tmp_path / "nowhere")
+    old = stored(tmp_path / "old", load(root, val_fraction=0))
+    with pytest.raises(DataError, match="does not say which images it validated on"):
+        load(root, split_from=old)
+    stored(old, load(root))
+    text = (old / "config.json").read_text()
+    held = json.loads(text)["data"]["split"]["held"]
+    (old / "config.json").write_text(text.replace(held, held[:-8] + "AAAAAAA="))
+    with pytest.raises(DataError, match=r"config\.json is damaged"):
+        load(root, split_from=old)
+    stored(old, load(root))
+    for file in (root / "train" / "bee").iterdir():
+        file.rename(file.with_stem(f"x{file.stem}"))
+    with pytest.raises(DataError, match=r"4 of the 6 images .* of 1 of 3 classes: bee \(10 and 0\);"):
+        load(root, split_from=old)
+    with pytest.raises(DataError, match="is for image folders"):
+        load(root, dataset="digits", split_from=old)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_said(tmp_path):

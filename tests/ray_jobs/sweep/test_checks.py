@@ -194,7 +194,10 @@ def test_cuts_that_a_model_does_not_allow_are_refused_before_trials_start():
     cuts(search={"cut.linear_out": {"low": 0.1, "high": 0.5}})
     for parts, words in (
         ({"grids": [{"cut.linear_out": [0.5], "cut.layer": [1, 2]}]}, r"trial layer-02 cannot be: there is no block 2"),
-        ({"grids": [{"cut.linear_out": [0.1]}, {"cut.stem": [0.5]}]}, r"stem-0\.5 cannot be: the model's stem has no inner"),
+        (
+            {"grids": [{"cut.linear_out": [0.1]}, {"cut.stem": [0.5]}]},
+            r"stem-0\.5 cannot be: the model's stem has no inner",
+        ),
         ({"grids": [{"cut.mlp": [0.5]}]}, r"no block to be cut has a weight of component 'mlp'"),
         ({"grids": [{"cut.block": [0.9]}], "set": {"cut.structured": True}}, r"takes 2 of 2 blocks"),
         ({"search": {"cut.linear_out": {"low": 0.1, "high": 0.5}, "cut.layer": {"low": 0, "high": 2}}}, "cut.layer 2"),
