@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba.config.cli import AblateArgs, parse_ablate_args
-from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 from ray_jobs.launch.ending import exit_code
 from ray_jobs.launch.recipe import recipe_of
@@ -40,6 +38,7 @@ def _experiment(args: AblateArgs) -> Experiment:
     from mamba.models.model import Architecture
     from mamba.runs.checkpoint import architecture_in, find_checkpoint
     from mamba.runs.provenance import with_split
+    from ray_jobs.sweep.baseline import trained_baseline
     from ray_jobs.sweep.checks import check, check_cuts, check_given
     from ray_jobs.sweep.experiment import FILE, Experiment, absolute, taken
     from ray_jobs.sweep.grid import expand
@@ -72,31 +71,9 @@ def _experiment(args: AblateArgs) -> Experiment:
     check(space, trials, config, args.given, baseline=checkpoint is None)
     check_cuts(space, trials, config, own)
     if checkpoint is None and not args.dry_run:
-        checkpoint = _baseline(resolved, folder)
+        checkpoint = trained_baseline(resolved, folder)
         config = with_split(config, checkpoint)
     return Experiment(space, trials, config, checkpoint, args.gpus_per_trial, None, len(trials))
-
-
-def _baseline(config: RunConfig, folder: Path) -> Path:
-    """A model to cut, trained in the experiment's own folder with the config given; continued if it was begun."""
-    from mamba.runs.folder import finished_result
-    from mamba.runs.start import prepare_resume
-    from ray_jobs.launch.console import Display, stop_on_signal
-    from ray_jobs.launch.run import preflight, run
-
-    own = config.with_values({"out": folder.parent, "name": folder.name, "trial": "baseline"}).resolve()
-    here = folder / "baseline"
-    if finished_result(here) is None:
-        preflight(own)
-        here.mkdir(parents=True, exist_ok=True)
-        (here / "config.yaml").write_text(own.to_yaml())
-        prepare_resume(here)
-        with Display(here) as display, stop_on_signal(here, display):
-            display.say(f"no --checkpoint: training a baseline in {here}")
-            result = run(own, here, display.say)
-        if result["status"] != "finished":
-            raise ConfigError(f"the baseline's training was interrupted; the same command continues it in {here}")
-    return here
 
 
 if __name__ == "__main__":
