@@ -1,7 +1,8 @@
 """RSST: sparsity of whole units, learned while training, as a penalty or as a decay that grows until the units go.
 
-Two forms. `compute_rsst_loss` adds the norms of coupled units to the loss (group lasso or L1), with a strength that
-rises over time (`rsst_schedule_exp`). `GrowingDecay` is growing regularisation (https://arxiv.org/abs/2012.09243): the
+Two forms. `compute_rsst_loss` adds norms to the loss, with a strength that rises over time (`rsst_schedule_exp`): those
+of coupled units (group lasso or L1), or those of single tensors that the project's notes used, so that their strengths
+carry over. `GrowingDecay` is growing regularisation (https://arxiv.org/abs/2012.09243): the
 units that a refill mask gives up are decayed by a lambda that rises to a stated ceiling, then they are cut.
 """
 
@@ -17,12 +18,17 @@ from mamba.config.choices import Registry
 from mamba.errors import ConfigError
 from mamba.train.ema import ModelEma
 from mamba.train.hooks import TrainHook
-from pruning.components import GROUPS, blocks_of, named_blocks, parts_of
+from pruning.components import GROUPS, Part, blocks_of, find_all, named_blocks, parts_of
 from pruning.masks import MaskHook, Masks
 
 TARGETS: dict[str, tuple[str, ...]] = {"ssm": ("d_inner",), "mlp": ("mlp_hidden",), "both": ("d_inner", "mlp_hidden")}
 """What is regularised and refilled: the groups whose units are whole channels of the mixer or neurons of the MLP."""
-NORMS = ("l1", "group")
+SINGLE: dict[str, dict[str, tuple[Part, ...]]] = {
+    "mean_l1": {"ssm": (Part("out_proj.weight", 1),), "mlp": (Part("fc1.weight", 0),)},
+    "rows": {"ssm": (Part("out_proj.weight", 0),), "mlp": (Part("fc1.weight", 0), Part("fc2.weight", 0))},
+}
+"""The norms of single tensors: target -> the tensors, and the axis along which a unit is a slice."""
+NORMS = ("l1", "group", *SINGLE)
 SCHEDULES: Registry[Callable[[int, int, float], float]] = Registry(
     "prune.schedule",
     {
@@ -44,14 +50,16 @@ def groups_of(target: str) -> tuple[str, ...]:
 
 
 def compute_rsst_loss(model: nn.Module, strength: float | Tensor, target: str = "both", norm: str = "group") -> Tensor:
-    """The penalty to add to a training loss: strength times the norms of all units of the target, summed.
+    """The penalty to add to a training loss: strength times the norms of the target, summed or averaged.
 
     Args:
         model: a Mamba model.
         strength: weight of the penalty; see `rsst_schedule_exp`.
         target: `ssm` (channels), `mlp` (neurons) or `both`.
         norm: `group`, the L2 norm of each unit's coupled weights (group lasso, Yuan and Lin 2006), or `l1`, the sum of
-            their magnitudes.
+            their magnitudes, both summed over all units; `mean_l1`, the L1 norms of out_proj's columns and of fc1's
+            rows, summed in each tensor, the mean over the tensors; `rows`, the L2 norms of the rows of out_proj, fc1
+            and fc2, summed over all.
 
     Returns:
         a scalar with a gradient. A_log and the time step's bias are left out: their zero is a rate, not absence.
@@ -62,6 +70,13 @@ def compute_rsst_loss(model: nn.Module, strength: float | Tensor, target: str = 
     if norm not in NORMS:
         raise ConfigError(f"unknown norm '{norm}'; valid: {', '.join(NORMS)}")
     total: Tensor | None = None
+    if norm in SINGLE:
+        groups_of(target)
+        parts = [part for name in ("ssm", "mlp") if target in (name, "both") for part in SINGLE[norm][name]]
+        sums_of = [_single(*found, norm) for block in blocks_of(model) for found in find_all(block, parts)]
+        if not sums_of:
+            raise ConfigError(f"target '{target}' is nothing that this model has; valid: ssm")
+        return strength * (torch.stack(sums_of).mean() if norm == "mean_l1" else torch.stack(sums_of).sum())
     for group in groups_of(target):
         for block in blocks_of(model):
             sums: Tensor | None = None
@@ -80,6 +95,14 @@ def compute_rsst_loss(model: nn.Module, strength: float | Tensor, target: str = 
     if total is None:
         raise ConfigError(f"target '{target}' is nothing that this model has; valid: ssm")
     return strength * total
+
+
+def _single(part: Part, tensor: Tensor, span: slice, norm: str) -> Tensor:
+    """The norms of one tensor's units, summed."""
+    if norm == "mean_l1":
+        return tensor.abs().sum()
+    squares = tensor.square().sum([axis for axis in range(tensor.ndim) if axis != part.axis])
+    return (torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)).sum()
 
 
 def rsst_schedule_exp(epoch: int, total: int, base: float, exponent: float = 4.0) -> float:

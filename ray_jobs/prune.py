@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mamba.config.cli import parse_prune_args
-from mamba.config.counts import check_given
+from mamba.config.counts import Work, check_given, trains_first
 from ray_jobs.launch.ending import exit_code
 from ray_jobs.launch.recipe import recipe_of
 
@@ -23,14 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         args = parse_prune_args(argv, description=(__doc__ or "").split("\n")[0], recipe_of=recipe_of)
         if args.resume is None:
-            check_given(["plan" if args.plan else "rounds"], args.given, [args.config])
+            plan: Work = "rsst_plan" if trains_first(args.config, args.given) else "plan"
+            check_given([plan if args.plan else "rounds"], args.given, [args.config])
         if args.dry_run:
             from pruning.rounds import check_rounds
             from ray_jobs.launch.dry_run import dry_run
 
             if args.plan is None:
                 check_rounds(args.config)
-            return dry_run(args.config, args.plan)
+            return dry_run(args.config, args.plan, args.given)
         if args.plan:
             from ray_jobs.launch.plan import run_plan
 

@@ -13,7 +13,7 @@ from mamba.config.keys import dotted_keys
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 
-Work = Literal["train", "rounds", "plan", "measure", "finetune"]
+Work = Literal["train", "rounds", "plan", "rsst_plan", "measure", "finetune"]
 
 TRAINING_DATA = frozenset(
     {
@@ -33,6 +33,7 @@ COUNTS: dict[Work, tuple[str, ...]] = {
     "train": TRAINING,
     "rounds": (*TRAINING, "prune"),
     "plan": (*ALWAYS, *IMAGES, "eval.batch_size", "optim.amp", "cut.repair"),
+    "rsst_plan": (*TRAINING, "cut.repair"),
     "measure": (*MEASURING, "cut"),
     "finetune": (*TRAINING, "cut"),
 }
@@ -41,9 +42,16 @@ WORDS: dict[Work, str] = {
     "train": "a training (train.py)",
     "rounds": "rounds of pruning (prune.py)",
     "plan": "a plan (prune.py --plan)",
+    "rsst_plan": "a plan after training under a penalty (prune.py --plan --penalty.kind)",
     "measure": "cuts of a trained model (ablate.py, tune.py with kind measure)",
     "finetune": "cuts that are fine-tuned (cut.finetune_epochs)",
 }
+
+
+def trains_first(config: RunConfig, given: Iterable[str]) -> bool:
+    """Whether a penalty was asked for beside a plan: the model is then trained under it first. One of the run that made
+    the model, whose config is taken over, does not count: that run is over."""
+    return config.penalty.kind != "off" and "penalty.kind" in given
 
 
 def counts(key: str, work: Work) -> bool:

@@ -330,14 +330,16 @@ class CutConfig(Group):
 class PenaltyConfig(Group):
     """A sparsity penalty on whole units while training, of any run or of each round."""
 
-    kind: Literal["off", "l1", "group"] = "off"
-    """l1: the units' L1 norm; group: group lasso."""
+    kind: Literal["off", "l1", "group", "mean_l1", "rows"] = "off"
+    """l1: the coupled units' L1 norm; group: group lasso over them. The notes' two, each of single tensors: mean_l1:
+    the L1 norms of out_proj and fc1, the mean over tensors; rows: the L2 norms of the rows of out_proj, fc1 and fc2,
+    summed. The same strength is of another weight in each."""
     target: Target = "both"
     """Whose units: channels of the mixer, neurons of the MLP, or both, where there are."""
     strength: float = Field(1e-4, ge=0)
     """Weight of the penalty in the last epoch; before: strength (epoch / epochs)^exponent."""
-    exponent: float = Field(4.0, gt=0)
-    """Exponent of the strength over time."""
+    exponent: float = Field(4.0, ge=0)
+    """Exponent of the strength over time; 0: the same strength in every epoch."""
 
 
 class CheckpointConfig(Group):

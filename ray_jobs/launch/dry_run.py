@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from mamba.config.counts import trains_first
 from mamba.config.help import quiet_pipe
 from mamba.config.schema import RunConfig
 from mamba.data.loader import check_batch_size
@@ -15,7 +18,7 @@ from pruning.plans import get_plan
 from ray_jobs.launch.run import check_early
 
 
-def dry_run(config: RunConfig, plan: str | None = None) -> int:
+def dry_run(config: RunConfig, plan: str | None = None, given: Sequence[str] = ()) -> int:
     """Print what a run of a config, or its rounds of pruning, would train, or what a plan would cut; returns 0.
 
     Raises:
@@ -44,7 +47,13 @@ def dry_run(config: RunConfig, plan: str | None = None) -> int:
         print(f"# parameters: {parameters:,}")
         print(f"# training images: {train_images:,} in {classes} classes")
         if plan is not None:
-            print(f"# plan {plan}: {get_plan(plan).purpose}; applied once, nothing is trained")
+            trains = trains_first(config, given)
+            print(
+                f"# plan {plan}: {get_plan(plan).purpose}; applied once, {'after' if trains else 'nothing is'} "
+                f"{'a training under penalty.kind ' + config.penalty.kind if trains else 'trained'}"
+            )
+            if trains:
+                print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
             return 0
         rounds = _rounds(config) if config.prune.method != "none" else []
         print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} {'a round' if rounds else 'in all'}")

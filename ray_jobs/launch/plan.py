@@ -1,15 +1,21 @@
-"""One pruning plan from the command line: applied once to a trained model, and measured before and after."""
+"""One pruning plan from the command line: applied once to a trained model, and measured before and after. With a
+penalty (`penalty.kind`) the model is trained under it first, as the notes' RSST is: then comes the plan's cut."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from mamba.config.cli import PruneArgs
+from mamba.config.counts import trains_first
+from mamba.config.schema import RunConfig
 from mamba.data import load_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.files import write_sealed
-from mamba.runs.folder import create_run, exclusive
+from mamba.runs.folder import create_run, exclusive, write_config
 from mamba.runs.provenance import with_split
 from mamba.runs.tracking import Tracker
 from pruning.lite import describe
@@ -20,12 +26,14 @@ from pruning.rounds import calibration_batches
 from pruning.show import PICTURE, cut_picture, print_cut
 from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.launch.cluster import connected_if
+from ray_jobs.launch.console import Display, stop_on_signal
 from ray_jobs.launch.measure import compare
-from ray_jobs.launch.run import preflight
+from ray_jobs.launch.run import preflight, run
 
 
 def run_plan(args: PruneArgs) -> int:
-    """Cut a trained model by a plan, write it as a run, and print what it cost and bought; returns 0.
+    """Cut a trained model by a plan, after training under a penalty where there is one, write it as a run, and print
+    what it cost and bought; returns 0, or 130 where the training was interrupted.
 
     Raises:
         ForgeError: with a sentence for the user.
@@ -37,13 +45,20 @@ def run_plan(args: PruneArgs) -> int:
         raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
     config = with_split(config)
     assert config.model.checkpoint is not None
-    model, description = ckpt.load_model(config.model.checkpoint)
+    given = config.model.checkpoint
+    model, description = ckpt.load_model(given)
     preflight(config)
     images = calibration_batches(load_data(config.data, config.seed), config.seed) if config.cut.repair else None
-    masks = masks_of(config.model.checkpoint)
-    pruned = apply_plan(model, args.plan, calibration=images, seed=config.seed, masks=masks, repair=config.cut.repair)
-    folder = create_run(config.with_values({"prune.method": "none"}))
+    how: dict[str, Any] = {"calibration": images, "seed": config.seed, "repair": config.cut.repair}
+    pruned = apply_plan(model, args.plan, masks=masks_of(given), **how)  # what does not fit is refused before a folder
+    folder = create_run(config.with_values({"prune.method": "none", "penalty.kind": "off"}))
     with exclusive(folder):
+        if trains_first(config, args.given):
+            start = _train_under_penalty(config, folder)
+            if start is None:
+                return 130
+            model, description = ckpt.load_model(start, weights="raw")
+            pruned = apply_plan(model, args.plan, masks=masks_of(start), **how)
         description = {**of_cut(description), "plan": args.plan}
         path = save_pruned(folder / "checkpoints" / "best-00000", pruned.model, pruned.masks, description)
         assert pruned.record is not None
@@ -66,3 +81,22 @@ def run_plan(args: PruneArgs) -> int:
     console.print(f"pruned model: {path}", markup=False)
     console.print(f"fine-tune it: python ray_jobs/train.py --model.checkpoint {path} ...", markup=False)
     return 0
+
+
+def _train_under_penalty(config: RunConfig, folder: Path) -> Path | None:
+    """Train the model under its penalty, as a run of its own within the folder; returns the checkpoint of the last
+    step, where the penalty has had its whole effect, or None where it was interrupted."""
+    here = folder / "penalty"
+    own = config.with_values({"prune.method": "none", "out": folder.parent, "name": folder.name, "trial": here.name})
+    here.mkdir()
+    write_config(here, own.resolve())
+    with Display(here) as display, stop_on_signal(here, display):
+        result = run(own.resolve(), here, lambda text: display.say(f"{here.name}: {text}"))
+    newest = ckpt.newest_checkpoint(here)
+    if result["status"] != "finished" or newest is None:
+        print(
+            f"interrupted; continue the training with\n  python ray_jobs/train.py --resume {here}\nand cut what it "
+            f"leaves with --plan and --checkpoint {here}"
+        )
+        return None
+    return newest

@@ -17,6 +17,7 @@ NOT_READ = {
     "train": {"prune", "cut"},
     "rounds": {"cut"},
     "plan": {"ema", "distill", "penalty", "checkpoint", "tracking", "prune"},
+    "rsst_plan": {"prune"},
     "measure": {"ema", "distill", "penalty", "checkpoint", "prune"},
     "finetune": {"prune"},
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mamba.errors import ConfigError
+from mamba.models.model import mamba_small
 from mamba.runs import checkpoint as ckpt
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
@@ -16,6 +17,7 @@ from pruning.components import blocks_of
 from pruning.masks import unit_masks
 from pruning.penalty import SCHEDULES, GrowingDecay, PenaltyHook, growing_lambda
 from pruning.refill import prune_survivors
+from pruning.rounds import hooks_for
 
 
 def test_the_schedule_of_the_notes():
@@ -37,6 +39,77 @@ def test_the_penalty_by_hand(model):
     torch.testing.assert_close(compute_rsst_loss(model, 2.0, "mlp", "l1"), 2.0 * l1)
     both = compute_rsst_loss(model, 1.0, "both")
     torch.testing.assert_close(both, compute_rsst_loss(model, 1.0, "ssm") + compute_rsst_loss(model, 1.0, "mlp"))
+
+
+def test_the_penalties_of_the_notes_by_their_own_words(model):
+    """The second is copied from them; of the first they give the value, below."""
+
+    def rows(model, strength):
+        loss = 0
+        for name, module in model.named_modules():
+            if name.endswith(("out_proj", "mlp.fc1", "mlp.fc2")):
+                loss += strength * module.weight.norm(dim=1).sum()
+        return loss
+
+    model.zero_grad()
+    rows(model, 1e-4).backward()
+    theirs = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(compute_rsst_loss(model, 1e-4, "both", "rows"), rows(model, 1e-4), rtol=1e-12, atol=0)
+    model.zero_grad()
+    compute_rsst_loss(model, 1e-4, "both", "rows").backward()
+    ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys() and len(ours) == 9
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-12, atol=1e-16)
+    block = model.blocks[1]
+    columns = [sum(b.ssm.out_proj.weight[:, i].abs().sum() for i in range(12)) for b in model.blocks]
+    neurons = [sum(b.mlp.fc1.weight[i].abs().sum() for i in range(14)) for b in model.blocks]
+    mean = (sum(columns) + sum(neurons)) / 6
+    torch.testing.assert_close(compute_rsst_loss(model, 0.5, "both", "mean_l1"), 0.5 * mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(compute_rsst_loss(model, 1.0, "ssm", "mean_l1"), sum(columns) / 3, rtol=1e-12, atol=0)
+    alone = sum(b.mlp.fc1.weight.norm(dim=1).sum() + b.mlp.fc2.weight.norm(dim=1).sum() for b in model.blocks)
+    torch.testing.assert_close(compute_rsst_loss(model, 1.0, "mlp", "rows"), alone, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        block.mlp.fc1.weight[2] = 0
+    for norm in ("rows", "mean_l1"):
+        model.zero_grad()
+        compute_rsst_loss(model, 1.0, "both", norm).backward()
+        assert block.mlp.fc1.weight.grad.isfinite().all() and float(block.mlp.fc1.weight.grad[2].abs().max()) == 0
+
+
+def test_the_value_of_the_notes_at_the_scale_of_their_model():
+    """0.479511 at strength 1e-4 for a new mamba_small; its linear maps are drawn as Xavier says (their threshold of
+    15.18 over neurons is that of sums of 2 x 192 such weights)."""
+    torch.manual_seed(0)
+    model = mamba_small(depth=3)  # a mean over tensors does not grow with the depth
+    with torch.no_grad():
+        for block in blocks_of(model):
+            for weight in (block.ssm.out_proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
+                torch.nn.init.xavier_uniform_(weight)
+        assert float(compute_rsst_loss(model, 1e-4, "both", "mean_l1")) == pytest.approx(0.479511, rel=2e-3)
+        sums = [b.mlp.fc1.weight.abs().sum(1) + b.mlp.fc2.weight.abs().sum(0) for b in blocks_of(model)]
+        assert float(torch.cat(sums).median()) == pytest.approx(15.178526, rel=2e-3)
+
+
+def test_a_constant_strength():
+    assert [rsst_schedule_exp(epoch, 5, 1e-4, 0.0) for epoch in (1, 3, 5)] == [1e-4] * 3
+
+
+@pytest.mark.parametrize("norm", ["mean_l1", "rows"])
+def test_the_penalties_of_the_notes_are_added_to_the_gradients(model, small_config, norm):
+    (hook,) = hooks_for(small_config(penalty__kind=norm, penalty__strength=0.5, penalty__exponent=0.0))
+    hook.attach(model, None, torch.optim.AdamW(model.parameters()), 0)
+    hook.begin_epoch(0, 10)
+    model.zero_grad()
+    compute_rsst_loss(model, 0.5, "both", norm).backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    hook.gradients()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 1 + wanted.get(name, torch.zeros_like(parameter)))
+    assert hook.end_epoch(0)["prune/penalty_strength"] == 0.5
 
 
 def test_the_penalty_has_a_finite_gradient_also_at_zero(model):

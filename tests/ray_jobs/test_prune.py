@@ -105,6 +105,26 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
     assert zeros == [int((b.ssm.in_proj.weight == 0).sum()) for b in pruned.blocks] and min(zeros) > 0
 
 
+def test_rsst_of_a_plan_trains_under_the_penalty_first_then_cuts(trained, tmp_path, capsys):
+    words = ["--plan", "stage1", "--checkpoint", str(trained), *LOCAL, "--out", str(tmp_path), "--trial", "p"]
+    words += ["--penalty.kind", "rows", "--penalty.strength", "0.05", "--penalty.exponent", "0", "--optim.epochs", "1"]
+    words += ["--optim.warmup-epochs", "0"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "after a training under penalty.kind rows" in capsys.readouterr().out
+    assert main(words) == 0
+    folder = tmp_path / "prune" / "p"
+    assert json.loads((folder / "penalty" / "result.json").read_text())["status"] == "finished"
+    (epoch,) = (json.loads(x) for x in (folder / "penalty" / "metrics.jsonl").read_text().splitlines())
+    assert epoch["prune/penalty_strength"] == pytest.approx(0.05)
+    before, after = (ckpt.load_model(path, weights="raw")[0] for path in (trained, folder / "penalty"))
+    cut, _ = ckpt.load_model(folder)
+    norms = [sum(float(b.mlp.fc1.weight.detach().norm(dim=1).sum()) for b in m.blocks) for m in (before, after)]
+    assert norms[1] < norms[0]
+    kept = cut.blocks[0].mlp.fc1.weight != 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    assert bool((cut.blocks[0].mlp.fc1.weight == after.blocks[0].mlp.fc1.weight)[kept].all()), "cut before it trained"
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -116,6 +136,7 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
         (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--penalty.strength", "1e-3"], "no effect in a plan"),
         (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--rate", "0.5", "--dry-run"], "--prune.rate 0.5 has no"),
         (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--cut.mlp", "0.5"], "--cut.mlp 0.5 has no effect"),
+        (["--plan", "stage1", "--checkpoint", "CHECKPOINT", "--optim.epochs", "1"], "prune.py --plan --penalty.kind"),
         (["--checkpoint", "/nowhere"], "there is no /nowhere"),
         (["--checkpoint", "CHECKPOINT", "--preset", "v2", "--data.dataset", "digits"], "at 8 pixels"),
         (["--fillback", "0.1"], "unknown key 'fillback'"),
