@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mamba.config.choices import Registry
 from mamba.config.schema import PruneConfig, RunConfig
+from mamba.data.fingerprint import fingerprint
 from mamba.data.images import ImageData
 from mamba.data.loader import eval_batches
 from mamba.errors import CheckpointError, ConfigError
@@ -37,6 +38,7 @@ from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.files import read_sealed, write_csv, write_sealed
 from mamba.runs.folder import write_config
+from mamba.runs.inputs import keep_inputs
 from mamba.runs.provenance import describe_data
 from mamba.runs.start import start_of
 from mamba.train.ema import ModelEma
@@ -111,6 +113,7 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
         ForgeError: of a run, or a folder that cannot be written or read.
     """
     check_series(folder, config)
+    keep_inputs(folder, {"data": fingerprint(data)})
     if not (folder / "start").exists():
         _make_start(config, folder, data)
     rows = []

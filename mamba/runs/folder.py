@@ -218,5 +218,5 @@ def discard_if_unused(folder: Path) -> None:
     """Remove the folder of a run that ended before it began, so that its name can be used again."""
     with suppress(OSError):
         left = {f.name for f in folder.iterdir()}
-        if left <= {CONFIG, ".ray", ".alive", LOCK, LOG, "start"}:
+        if left <= {CONFIG, ".ray", ".alive", LOCK, LOG, "start", "inputs.json"}:
             shutil.rmtree(folder, ignore_errors=True)

@@ -151,12 +151,12 @@ def check_resume(folder: Path, data: ImageData) -> None:
             every_rank=True,
         )
     before = _dict(description.get("data"))
-    difference = _difference(before, fingerprint(data)) if before else None
-    if difference:
-        raise CheckpointError(f"{folder}: {difference}; a run resumes on its own data only", every_rank=True)
+    found = difference(before, fingerprint(data)) if before else None
+    if found:
+        raise CheckpointError(f"{folder}: {found}; a run resumes on its own data only", every_rank=True)
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first thing in which two fingerprints differ, as half a sentence."""
     for name in [*before["sets"], *now["sets"]]:
         if name not in before["sets"] or name not in now["sets"]:

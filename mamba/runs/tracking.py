@@ -99,7 +99,7 @@ class Tracker:
             backend.finish("finished")
         self.close()
         write_hparams(self.folder, self.config, "finished")
-        write_sealed(self.folder / RESULT, {"format": FORMAT, **result})
+        write_sealed(self.folder / RESULT, {"format": FORMAT, **result, "config": self.config.flat()})
 
     def close(self) -> None:
         """Close the backends, each of them whatever the others say."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from mamba.config.cli import TrainArgs
 from mamba.config.help import quiet_pipe
 from mamba.errors import ForgeError
+from mamba.runs.inputs import keep_inputs
 from ray_jobs.report.findings import findings
 from ray_jobs.report.rows import SCORE, ranked
 from ray_jobs.report.table import show, write_results
@@ -41,12 +42,17 @@ def perform(args: TrainArgs, asked: Callable[[], experiment.Experiment], script:
         return 0
     if args.resume:
         folder = args.resume.absolute()
-        check_data(experiment.load(folder))
-    else:
-        wanted = asked()
-        check_data(wanted)  # first, so that what is refused leaves no folder behind
-        folder = experiment.create(wanted, sys.argv)
-    return conclude(folder, script)
+        keep_inputs(folder, *check_data(experiment.load(folder)))
+        return conclude(folder, script)
+    wanted = asked()
+    inputs = check_data(wanted)  # first, so that what is refused leaves no folder behind
+    folder = experiment.create(wanted, sys.argv)
+    try:
+        keep_inputs(folder, *inputs)
+        return conclude(folder, script)
+    except ForgeError:
+        experiment.discard_if_unused(folder)
+        raise
 
 
 def _estimate(told: experiment.Experiment, folder: Path | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, FolderError
 from mamba.runs.files import read_sealed, sealed, to_json, write_sealed
 from mamba.runs.folder import exclusive
+from mamba.runs.inputs import INPUTS
 from ray_jobs.sweep.grid import Trial, check_names
 from ray_jobs.sweep.results import baseline_of, rows
 from ray_jobs.sweep.space import MOST_TRIALS, Space
@@ -103,6 +105,13 @@ def create(experiment: Experiment, words: Sequence[str]) -> Path:
     except OSError as error:
         raise ConfigError(f"out: the experiment's folder {folder} cannot be written: {error}") from None
     return folder
+
+
+def discard_if_unused(folder: Path) -> None:
+    """Remove the folder of an experiment that was refused before a trial began, so that its name can be used again."""
+    with suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {FILE, INPUTS, "study.db", ".lock", ".ray"}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def taken(folder: Path) -> ConfigError:

@@ -31,6 +31,7 @@ def write_trial(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     finite = {key: v for key, v in result["metrics"].items() if v is not None and math.isfinite(v)}
     metrics = {key: finite.get(key) for key in result["metrics"]}
     written = {"status": result["status"], "reason": result.get("reason", ""), **result, "metrics": metrics}
+    written["trial"] = folder.name  # a copy beside it is none
     folder.mkdir(parents=True, exist_ok=True)
     write_sealed(folder / TRIAL, written)
     return {**written, "metrics": finite}
@@ -60,6 +61,8 @@ def checked_trial(folder: Path) -> dict[str, Any] | None:
             values, metrics = current(tree["values"], path), dict(tree["metrics"])
             if tree["status"] not in STATUSES:
                 raise ValueError(f"a status of {tree['status']!r:.40}")
+            if tree.get("trial", folder.name) != folder.name:
+                raise FolderError(f"{path} is that of trial {tree['trial']}: a copy, or the folder was renamed")
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

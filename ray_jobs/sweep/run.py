@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba.config.schema import RunConfig
+from mamba.data.fingerprint import fingerprint
 from mamba.data.loader import check_batch_size
 from mamba.data.registry import load_data
 from mamba.errors import ConfigError, DataError
@@ -88,8 +89,11 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
     return ended, rows(folder)
 
 
-def check_data(experiment: Experiment) -> None:
+def check_data(experiment: Experiment) -> tuple[dict[str, dict[str, Any]], list[Path]]:
     """Load what the trials ask for, each data set once, and see that they can train and be measured on it.
+
+    Returns:
+        each data set's fingerprint by the keys that ask for it, and the models that trials start from.
 
     Raises:
         ForgeError: missing or unreadable data, batches that it does not fill, a checkpoint of other data.
@@ -97,6 +101,8 @@ def check_data(experiment: Experiment) -> None:
     base, kind = experiment.config, experiment.space.kind
     resolved = configs_of(experiment.space, experiment.trials, base)
     configs = [with_split(config, experiment.checkpoint) for config in resolved]
+    prints: dict[str, dict[str, Any]] = {}
+    models = {experiment.checkpoint, *(path for c in configs for path in (c.model.checkpoint, c.distill.teacher))}
     for identity in dict.fromkeys(data_identity(config.data) for config in configs):
         data = load_data(identity, base.seed)
         for remark in data.remarks():
@@ -114,6 +120,8 @@ def check_data(experiment: Experiment) -> None:
         refusals = [refusal for c in own if kind != "measure" and (refusal := _refusal(len(data.train), c))]
         if refusals and (experiment.trials or len(refusals) == len(own)):  # of a search, single trials may fail
             raise ConfigError(refusals[0])
+        prints[identity.model_dump_json()] = fingerprint(data)
+    return prints, sorted(path for path in models if path is not None)
 
 
 def _refusal(train_images: int, config: RunConfig) -> str | None:

@@ -22,6 +22,7 @@ from mamba.errors import ForgeError, TrainingError
 from mamba.models.model import Architecture, MambaModel
 from mamba.models.ssm import BlockShape
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.files import read_sealed
 from mamba.runs.folder import epochs_of, request_stop
 from mamba.train.compilation import COMPILE_FROM_IMAGES, compile_blocks, share_compile_cache, should_compile
 from mamba.train.distributed import Process, local_process
@@ -92,7 +93,9 @@ def test_it_learns_and_leaves_everything_in_its_folder(small_fit, tmp_path):
     result = small_fit(optim__epochs=4, optim__lr=2e-2)
     run = tmp_path / "run"
     assert result["metrics"]["test/accuracy"] > 90
-    assert {"format": FORMAT, **result} == json.loads((run / "result.json").read_text())
+    written = read_sealed(run / "result.json")
+    assert {"format": FORMAT, **result} == {key: value for key, value in written.items() if key != "config"}
+    assert written["config"]["optim.lr"] == 2e-2
     for key in ("train/loss", "train/lr", "train/images_per_s", "val/loss", "val/accuracy", "val/ema_accuracy"):
         assert key in result["metrics"]
     assert result["images"] == {"train": 72, "val": 24, "test": 30}

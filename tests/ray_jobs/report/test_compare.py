@@ -144,3 +144,14 @@ def test_seeds_are_merged_only_where_each_has_its_accuracy(mixed):
     assert next(r["trial"] for r in merged(rows)) == "seeds/lr-0.1 (2 seeds)"
     rows[0]["metrics"] = {}
     assert all("seeds)" not in r["trial"] for r in merged(rows))
+
+
+def test_a_config_that_was_changed_since_is_named(mixed, tmp_path, capsys):
+    folder = mixed / "digits" / "changed"
+    config = {"optim.lr": 0.5, "scaling.num_workers": 3, "trial": "elsewhere", "key.of.later": 1}
+    run_left_behind(folder, trained(97.0, config={**config, "seed": 0}), optim__lr=0.5)
+    assert [row["values"]["optim.lr"] for row in collect([folder]).rows] == [0.5]
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace("lr: 0.5", "lr: 0.1"))
+    found = collect([folder])
+    assert found.rows == [] and "was changed: it says optim.lr 0.1, and it was 0.5" in found.skipped[0]

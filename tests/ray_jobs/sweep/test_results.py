@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -56,6 +57,14 @@ def test_a_result_that_was_changed_is_named_and_ranked_nowhere(tmp_path):
     path = tmp_path / "a" / TRIAL  # as earlier versions wrote it, or on purpose
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}))
     assert [row["metrics"]["val/accuracy"] for row in rows(tmp_path)] == [98.0]
+
+
+def test_a_copy_of_a_trial_is_no_other_trial(tmp_path):
+    """It was another row, and "7 of 6" had finished."""
+    write_trial(tmp_path / "a", RESULT)
+    shutil.copytree(tmp_path / "a", tmp_path / "a-keep")
+    assert [row["trial"] for row in rows(tmp_path)] == ["a"]
+    assert len(refused(tmp_path)) == 1 and "a-keep/trial.json is that of trial a: a copy" in refused(tmp_path)[0]
 
 
 def test_what_is_not_finite_is_null_and_no_metric(tmp_path):
