@@ -31,13 +31,10 @@ from mamba.train.trainer import resolve_amp
 from pruning import COMPONENTS, PLANS, apply_plan, measure
 from pruning.components import ELEMENT
 from pruning.cut import cut
-from pruning.plans import Plan
 from pruning.shrink import shrink
 
 FIELDS = ("what", "rate", "val_accuracy", "params", "nonzero", "macs", "images_per_s", "latency_ms", "peak_memory_mib")
 CUTTABLE = [n for n, c in COMPONENTS.items() if c.refused is None]
-OUTPUT_PLAN = {"linear_out:output": 0.5, "mlp:neuron": 0.7, "linear_gate:element": 0.6, "linear_in:expand": 0.25}
-"""Stage 2 with linear_out cut by output channels instead of by input channels."""
 
 
 def main() -> int:
@@ -148,8 +145,6 @@ def rows(
                 yield row(name, 0.0, apply_plan(model, name, score).model, True)
             except ConfigError as error:
                 print(f"{name:>20}  refused: {error}")
-        how: Plan = PLANS["stage2"]
-        yield row("stage2, output", 0.0, cut(model, OUTPUT_PLAN, True, score=score, **how.how).model, True)
         yield row("dense again", 0.0, model, True)
         for name in CUTTABLE if components is None else components:
             for granularity in COMPONENTS[name].granularities:

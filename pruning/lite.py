@@ -28,18 +28,20 @@ def build_mamba_lite(
     d_conv: int = 2,
     d_state: int = 8,
     mlp_ratio: float = 2.0,
-    depth: int = 16,
+    depth: int | None = None,
 ) -> MambaModel:
     """A new model with `model`'s input, width and head, and narrower blocks; its weights are new.
 
     Args:
         model: the larger model; of mamba_small the defaults leave about a fifth of the parameters.
-        expand, d_conv, d_state, mlp_ratio, depth: as in `ModelConfig`; none may exceed the larger model's.
+        expand, d_conv, d_state, mlp_ratio, depth: as in `ModelConfig`; none may exceed the larger model's. Depth None:
+            two thirds of the larger model's, 16 of 24.
 
     Raises:
         ConfigError: a value that is larger than the model's own, or that leaves nothing.
     """
     d_model, own = model.architecture.d_model, model.architecture.blocks[0]
+    depth = max(1, round(2 * len(model.stack) / 3)) if depth is None else depth
     shape = BlockShape(
         int(expand * d_model),
         d_state,

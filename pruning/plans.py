@@ -39,9 +39,14 @@ PLANS: dict[str, Plan] = {
         {"linear_out:channel": 0.5, "mlp:neuron": 0.7, "linear_gate:element": 0.6, "linear_in:expand": 0.25},
         {"scope": "layerwise", "multiple": 8},
     ),
+    "stage2_output": Plan(
+        "stage2 with linear_out cut by its output channels, which the residual stream keeps, instead of by its inputs",
+        {"linear_out:output": 0.5, "mlp:neuron": 0.7, "linear_gate:element": 0.6, "linear_in:expand": 0.25},
+        {"scope": "layerwise", "multiple": 8},
+    ),
     "stage3": Plan(
         "rebuilt at half of every width and two thirds of the depth, to be fine-tuned",
-        lite={"expand": 1.0, "d_conv": 2, "d_state": 8, "mlp_ratio": 2.0, "depth": 16},
+        lite={"expand": 1.0, "d_conv": 2, "d_state": 8, "mlp_ratio": 2.0},
     ),
 }
 

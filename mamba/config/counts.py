@@ -136,6 +136,8 @@ def idle(config: RunConfig, work: Work) -> dict[str, str]:
         cut = config.cut
         when(True, "cut.finetune_epochs says how long a cut model is trained", "optim.epochs")
         when(cut.layer is not None, "cut.layer is the only one", "cut.scope")
+        when(not cut.structured, "cut.structured is False", "cut.gate_elements")
+        when(cut.linear_gate == 0, "cut.linear_gate is 0", "cut.gate_elements")
         short = optim.warmup_epochs >= 0.2 * cut.finetune_epochs > 0
         when(short, "fine-tuning warms up for a fifth of cut.finetune_epochs at most", "optim.warmup_epochs")
         fixed = cut.finetune_epochs == 0 and cut.criterion in ("l1", "l2") and not cut.repair

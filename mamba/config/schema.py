@@ -311,6 +311,9 @@ class CutConfig(Group):
     """The only block that the cut is made in; None: all."""
     structured: bool = False
     """Remove whole units (each component's structured granularity) instead of zeroing single weights."""
+    gate_elements: bool = False
+    """In a structured cut: zero single weights of the gate (cut.linear_gate) instead of removing its channels, which
+    are those of linear_out and linear_in."""
     criterion: Literal["l1", "l2", "taylor", "wanda", "random"] = "l1"
     """What ranks weights and units."""
     scope: Literal["global", "layerwise"] = "global"
@@ -322,9 +325,12 @@ class CutConfig(Group):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Component -> rate, of those that are cut; empty where nothing is."""
+        """Component, with its granularity where that is not the usual one -> rate, of those that are cut; empty where
+        nothing is."""
         parts = ("linear_out", "mlp", "linear_gate", "linear_in", "conv1d", "linear_B_C", "linear_delta")
-        return {name: rate for name in (*parts, "block", "stem") if (rate := getattr(self, name)) > 0}
+        rates = {name: rate for name in (*parts, "block", "stem") if (rate := getattr(self, name)) > 0}
+        apart = {"linear_gate"} if self.structured and self.gate_elements else set()
+        return {f"{name}:element" if name in apart else name: rate for name, rate in rates.items()}
 
 
 class PenaltyConfig(Group):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pruning.components import COMPONENTS
+from pruning.components import COMPONENTS, ELEMENT
 
 Row = Mapping[str, Any]
 AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
@@ -113,6 +113,8 @@ def same_models(rows: Sequence[Row]) -> dict[str, str]:
         for name, rate in rates.items():
             component = COMPONENTS[name]
             unit = component.groups.get(component.structured or "", f"{name}:{component.structured}")
+            if name == "linear_gate" and row["values"].get("cut.gate_elements"):
+                unit = f"{name}:{ELEMENT}"
             groups[unit] = max(rate, groups.get(unit, 0.0))
         others = {k: v for k, v in row["values"].items() if k not in RATES}
         key = json.dumps([groups, others], sort_keys=True, default=str)

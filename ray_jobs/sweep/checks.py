@@ -60,7 +60,8 @@ def check(
     """
     _check_keys(space, config)
     varied = {*space.fixed, *(key for grid in space.grids for key in grid), *space.search}
-    beside = [f"cut.{name}" for name in config.cut.rates] + ["cut.layer"] * (config.cut.layer is not None)
+    beside = [f"cut.{name.partition(':')[0]}" for name in config.cut.rates]
+    beside += ["cut.layer"] * (config.cut.layer is not None)
     if space.kind == "measure" and (more := [key for key in beside if key not in varied]):
         raise ConfigError(
             f"{more[0]} {config.flat()[more[0]]} of the experiment's config would be in every trial, and tables name "

@@ -235,3 +235,10 @@ def test_what_needs_a_gpu_is_refused_without_one(values, gpu, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig().with_values(values).check_workers(1, gpu)
     RunConfig().with_values(values | {"optim.amp": "bf16"}).check_workers(1, gpu=True)
+
+
+def test_the_gate_can_lose_single_weights_in_a_structured_cut():
+    rates = {"cut.linear_out": 0.7, "cut.linear_gate": 0.5, "cut.structured": True}
+    assert RunConfig().with_values(rates).cut.rates == {"linear_out": 0.7, "linear_gate": 0.5}
+    apart = RunConfig().with_values({**rates, "cut.gate_elements": True}).cut.rates
+    assert apart == {"linear_out": 0.7, "linear_gate:element": 0.5}

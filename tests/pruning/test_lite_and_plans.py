@@ -78,6 +78,21 @@ def test_a_model_that_lost_more_than_widths_is_refused(model):
             build_mamba_lite(other, expand=0.5, d_state=2, depth=2, mlp_ratio=0.5)
 
 
+@pytest.mark.parametrize("depth, kept", [(24, 16), (12, 8), (4, 3), (1, 1)])
+def test_the_third_stage_keeps_two_thirds_of_any_depth(depth, kept):
+    model = mamba_small(depth=depth, d_model=16)
+    assert len(build_mamba_lite(model).stack) == kept
+    result = apply_plan(model, "stage3")
+    assert (result.record.total("block:depth").before, len(result.model.stack)) == (depth, kept)
+
+
+def test_the_second_stage_has_both_forms():
+    model = mamba_small(depth=2, d_model=16)
+    by_input, by_output = (apply_plan(model, name).model.architecture.blocks[0] for name in ("stage2", "stage2_output"))
+    assert (by_input.d_inner, by_input.out_channels) == (16, None)
+    assert (by_output.d_inner, by_output.out_channels) == (24, 8)
+
+
 def test_stages():
     model = mamba_small(depth=16, d_model=16)
     for name in PLANS:
@@ -94,7 +109,7 @@ def test_stages():
             assert set(result.masks) == {f"blocks.{i}.ssm.in_proj.weight" for i in range(16)}
             (shape,) = shapes  # of 32 channels half; of 64 neurons 45 go and 19 are rounded to 16
             assert (shape.d_inner, shape.mlp_hidden, shape.d_state) == (16, 16, 16)
-    with pytest.raises(ConfigError, match="unknown plan 'stage4'; valid: stage1, stage2, stage3"):
+    with pytest.raises(ConfigError, match="unknown plan 'stage4'; valid: stage1, stage2, stage2_output, stage3"):
         apply_plan(model, "stage4")
 
 

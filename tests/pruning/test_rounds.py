@@ -227,7 +227,9 @@ def test_measurements_of_a_model(small_data, small_fit, tmp_path):
     assert size["model/macs"] == model.architecture.macs()
     speed = measure.speed(model, batch_size=8, seconds=0.05)
     assert speed["bench/images_per_s"] > 0 and speed["bench/latency_ms"] > 0
-    assert "bench/peak_memory_mib" not in speed, "nobody measured it on a CPU"
+    held = sum(p.nbytes for p in model.parameters()) / 2**20
+    assert speed["bench/peak_memory_mib"] >= held
+    speed.pop("bench/peak_memory_mib")  # where a system does not say it
     table = before_after_table({**size, **speed, "test/accuracy": 90.0}, {**size, **speed, "test/accuracy": 45.0})
     assert "not measured" in list(table.columns[1].cells) and "0.500" in list(table.columns[3].cells)
 

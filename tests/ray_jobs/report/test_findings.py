@@ -7,6 +7,7 @@ import math
 import pytest
 
 from ray_jobs.report.findings import findings
+from ray_jobs.report.rows import same_models
 from tests.ray_jobs.report.experiments import lost, row
 
 NAN = math.nan
@@ -87,6 +88,9 @@ def test_the_same_model_is_said_not_timed_twice():
         lost({**cut, "cut.linear_gate": 0.5}, 1.0, **sizes, **{"bench/images_per_s": 130.0}),
         lost({**cut, "cut.linear_gate": 0.8}, 2.0, **{**sizes, "model/params": 4}),
     ]
+    assert same_models(rows) == {rows[1]["trial"]: rows[0]["trial"]}
+    elements = lost({**cut, "cut.linear_gate": 0.5, "cut.gate_elements": True}, 1.0, **sizes)
+    assert same_models([rows[0], elements]) == {}, "single weights of the gate are another cut"
     text = findings(rows, {"bench/images_per_s": 50.0})
     assert "linear_gate 0.5: the same model as linear_out 0.7, mlp 0.7" in text
     assert "2.00 times" in text and "2.60 times" not in text and text.count("the same model") == 1

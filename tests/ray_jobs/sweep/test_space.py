@@ -44,7 +44,7 @@ def test_the_joint_grid():
     ]
     assert rates == [
         {"linear_out": 0.7, "mlp": 0.7},
-        {"linear_out": 0.7, "mlp": 0.7, "linear_gate": 0.5},
+        {"linear_out": 0.7, "mlp": 0.7, "linear_gate": 0.5, "gate_elements": True},
         {"linear_out": 0.8, "mlp": 0.8, "linear_in": 0.3},
     ]
 

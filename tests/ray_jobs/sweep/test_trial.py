@@ -41,6 +41,8 @@ def test_a_measure_trial_is_the_prune_done_by_hand(trained, shared_of):
     for trial in expand(load_space("layer_sensitivity"), 2) + expand(load_space("joint_pruning"), 2):
         result = run_trial(shared, trial.name, trial.values, quiet)
         rates = {k.removeprefix("cut."): v for k, v in trial.values.items() if isinstance(v, float)}
+        if trial.values.get("cut.gate_elements"):
+            rates["linear_gate:element"] = rates.pop("linear_gate")
         layer = trial.values.get("cut.layer")
         layers = None if layer is None else [layer]
         by_hand = prune_multiple(model, rates, shrink="cut.structured" in trial.values, layers=layers)
@@ -49,7 +51,7 @@ def test_a_measure_trial_is_the_prune_done_by_hand(trained, shared_of):
         assert result["metrics"]["model/params"] == sum(p.numel() for p in by_hand.parameters())
         assert "bench/images_per_s" not in result["metrics"], "measured beside other trials"
         record = load_record(shared.folder / trial.name)
-        assert {what.partition(":")[0] for what in record.whats} == set(rates)
+        assert {what.partition(":")[0] for what in record.whats} == {name.partition(":")[0] for name in rates}
         if "cut.structured" in trial.values:
             units = [row.kept for row in record.of("mlp:neuron").values()]
             assert units == [block.mlp_hidden for block in by_hand.architecture.blocks]
