@@ -219,6 +219,19 @@ BENCHMARKS: dict[str, Benchmark] = {
         "32x32, float32, batch 1, in turns; one thread in processor time, more in elapsed time. What it says of the "
         "claim (3 to 4 times for stage 3): below.",
     ),
+    "export_cpu": Benchmark(
+        "ONNX Runtime beside our own code on a CPU",
+        "export:rows",
+        "cpu",
+        {"models": ["quickstart", "mamba_small"], "batches": [1, 16], "seconds": 8.0, "threads": 1},
+        {"models": ["quickstart"], "batches": [2], "seconds": 0.0, "threads": 1, "d_model": 8, "depth": 1},
+        ("model", "batch", "runtime", "threads"),
+        {"forward_ms": "down"},
+        {"model": "model", "params": "parameters", "batch": "batch", "runtime": "by", "forward_ms": "ms",
+         "ratio": "ours over it"},
+        "Forward pass, float32, 32x32 pixels (quickstart: 8x8), in turns; one thread, processor time. The file is that "
+        "of export.py, in which a Scan node walks over the tokens.",
+    ),
     "components": Benchmark(
         "What a cut costs and buys",
         "components:rows",

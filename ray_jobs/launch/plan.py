@@ -28,6 +28,7 @@ from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.launch.cluster import connected_if
 from ray_jobs.launch.console import Display, stop_on_signal
 from ray_jobs.launch.measure import compare
+from ray_jobs.launch.recipe import train_on
 from ray_jobs.launch.run import preflight, run
 
 
@@ -51,7 +52,8 @@ def run_plan(args: PruneArgs) -> int:
     images = calibration_batches(load_data(config.data, config.seed), config.seed) if config.cut.repair else None
     how: dict[str, Any] = {"calibration": images, "seed": config.seed, "repair": config.cut.repair}
     pruned = apply_plan(model, args.plan, masks=masks_of(given), **how)  # what does not fit is refused before a folder
-    folder = create_run(config.with_values({"prune.method": "none", "penalty.kind": "off"}))
+    kept = config.with_values({"prune.method": "none", "penalty.kind": "off"})
+    folder = create_run(kept)
     with exclusive(folder):
         if trains_first(config, args.given):
             start = _train_under_penalty(config, folder)
@@ -79,7 +81,7 @@ def run_plan(args: PruneArgs) -> int:
     if "test/accuracy" in before:
         console.print("no validation split: accuracies are the test set's, by which no plan should be chosen")
     console.print(f"pruned model: {path}", markup=False)
-    console.print(f"fine-tune it: python ray_jobs/train.py --model.checkpoint {path} ...", markup=False)
+    console.print(f"fine-tune it: {train_on(folder, path, kept)}", markup=False)
     return 0
 
 

@@ -1,7 +1,9 @@
-"""How a trained model was trained: the config that its checkpoint keeps, from which prune, tune and ablate start."""
+"""How a trained model was trained: the config that its checkpoint keeps, from which prune, tune and ablate start; and
+the command that trains on what pruning left."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from mamba.config.schema import RunConfig
@@ -25,3 +27,15 @@ def recipe_of(path: Path) -> RunConfig:
     if recipe.data.split_from is not None:  # it is this model's own by now
         recipe = recipe.with_values({"data.split_from": None, "data.split_seed": None, "data.val_fraction": None})
     return recipe
+
+
+def train_on(folder: Path, model: Path, config: RunConfig) -> str:
+    """The command that trains a pruned model on, with the data and the recipe of the folder that it was pruned in, whose
+    config it is, and without what pruned it there."""
+    off = {}
+    if config.prune.method != "none":
+        off["--prune.method"] = "none"
+    if config.penalty.kind != "off":
+        off["--penalty.kind"] = "off"
+    words = ["python", "ray_jobs/train.py", "--config", str(folder / "config.yaml"), "--model.checkpoint", str(model)]
+    return shlex.join([*words, *(word for pair in off.items() for word in pair), "--name", "tuned"])

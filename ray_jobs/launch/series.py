@@ -21,6 +21,7 @@ from pruning.rounds import Engine, check_rounds, check_series, run_rounds
 from pruning.show import print_cut
 from ray_jobs.launch.console import Display, stop_on_signal
 from ray_jobs.launch.measure import measure
+from ray_jobs.launch.recipe import train_on
 from ray_jobs.launch.run import preflight, run, workers_for
 from ray_jobs.launch.workers import Workers
 
@@ -71,7 +72,7 @@ def run_series(args: PruneArgs, command: str) -> int:
     if rows[-1].get("val_accuracy") is not None and rows[-1].get("test_accuracy") is not None:
         say(f"test accuracy of the last round, read once: {rows[-1]['test_accuracy']:.2f} %")
     pruned = last / "pruned"
-    say(f"pruned model: {pruned}\ntrain it on: python ray_jobs/train.py --model.checkpoint {pruned} ...")
+    say(f"pruned model: {pruned}\ntrain it on: {train_on(folder, pruned, config)}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,6 +52,13 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
+def dry_run_of(command, capsys):
+    """What the command that prune.py prints at its end would do."""
+    assert command.startswith("python ray_jobs/train.py ")
+    assert train_main([*shlex.split(command)[2:], "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
 def test_rounds_from_a_trained_model(trained, tmp_path, capsys):
     words = ["--method", "refill", "--target", "mlp", "--rate", "0.5", "--rounds", "1", "--checkpoint", str(trained)]
     assert main([*words, *LOCAL, "--optim.epochs", "1", "--out", str(tmp_path), "--trial", "one"]) == 0
@@ -74,6 +82,8 @@ def test_rounds_from_a_trained_model(trained, tmp_path, capsys):
     model, _ = ckpt.load_model(str(folder / "round-01" / "pruned"))
     kept = [row["kept"] for row in json.loads((folder / "round-01" / "cut.json").read_text())["rows"]]
     assert [b.mlp_hidden for b in model.architecture.blocks] == kept[-2:]
+    again = dry_run_of(out.partition("train it on: ")[2].splitlines()[0], capsys)
+    assert f"# parameters: {int(pruned['params']):,}" in again and "batch_size: 128" in again and "method: none" in again
     assert model.architecture.blocks[0].mlp_hidden < 48 and model.architecture.blocks[0].d_inner == 24
     assert main(["--resume", str(folder)]) == 0, "a finished series shows its table again"
 
@@ -89,6 +99,9 @@ def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
     for words in ("validation accuracy", "parameters", "MACs", "zeros among", "latency", "throughput", "peak memory"):
         assert words in out
     assert report["after"]["model/params"] < report["before"]["model/params"]
+    again = dry_run_of(out.partition("fine-tune it: ")[2].splitlines()[0], capsys)
+    assert f"# parameters: {int(report['after']['model/params']):,}" in again
+    assert "batch_size: 128" in again and "name: tuned" in again, "the recipe of the model, not the quickstart's"
     start = str(folder / "checkpoints" / "best-00000")
     words = [*FAST[6:], *LOCAL, "--out", str(tmp_path), "--trial", "t"]
     assert train_main([*words, "--model.checkpoint", start]) == 0
