@@ -16,6 +16,7 @@ from mamba.config.counts import check_given
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
 from ray_jobs.launch.ending import exit_code
+from ray_jobs.launch.recipe import to_train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,12 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_train_args(argv, description=(__doc__ or "").split("\n")[0])
         if args.resume is None:
             check_given(["train"], args.given, [args.config])
+        wanted = to_train(args)
         if args.dry_run:
             from ray_jobs.launch.dry_run import dry_run
 
-            return dry_run(args.config)
+            return dry_run(wanted)
         print("loading PyTorch and the data ...", flush=True)  # seconds without a word look like a hang
-        config = args.config.resolve()
+        config = wanted.resolve()
         if config.scaling.num_workers == 0:
             return _train(args, config)
         from ray_jobs.launch.ahead import begun

@@ -100,8 +100,10 @@ def test_the_page_to_the_letter(tmp_path):
 
 
 def assert_tensorboard_starts(body, folder, env):
-    command = shlex.split(body) + ["--port", "0"]
-    server = subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    command = [*shlex.split(body), "--port", "0"]
+    server = subprocess.Popen(
+        command, cwd=folder, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     try:
         assert any("http://" in line for line in server.stderr), "it ended"
     finally:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from mamba.config.cli import TrainArgs
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 
@@ -29,13 +30,17 @@ def recipe_of(path: Path) -> RunConfig:
     return recipe
 
 
+def to_train(args: TrainArgs) -> RunConfig:
+    """The config that train.py was asked for. A file of a series of rounds beside a trained model is taken for the
+    recipe that it holds, so that what the rounds left is trained on as it was in them."""
+    if "model.checkpoint" in args.given and not {"prune.method", "prune.round"} & set(args.given):
+        return args.config.with_values({"prune.method": "none", "prune.round": 0})
+    return args.config
+
+
 def train_on(folder: Path, model: Path, config: RunConfig) -> str:
-    """The command that trains a pruned model on, with the data and the recipe of the folder that it was pruned in, whose
-    config it is, and without what pruned it there."""
-    off = {}
-    if config.prune.method != "none":
-        off["--prune.method"] = "none"
-    if config.penalty.kind != "off":
-        off["--penalty.kind"] = "off"
+    """The command that trains a pruned model on, with the data and the recipe of the folder that it was pruned in (its
+    config is `config`), and without the penalty there."""
     words = ["python", "ray_jobs/train.py", "--config", str(folder / "config.yaml"), "--model.checkpoint", str(model)]
-    return shlex.join([*words, *(word for pair in off.items() for word in pair), "--name", "tuned"])
+    off = ["--penalty.kind", "off"] if config.penalty.kind != "off" and config.penalty.strength else []
+    return shlex.join([*words, *off, "--name", "tuned"])
