@@ -113,7 +113,7 @@ def run_rounds(config: RunConfig, folder: Path, data: ImageData, engine: Engine)
         ForgeError: of a run, or a folder that cannot be written or read.
     """
     check_series(folder, config)
-    keep_inputs(folder, {"data": fingerprint(data)})
+    keep_inputs(folder, {"data": fingerprint(data)}, config=config.flat())
     if not (folder / "start").exists():
         _make_start(config, folder, data)
     rows = []

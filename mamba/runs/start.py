@@ -15,7 +15,7 @@ from typing import Any
 from mamba.config.resolve import CONV_STEMS
 from mamba.config.schema import ModelConfig, RunConfig
 from mamba.config.versions import FORMAT
-from mamba.errors import CheckpointError
+from mamba.errors import CheckpointError, ConfigError
 from mamba.models.embed import resize_positions
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs.checkpoint import (
@@ -37,7 +37,8 @@ from mamba.runs.checkpoint import (
     weights_file,
 )
 from mamba.runs.files import checksum, create, sealed, to_json, unwritable
-from mamba.runs.folder import forget_stop
+from mamba.runs.folder import CONFIG, forget_stop, read_config
+from mamba.runs.unchanged import changed
 
 START = "start"
 
@@ -220,13 +221,21 @@ def prepare_resume(folder: Path) -> None:
     found before workers start.
 
     Raises:
-        ConfigError: the folder cannot be written to.
+        ConfigError: the folder cannot be written to, or its config is not what was trained with.
         CheckpointError: the file, and what is wrong with it.
     """
     forget_stop(folder)
     newest = newest_checkpoint(folder)
     if newest is None:
         return
+    tree = read_description(newest).get("config")
+    if isinstance(tree, dict) and (folder / CONFIG).exists():
+        told = changed(read_config(folder).flat(), RunConfig.stored(tree, newest).flat(), besides=("optim.epochs",))
+        if told:
+            raise ConfigError(
+                f"{folder / CONFIG} was changed since the run trained ({newest.name}): {told}; a run goes on as it "
+                "was: undo that, or begin another with --config"
+            )
     load_training_state(newest)
     load_model(newest, weights="raw")
     if (newest / EMA_WEIGHTS).exists():

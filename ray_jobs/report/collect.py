@@ -23,6 +23,7 @@ from mamba.runs.checkpoint import best_checkpoint, find_checkpoint, read_descrip
 from mamba.runs.files import as_metrics, read_sealed
 from mamba.runs.folder import epochs_of, finished_result
 from mamba.runs.metrics import best_accuracy
+from mamba.runs.unchanged import changed
 from ray_jobs.report.noise import IMAGES, standard_error
 from ray_jobs.report.rows import SCORE, finite, measured, over_seeds, score
 from ray_jobs.sweep import experiment
@@ -111,7 +112,9 @@ def _one(path: Path, name: str) -> dict[str, Any]:
     if result is None:
         raise ConfigError(f"{path / 'result.json'} is damaged")
     flat, defaults = _config(path), RunConfig().flat()
-    _compare_configs(path, flat, result.get("config"))
+    trained = result.get("config")
+    if isinstance(trained, dict) and (other := changed(flat, trained)):
+        raise FolderError(f"{path / 'config.yaml'} was changed since: {other}")
     values = {key: value for key, value in flat.items() if value != defaults.get(key) and key not in OWN}
     row = _row(name, path, result, {**values, **({"seed": flat["seed"]} if flat else {})}, flat)
     kept = _kept(path, result)
@@ -120,14 +123,6 @@ def _one(path: Path, name: str) -> dict[str, Any]:
     else:
         row["metrics"].pop(SCORE, None)
     return row
-
-
-def _compare_configs(path: Path, flat: Mapping[str, Any], trained: object) -> None:
-    """Raises FolderError where a run's config.yaml is not what its result says that it was trained with."""
-    for key, value in trained.items() if isinstance(trained, dict) else ():
-        elsewhere = key in (*OWN, "data.split_from") or key.partition(".")[0] in ("scaling", "tracking")
-        if not elsewhere and flat.get(key, value) != value:
-            raise FolderError(f"{path / 'config.yaml'} was changed: it says {key} {flat[key]}, and it was {value}")
 
 
 def _plan(path: Path, name: str) -> list[dict[str, Any]]:

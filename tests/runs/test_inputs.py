@@ -29,6 +29,14 @@ def test_other_data_and_other_models_are_refused(tmp_path):
         keep_inputs(tmp_path, {"a": first}, [model])
 
 
+def test_a_config_that_was_changed_is_refused(tmp_path):
+    """Rounds of one series could be pruned at two rates, which no table would say."""
+    keep_inputs(tmp_path, {}, config={"prune.rate": 0.2, "out": "here", "scaling.num_workers": 1})
+    keep_inputs(tmp_path, {}, config={"prune.rate": 0.2, "out": "there", "scaling.num_workers": 2, "new.key": 1})
+    with pytest.raises(ConfigError, match=r"was changed since: it says prune\.rate 0\.5, and it was 0\.2"):
+        keep_inputs(tmp_path, {}, config={"prune.rate": 0.5})
+
+
 def test_damage_is_named(tmp_path):
     keep_inputs(tmp_path, {"a": {}})
     (tmp_path / INPUTS).write_text((tmp_path / INPUTS).read_text().replace("models", "modelz"))

@@ -11,10 +11,11 @@ import torch
 
 from mamba.config.schema import RunConfig
 from mamba.data.images import ImageData, ImageSet
-from mamba.errors import CheckpointError
+from mamba.errors import CheckpointError, ConfigError
 from mamba.models.embed import resize_positions
 from mamba.runs import checkpoint as ckpt
 from mamba.runs import start
+from mamba.runs.folder import write_config
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
 from pruning.masks import FILE
@@ -135,3 +136,15 @@ def test_fine_tuning_onto_other_classes_and_pixels(trained, small_config, tmp_pa
     assert fit(config.with_values({"optim.epochs": 2}), local_process(), run, data)["epochs"] == 2
     architecture = json.loads((ckpt.newest_checkpoint(run) / "config.json").read_text())["architecture"]
     assert architecture["num_classes"] == 4 and architecture["img_size"] == 12
+
+
+def test_a_run_does_not_go_on_with_another_config(trained, small_config):
+    """config.yaml was edited between stop and --resume: half of the epochs were trained otherwise, without a word."""
+    own = small_config(optim__epochs=1)
+    moved = {"data.root": "elsewhere", "scaling.num_workers": 2, "optim.epochs": 3}  # and extended
+    for values in ({}, moved):
+        write_config(trained, own.with_values(values))
+        start.prepare_resume(trained)
+    write_config(trained, own.with_values({"optim.lr": 0.5, "data.augment": "randaugment"}))
+    with pytest.raises(ConfigError, match=r"was changed since .*step-\d+\): it says data\.augment randaugment"):
+        start.prepare_resume(trained)

@@ -154,4 +154,4 @@ def test_a_config_that_was_changed_since_is_named(mixed, tmp_path, capsys):
     file = folder / "config.yaml"
     file.write_text(file.read_text().replace("lr: 0.5", "lr: 0.1"))
     found = collect([folder])
-    assert found.rows == [] and "was changed: it says optim.lr 0.1, and it was 0.5" in found.skipped[0]
+    assert found.rows == [] and "was changed since: it says optim.lr 0.1, and it was 0.5" in found.skipped[0]
