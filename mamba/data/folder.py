@@ -43,8 +43,14 @@ def load_folder(config: DataConfig, seed: int) -> ImageData:
         sets["train"] = replace(sets["train"], sample=sample)
     else:
         mean, std = statistics(images)
-    notes = (left_out,) if left_out else ()
+    notes: tuple[str, ...] = (left_out,) if left_out else ()
     if len(held_out) == 2:
+        if config.split_from is not None:
+            raise DataError(f"data.split_from {config.split_from} has no effect: {root}/val is the validation split")
+        asked = {"data.val_fraction": config.val_fraction, "data.split_seed": config.split_seed}
+        idle = [f"{key} {value}" for key, value in asked.items() if value is not None]
+        if idle:
+            notes += (f"{root}/val is the validation split as it is: {' and '.join(idle)} without effect",)
         return ImageData(sets["train"], sets["val"], test, classes, mean, std, notes)
     train, val, split = split_training(sets["train"], config, seed, classes)
     return ImageData(train, val, test, classes, mean, std, notes, split)

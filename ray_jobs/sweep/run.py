@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,20 @@ def check_data(experiment: Experiment) -> tuple[dict[str, dict[str, Any]], list[
         if refusals and (experiment.trials or len(refusals) == len(own)):  # of a search, single trials may fail
             raise ConfigError(refusals[0])
         prints[identity.model_dump_json()] = fingerprint(data)
+    if experiment.trials:
+        _check_different(prints)
     return prints, sorted(path for path in models if path is not None)
+
+
+def _check_different(prints: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ConfigError where trials ask for data by different keys and get the same."""
+    seen: dict[str, str] = {}
+    for keys, found in prints.items():
+        other = seen.setdefault(json.dumps(found, sort_keys=True), keys)
+        if other != keys:
+            one, two = json.loads(other), json.loads(keys)
+            idle = ", ".join(f"data.{key} ({one[key]} and {two[key]})" for key in one if one[key] != two[key])
+            raise ConfigError(f"trials that differ in {idle} have the same images: it has no effect on this data set")
 
 
 def _refusal(train_images: int, config: RunConfig) -> str | None:

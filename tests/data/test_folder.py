@@ -51,6 +51,16 @@ def test_folder_with_val_and_test_uses_val_as_it_is(tmp_path):
     assert (len(data.train), len(data.val), len(data.test)) == (18, 15, 18)
 
 
+def test_what_asks_for_another_split_than_val_is_said_or_refused(tmp_path):
+    """data.val_fraction was taken, and val/ validated as ever."""
+    root = write_folder(tmp_path, splits=("train", "val", "test"))
+    assert not any("without effect" in note for note in load(root, val_fraction=None).notes)
+    note = load(root, val_fraction=0.3).notes[-1]
+    assert note.endswith("val is the validation split as it is: data.val_fraction 0.3 without effect")
+    with pytest.raises(DataError, match=r"data\.split_from .* has no effect: .*val is the validation split"):
+        load(root, split_from=tmp_path)
+
+
 def test_folder_with_val_alone_tests_on_it(tmp_path):
     root = write_folder(tmp_path, ("train", "val"))
     data = load_data(config(dataset="folder", root=root, img_size=8, val_fraction=0.5), 0)

@@ -18,6 +18,7 @@ from ray_jobs.sweep.grid import Trial, expand
 from ray_jobs.sweep.run import check_data, compared, resources
 from ray_jobs.sweep.space import Space, checked, load_space
 from ray_jobs.sweep.tuner import EpochASHA, Watcher
+from tests.data.helpers import write_folder
 from tests.runs.test_tracking import shown_status
 
 
@@ -95,6 +96,15 @@ def test_an_experiment_that_was_changed_is_named(tmp_path):
     file.write_text(file.read_text().replace('"optim.lr": 0.2', '"optim.lr": 0.3'))
     with pytest.raises(ConfigError, match=r"experiment.json is damaged or was changed .* take its checksum out"):
         experiment.load(folder)
+
+
+def test_trials_that_ask_otherwise_for_the_same_images_are_refused(tmp_path):
+    """A folder with a val/ of its own: trials of two data.val_fraction were one and the same, by two names."""
+    root = write_folder(tmp_path / "d", splits=("train", "val", "test"))
+    own = grid_of(tmp_path, data__val_fraction=[0.1, 0.3], data__dataset=["folder"], data__root=[str(root)],
+                  data__img_size=[8], data__batch_size=[4])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"differ in data\.val_fraction \(0\.1 and 0\.3\) have the same images"):
+        check_data(own)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '"x"'])
