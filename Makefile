@@ -29,10 +29,10 @@ reproduce: $(READY)  ## the best measured CIFAR-10 run (downloads it; 9 minutes 
 	@$(BIN)/python ray_jobs/train.py --preset best_cifar10
 
 test: $(READY)  ## run the tests but the long ones; some start a local Ray cluster
-	@$(BIN)/python -m pytest -q -m "not long"
+	@$(BIN)/python -m pytest -q -n auto -m "not long"
 
 test-all: $(READY)  ## run all tests, killed sweeps and clusters of several nodes too
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto
 
 lint: $(READY)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

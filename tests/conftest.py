@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-import torch
 
-from mamba.config.schema import RunConfig
-from mamba.data.images import ImageData, ImageSet
-from mamba.data.split import split_validation
-from mamba.train.distributed import local_process
-from mamba.train.hooks import TrainHook
-from mamba.train.trainer import fit
+if TYPE_CHECKING:  # what only hands tests to other processes needs none of it
+    from mamba.config.schema import RunConfig
+    from mamba.data.images import ImageData, ImageSet
+    from mamba.train.hooks import TrainHook
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+"""Is this one of several processes that run tests?"""
+if WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # each has a core
+
+ROOT = Path(__file__).parent.parent
 SMALL = {
     "data.dataset": "digits",
     "data.batch_size": 16,
@@ -35,6 +39,8 @@ SMALL = {
 
 def make_small_config(out: Path, **values: Any) -> RunConfig:
     """A resolved config of a two-block model; overrides as dotted keys, with two underscores for a dot."""
+    from mamba.config.schema import RunConfig
+
     overrides = {k.replace("__", "."): v for k, v in values.items()}
     return RunConfig(out=out).with_values({**SMALL, **overrides}).resolve()
 
@@ -47,6 +53,11 @@ def small_config(tmp_path: Path):
 
 def make_small_data() -> ImageData:
     """Three classes of 8x8 images that differ in brightness: 72 to train, 24 to validate, 30 to test on."""
+    import numpy as np
+
+    from mamba.data.images import ImageData, ImageSet
+    from mamba.data.split import split_validation
+
     rng = np.random.default_rng(0)
 
     def images(n: int) -> ImageSet:
@@ -67,6 +78,8 @@ def small_data() -> ImageData:
 @pytest.fixture
 def small_fit(small_config, small_data, tmp_path):
     """Train in this process: (folder name, overrides) -> the result; the same name again continues the run."""
+    from mamba.train.distributed import local_process
+    from mamba.train.trainer import fit
 
     def run(
         name: str = "run", data: ImageData = small_data, hooks: Sequence[TrainHook] = (), **values: Any
@@ -78,5 +91,50 @@ def small_fit(small_config, small_data, tmp_path):
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    if not item.get_closest_marker("gpu"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+
+
+# --- several processes: `pytest -n auto` ------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A process for each core, at most four: each takes a gigabyte and reads all tests."""
+    return min(len(os.sched_getaffinity(0)), 4)
+
+
+@cache
+def starts_ray(file: str) -> bool:
+    """Has a test file, relative to the root, tests that need a cluster?"""
+    return "pytest.mark.cluster" in (ROOT / file).read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay together, for they share what is trained for them; those that start Ray are one group,
+    which begins. (Marks of groups do nothing here: https://github.com/pytest-dev/pytest-xdist/issues/1386.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "Ray" if starts_ray(file) else file
+
+    config.option.loadscopereorder = False  # as collected, not the most tests first
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if WORKER:
+        items.sort(key=lambda item: not starts_ray(item.nodeid.split("::")[0]))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector of garbage need not look at it (a million objects) again and again."""
+    gc.collect()
+    gc.freeze()

@@ -1,8 +1,7 @@
-"""One trained model and one Ray cluster for all tests of sweeps."""
+"""One trained model for all tests of sweeps."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +59,3 @@ def shared_of(trained: Path, tmp_path: Path, small_data: ImageData, monkeypatch:
 
     yield shared
     _loaded.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Any:
-    """A local cluster of two CPUs that every sweep in this process connects to."""
-    from ray_jobs.launch.cluster import connected
-
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = "local"
-    with connected(print) as found:
-        yield found
-    if before is None:
-        del os.environ["RAY_ADDRESS"]

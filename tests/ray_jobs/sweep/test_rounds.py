@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 
 import pytest
 import torch
-import yaml
 
 from mamba.config.cli import parse_sweep_args
 from mamba.config.presets import get_preset
@@ -192,29 +190,3 @@ def test_two_presets_that_are_the_same_here():
     space = checked(Space(question="q", cost="c", kind="train", grids=[{"preset": ["v2", "stage2"]}]))
     with pytest.raises(ConfigError, match="presets v2 and stage2 are the same"):
         expand(space, 0)
-
-
-@pytest.mark.cluster
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.timeout(400)
-def test_a_sweep_of_rounds_on_digits_from_its_command_to_its_report(tmp_path, capsys):
-    space = {
-        "question": "?", "cost": "2 series", "kind": "rounds",
-        "set": {"prune.rounds": 1, "prune.ssm_rate": 0.5, "prune.mlp_rate": 0.7, "optim.epochs": 2,
-                "optim.warmup_epochs": 0.0},
-        "grids": [{"prune.method": ["refill", "rsst"]}],
-    }  # fmt: skip
-    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
-    small = ["--model.d-model", "12", "--model.depth", "2", "--model.d-state", "4", "--data.batch-size", "128"]
-    assert tune([*small, "--space", str(tmp_path / "space.yaml"), "--out", str(tmp_path), "--name", "two"]) == 0
-    folder = tmp_path / "two"
-    with (folder / "results.csv").open() as file:
-        table = {row["trial"]: row for row in csv.DictReader(file)}
-    assert set(table) == {"method-refill", "method-rsst"}
-    assert all(float(row["bench/images_per_s"]) > 0 and float(row["prune/density"]) < 0.5 for row in table.values())
-    assert (folder / "report" / "rounds.png").exists()
-    assert "validation accuracy (and parameters) by density" in capsys.readouterr().out
-    stamps = [p.stat().st_mtime_ns for p in folder.glob("*/trial.json")]
-    assert tune(["--resume", str(folder)]) == 0
-    assert [p.stat().st_mtime_ns for p in folder.glob("*/trial.json")] == stamps
-    assert len(json.loads((folder / "method-rsst" / "trial.json").read_text())["rounds"]) == 2

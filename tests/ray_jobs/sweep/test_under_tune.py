@@ -24,6 +24,17 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.ma
 FAST = ["--model.d-model", "12", "--model.depth", "2", "--model.d-state", "4", "--data.batch-size", "128"]
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """A local cluster of two CPUs that every sweep in this process connects to."""
+    from ray_jobs.launch.cluster import connected
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "local")
+        with connected(print) as found:
+            yield found
+
+
 def test_an_ablation_from_its_command_to_its_report(trained_on_digits, tmp_path, capsys):
     words = ["--checkpoint", str(trained_on_digits), "--out", str(tmp_path)]
     assert ablate(words) == 0
@@ -97,3 +108,25 @@ def test_a_grid_over_the_data_and_a_trial_that_diverges(tmp_path, capsys):
     assert "1e" in bad["trial"] and bad["reason"]
     assert len({row["model/macs"] for row in table.values() if row is not bad}) == 2
     assert f"failed: {bad['trial']}" in capsys.readouterr().out
+
+
+def test_a_sweep_of_rounds_on_digits_from_its_command_to_its_report(tmp_path, capsys):
+    space = {
+        "question": "?", "cost": "2 series", "kind": "rounds",
+        "set": {"prune.rounds": 1, "prune.ssm_rate": 0.5, "prune.mlp_rate": 0.7, "optim.epochs": 2,
+                "optim.warmup_epochs": 0.0},
+        "grids": [{"prune.method": ["refill", "rsst"]}],
+    }  # fmt: skip
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    assert tune([*FAST, "--space", str(tmp_path / "space.yaml"), "--out", str(tmp_path), "--name", "two"]) == 0
+    folder = tmp_path / "two"
+    with (folder / "results.csv").open() as file:
+        table = {row["trial"]: row for row in csv.DictReader(file)}
+    assert set(table) == {"method-refill", "method-rsst"}
+    assert all(float(row["bench/images_per_s"]) > 0 and float(row["prune/density"]) < 0.5 for row in table.values())
+    assert (folder / "report" / "rounds.png").exists()
+    assert "validation accuracy (and parameters) by density" in capsys.readouterr().out
+    stamps = [p.stat().st_mtime_ns for p in folder.glob("*/trial.json")]
+    assert tune(["--resume", str(folder)]) == 0
+    assert [p.stat().st_mtime_ns for p in folder.glob("*/trial.json")] == stamps
+    assert len(json.loads((folder / "method-rsst" / "trial.json").read_text())["rounds"]) == 2
