@@ -13,7 +13,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,12 @@ def rows(
     batch_size: int | None = None,
     seconds: float = 0.5,
     epochs: int = 20,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row the dense model, a plan, a component at a rate. Without a checkpoint: of the quickstart model, trained here
-    for so many epochs."""
+    for so many epochs; overrides: of its config, for toys."""
     device = own_device()
-    with trained(checkpoint, epochs) as path:
+    with trained(checkpoint, epochs, overrides) as path:
         model, description = ckpt.load_model(path, device=device)
         config = RunConfig.stored(description["config"], path)
         data = load_data(config.data, config.seed)

@@ -138,3 +138,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: the collector of garbage need not look at it (a million objects) again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # some libraries complain at the end of what is left

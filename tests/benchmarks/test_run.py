@@ -11,9 +11,8 @@ from benchmarks.registry import BENCHMARKS
 from benchmarks.run import main
 from mamba.errors import ConfigError
 
-CLUSTER = {"sweep"}
-MARKS = [pytest.mark.cluster, pytest.mark.long]
-TOYS = [pytest.param(name, marks=MARKS if name in CLUSTER else ()) for name in BENCHMARKS]
+LONG = {"sweep": [pytest.mark.cluster, pytest.mark.long], "scaling": [pytest.mark.long]}
+TOYS = [pytest.param(name, marks=LONG.get(name, ())) for name in BENCHMARKS]
 
 
 @pytest.mark.parametrize("name", TOYS)
