@@ -156,11 +156,7 @@ def test_ray_run_killed_worker_restarts_from_the_last_checkpoint(tmp_path):
     finally:
         process.kill()
     wait_for(lambda: not ray_processes_of(process.pid), 30)
-    done = subprocess.run(
-        [sys.executable, "ray_jobs/train.py", "--resume", str(run), *LOCAL],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(["--resume", str(run), *LOCAL]) == 0
     assert epochs(run) == list(range(1, 25))
     result = json.loads((run / "result.json").read_text())
     assert result["world_size"] == 1 and result["epochs"] == 24 and result["metrics"]["test/accuracy"] > 60

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,17 +103,14 @@ def test_what_does_not_fit_is_refused(name, shape):
 
 
 @pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="needs triton; on a GPU the kernels run")
-def test_triton_in_the_interpreter():
-    code = """
+def test_triton_in_the_interpreter(in_the_interpreter):
+    in_the_interpreter("""
 import torch
 from tests.ops.scan.test_forms import FLAGS, inputs_in
 from tests.ops.scan.test_selective_scan import assert_equal_to_reference
-torch.set_num_threads(1)
 for forms in (("groups", "plain"), ("groups", "constant")):
     assert_equal_to_reference("triton", inputs_in(forms, torch.float32, 4, 3, 2), FLAGS, 1e-5)
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, env=environment, timeout=300)
+""")
 
 
 @pytest.mark.gpu

@@ -127,11 +127,10 @@ def test_wide_loads_only_where_every_row_is_aligned():
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run here")
-def test_kernels_in_the_interpreter():
+def test_kernels_in_the_interpreter(in_the_interpreter):
     """Two chunks, a channel block that is not full, every option: the arithmetic, not the compiler."""
-    code = """
+    in_the_interpreter("""
 import torch; from tests.ops.scan.test_triton import ALL, GROWING, assert_equal_to_reference, growing, make_inputs
-torch.set_num_threads(1)
 assert_equal_to_reference(make_inputs(1, 3, 18, 2, device="cpu"), ALL, 1e-5)
 tensors = make_inputs(1, 3, 5, 2, device="cpu")
 assert_equal_to_reference({k: v for k, v in tensors.items() if k not in ("D", "z", "delta_bias")}, {}, 1e-5)
@@ -143,9 +142,7 @@ for name in ("u", "delta", "z"):  # what lies around the sequence must not be re
     around[:, 3:20] = tensors[name].transpose(1, 2)
     tensors[name] = around[:, 3:20].transpose(1, 2)
 assert_equal_to_reference(tensors, ALL, 1e-5)
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, env=environment, timeout=300)
+""")
 
 
 # ---------------------------------------------------------------- on a GPU

@@ -20,6 +20,7 @@ from ray_jobs.tune import main as tune
         (tune, ["--space", "model_family"], ["# mixer-forward-seed0: model.mixer forward, seed 0"]),
         (ablate, ["--preset", "quickstart", "--grid", "layers"], ["# 4 trials in "]),
         (ablate, ["--grid", "joint", "--checkpoint", "CHECKPOINT"], ["# 3 trials in ", "cut.mlp 0.7"]),
+        (ablate, ["--checkpoint", "CHECKPOINT"], [f"# {28 + 2 + 3} trials in "]),
     ],
 )
 def test_a_dry_run_says_what_would_run_and_leaves_nothing(trained, tmp_path, capsys, script, words, lines):

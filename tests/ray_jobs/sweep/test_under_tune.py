@@ -16,6 +16,7 @@ import yaml
 from mamba.runs.hparams import HPARAM_METRICS
 from ray_jobs.ablate import main as ablate
 from ray_jobs.compare import main as compare
+from ray_jobs.sweep.space import load_space
 from ray_jobs.tune import main as tune
 from tests.runs.test_tracking import hparams_table, shown_status
 
@@ -35,13 +36,22 @@ def cluster():
             yield found
 
 
-def test_an_ablation_from_its_command_to_its_report(trained_on_digits, tmp_path, capsys):
+def test_an_ablation_from_its_command_to_its_report(trained_on_digits, tmp_path, capsys, monkeypatch):
+    """All three grids, of each component one rate; all rates: test_killed.py."""
+
+    def of_one_rate(name):
+        space = load_space(name)
+        grids = [{key: values[-1:] if isinstance(values, list) else values for key, values in g.items()}
+                 for g in space.grids]  # fmt: skip
+        return space.model_copy(update={"grids": grids})
+
+    monkeypatch.setattr("ray_jobs.sweep.space.load_space", of_one_rate)
     words = ["--checkpoint", str(trained_on_digits), "--out", str(tmp_path)]
     assert ablate(words) == 0
     folder = tmp_path / "ablation"
     with (folder / "results.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert len(table) == len({row["trial"] for row in table}) == 28 + 2 + 3
+    assert len(table) == len({row["trial"] for row in table}) == 7 + 2 + 3
     assert all(row["status"] == "finished" for row in table)
     assert [r["trial"] for r in table if r["bench/images_per_s"]] == [
         r["trial"] for r in table if "joint" in r["trial"]
@@ -53,11 +63,11 @@ def test_an_ablation_from_its_command_to_its_report(trained_on_digits, tmp_path,
     page = (folder / "report" / "index.html").read_text()
     assert page.count("data:image/png;base64") >= 3
     said = capsys.readouterr().out
-    assert "33/33" in said and f"report: {folder}/report/index.html" in said
+    assert "12/12" in said and f"report: {folder}/report/index.html" in said
     assert ablate(words) == 2
     assert "holds an experiment already" in capsys.readouterr().err
     assert compare([str(folder), "--csv", str(tmp_path / "all.csv")]) == 0
-    assert "ablation/components-mlp-0.3," in (tmp_path / "all.csv").read_text()
+    assert "ablation/components-mlp-0.9," in (tmp_path / "all.csv").read_text()
 
 
 def test_a_search_stopped_continued_and_extended(tmp_path, capsys):
