@@ -6,8 +6,10 @@ import re
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from reprlib import Repr
+from types import MappingProxyType
 from typing import Any, Self, get_args
 
 import yaml
@@ -180,7 +182,8 @@ def stored_values(tree: object, where: object) -> dict[str, Any]:
     return current(flat, where)
 
 
-def dotted_keys() -> dict[str, type[Group]]:
+@cache
+def dotted_keys() -> Mapping[str, type[Group]]:
     """Every dotted key of a run config, with the group that owns it."""
     root = ROOT[0]
     keys: dict[str, type[Group]] = {}
@@ -190,7 +193,7 @@ def dotted_keys() -> dict[str, type[Group]]:
             keys |= {f"{name}.{leaf}": group for leaf in group.model_fields}
         else:
             keys[name] = root
-    return keys
+    return MappingProxyType(keys)
 
 
 def may_be_none(key: str) -> bool:
