@@ -12,7 +12,8 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, resnet50
+from torchvision.models import ResNet, VisionTransformer, resnet50
+from torchvision.models.resnet import Bottleneck
 
 OTHERS = ("vit_small", "resnet50")
 
@@ -32,9 +33,13 @@ def vit_small(classes: int, side: int, fused: bool = True, toy: bool = False) ->
     return model
 
 
-def resnet50_small(classes: int, side: int) -> nn.Module:
-    """ResNet-50; below 64 pixels as usual for CIFAR: a 3x3 convolution of stride 1 first, and no pooling behind it."""
-    model = resnet50(num_classes=classes)
+def resnet50_small(classes: int, side: int, toy: bool = False) -> nn.Module:
+    """ResNet-50; below 64 pixels as usual for CIFAR: a 3x3 convolution of stride 1 first, and no pooling behind it.
+    toy: one narrow block a stage."""
+    if toy:
+        model = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=classes, width_per_group=8)
+    else:
+        model = resnet50(num_classes=classes)
     if side < 64:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -73,7 +78,7 @@ def has_mamba_ssm() -> bool:
 
 
 def other(name: str, classes: int, side: int, fused: bool = True, toy: bool = False) -> nn.Module:
-    return vit_small(classes, side, fused, toy) if name == "vit_small" else resnet50_small(classes, side)
+    return vit_small(classes, side, fused, toy) if name == "vit_small" else resnet50_small(classes, side, toy)
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
