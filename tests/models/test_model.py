@@ -140,7 +140,7 @@ def test_the_scale_of_initial_weights_counts_the_branches_that_there_are():
 def test_a_model_in_bf16_scans_with_float32_parameters(monkeypatch):
     seen = []
 
-    def scan(problem):
+    def scan(problem, reverse):
         seen.append(problem)
         return problem.u
 
