@@ -89,6 +89,7 @@ def measured(args: argparse.Namespace, command: str) -> results.Results:
 
     device = own_device()
     torch.backends.cuda.matmul.allow_tf32 = False
+    threads = torch.get_num_threads()
     names = chosen(args.names, None if args.toy else device.type)
     changed = settings(args.set, names)
     found: results.Results = {}
@@ -107,6 +108,7 @@ def measured(args: argparse.Namespace, command: str) -> results.Results:
                 results.write(args.json, found)
             print("  " + "  ".join(f"{k}={page.number(v) if isinstance(v, int | float) else v}" for k, v in row.items()
                                    if v is not None), flush=True)  # fmt: skip
+        torch.set_num_threads(threads)  # the next is measured as if it were alone
         results.check_rows(name, rows)
         about["seconds"] = round(time.perf_counter() - began, 1)
         if device.type == "cpu":

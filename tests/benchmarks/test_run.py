@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from benchmarks import compare, page, results
 from benchmarks.registry import BENCHMARKS
@@ -18,7 +19,9 @@ TOYS = [pytest.param(name, marks=LONG.get(name, ())) for name in BENCHMARKS]
 @pytest.mark.parametrize("name", TOYS)
 def test_each_runs_as_a_toy(name, tmp_path):
     """Its rows have its keys and what it measures, and make its table."""
+    threads = torch.get_num_threads()
     assert main([name, "--toy", "--json", str(tmp_path / "toy.json")]) == 0
+    assert torch.get_num_threads() == threads, "the next benchmark would have another number of threads"
     result = results.read(tmp_path / "toy.json")[name]
     benchmark, rows = BENCHMARKS[name], result["rows"]
     assert result["toy"] and rows
@@ -131,8 +134,6 @@ def test_two_rows_of_one_key_are_refused():
     ],
 )
 def test_errors_are_sentences(words, sentence, capsys, monkeypatch, tmp_path):
-    import torch
-
     if "needs a CUDA GPU" in sentence and torch.cuda.is_available():
         pytest.skip("there is one")
     monkeypatch.chdir(tmp_path)
