@@ -30,9 +30,9 @@ from mamba.train.ema import ModelEma
 from mamba.train.evaluate import evaluate
 from mamba.train.loss import TrainingLoss
 from mamba.train.optim import make_optimizer
+from mamba.train.precision import resolve_amp
 from mamba.train.schedule import learning_rate
 from mamba.train.step import OptimizerStep
-from mamba.train.trainer import resolve_amp
 
 
 def rows(

@@ -27,7 +27,7 @@ from mamba.errors import ConfigError, ForgeError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.environment import environment
 from mamba.train.distributed import own_device
-from mamba.train.trainer import resolve_amp
+from mamba.train.precision import resolve_amp
 from pruning import COMPONENTS, PLANS, apply_plan, measure
 from pruning.components import ELEMENT
 from pruning.cut import cut

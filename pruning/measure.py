@@ -27,6 +27,8 @@ from pruning.masks import check_sparsity_mamba
 
 TURNS = 5
 """In which speeds that are to be compared are taken."""
+SECONDS = 0.5
+"""How long latency and throughput are timed, each, wherever models are compared."""
 TIMED = ("bench/latency_ms", "bench/images_per_s")
 
 

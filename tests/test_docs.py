@@ -24,6 +24,7 @@ from pruning.cut import cut
 from pruning.importance import SCORES
 
 ROOT = Path(__file__).parent.parent
+OURS = ("mamba", "pruning", "ray_jobs")
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -50,6 +51,22 @@ def test_every_link_leads_somewhere(page):
         assert there.exists(), f"{page.name}: {target}"
         if anchor and there.suffix == ".md":
             assert anchor in anchors(there), f"{page.name}: {target}"
+
+
+def test_the_map_names_every_file():
+    """docs/DESIGN.md, by room: what a newcomer cannot place by its name has a word beside it there."""
+    text = (DOCS / "DESIGN.md").read_text().split("## The house")[1].split("## Contracts")[0]
+    parts = re.split(r"^(?=(?:mamba|pruning|ray_jobs)/)", text, flags=re.M)
+    for room in sorted({file.parent for top in OURS for file in (ROOT / top).rglob("*.py")}):
+        name = str(room.relative_to(ROOT)) + "/"
+        part = next((p for p in parts if p.startswith(name)), None)
+        if part is None or name in ("mamba/", "ray_jobs/"):
+            continue  # a folder within a room, and the commands
+        files = {file.name for file in room.glob("*.py")} - {"__init__.py"}
+        assert not {file for file in files if not re.search(rf"\b{re.escape(file)}", part)}, name
+        assert not {
+            f for f in re.findall(r"\b[a-z_]+\.py\b", part.split("\nray_jobs/*")[0]) if not list(room.rglob(f))
+        }, name
 
 
 def test_every_page_is_in_the_navigation():

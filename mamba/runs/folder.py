@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -37,8 +37,6 @@ CONFIG, RESULT, METRICS_LOG, PROGRESS = "config.yaml", "result.json", "metrics.j
 LOG, ERROR_LOG, STOP, LOCK = "train.log", "error.log", "STOP", ".lock"
 STATUSES = ("finished", "stopped early", "failed", "interrupted")
 """How a run can have ended."""
-
-State = Literal["empty", "running", "finished", "unfinished"]
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -113,22 +111,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def state_of(folder: Path) -> State:
-    """Whether a run has finished, is being trained at this moment on this machine, or waits to be continued."""
-    if not (folder / CONFIG).exists():
-        return "empty"
-    if (folder / RESULT).exists():
-        return "finished"
-    lock = FileLock(folder / LOCK)
-    with suppress(OSError):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return "running"
-        lock.release()
-    return "unfinished"
 
 
 def finished_result(folder: Path) -> dict[str, Any] | None:

@@ -49,6 +49,9 @@ class Metric:
         return value if (better or self.better) == "down" else -value
 
 
+SCORE = "val/best_accuracy"
+"""The one figure for how good a run is: the validation accuracy of the weights that are kept."""
+
 _ALL = (
     Metric("val/best_accuracy", "validation accuracy of the kept weights", "%", "{:.2f}", "up", hparams=True),
     Metric("val/accuracy", "validation accuracy", "%", "{:.2f}", "up", hparams=True),

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mamba.config.resolve import CONV_STEMS
-from mamba.config.schema import ModelConfig, RunConfig
+from mamba.config.resolve import CONV_STEMS, MODEL_SIZES
+from mamba.config.schema import RunConfig
 from mamba.config.versions import FORMAT
 from mamba.errors import CheckpointError, ConfigError
 from mamba.models.embed import resize_positions
@@ -202,7 +202,7 @@ def described(config: RunConfig) -> RunConfig:
         "pos_embed": a.pos_embed,
         "scan_order": a.scan_order,
     }
-    if name in ModelConfig.model_fields["name"].annotation.__args__:  # type: ignore[union-attr]
+    if name in MODEL_SIZES:
         values["name"] = name
     if a.blocks:
         values |= {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mamba.data.views import ONE, Views
 from mamba.errors import TrainingError
 from mamba.models.model import MambaModel, count_parameters
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.confusion import Confusion
 from mamba.runs.environment import environment
 from mamba.runs.provenance import check_data, with_split
 from mamba.runs.start import first_weights, start_of
@@ -38,14 +39,13 @@ from mamba.train.hooks import TrainHook
 from mamba.train.loss import TrainingLoss
 from mamba.train.monitor import Monitor
 from mamba.train.optim import make_optimizer
+from mamba.train.precision import resolve_amp
 from mamba.train.record import Batches
 from mamba.train.schedule import learning_rate
 from mamba.train.state import finish_writing, restore, save, write_checkpoint
 from mamba.train.step import OptimizerStep
 from mamba.train.stopwatch import Stopwatch
 from mamba.train.writer import Writer
-
-__all__ = ["Trainer", "fit", "resolve_amp"]
 
 FIRST_STEPS = 4
 """Steps of a process that may take long: kernels are loaded, blocks compiled, a step recorded."""
@@ -246,13 +246,14 @@ class Trainer:
     def validate(self, split: ImageSet) -> None:
         """Validate raw and averaged weights, and keep the better of both if nothing was as good so far.
 
-        `val/best_accuracy` is that of the weights that are kept. NaN is never better.
+        `val/best_accuracy` is that of the weights that are kept. NaN is never better. Raises Stopped.
         """
         self.alive.enter(f"validating epoch {self.epoch}")
-        self.metrics["val/loss"], self.metrics["val/accuracy"] = self.evaluate(self.model, split)
+        stop = self.monitor.stop_requested
+        self.metrics["val/loss"], self.metrics["val/accuracy"] = self.evaluate(self.model, split, stop=stop)
         accuracies = {"raw": self.metrics["val/accuracy"]}
         if self.ema:
-            _, accuracies["ema"] = self.evaluate(self.ema.model, split)
+            _, accuracies["ema"] = self.evaluate(self.ema.model, split, stop=stop)
             self.metrics["val/ema_accuracy"] = accuracies["ema"]
         weights = max(accuracies, key=lambda k: -math.inf if math.isnan(accuracies[k]) else accuracies[k])
         eligible = all(hook.may_be_best(self.epoch - 1) for hook in self.hooks)
@@ -262,11 +263,15 @@ class Trainer:
             write_checkpoint(self, f"best-{self.epoch:05d}", None)
 
     def evaluate(
-        self, model: nn.Module, split: ImageSet, views: Views = ONE, counts: ClassCounts | None = None
+        self,
+        model: nn.Module,
+        split: ImageSet,
+        views: Views = ONE,
+        counts: ClassCounts | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Score:
         """`mamba.train.evaluate.evaluate` with the run's settings. What is compiled is so for the training batch alone:
         more graphs would cost more than they save here."""
-        stop = self.monitor.stop_requested if self.unvalidated else None
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
             return evaluate(
                 model, self.data, split, self.process, self.config.eval.batch_size, self.amp, views, counts, stop
@@ -289,34 +294,42 @@ class Trainer:
         """Test once, with the weights that validated best (the last ones where nothing was validated)."""
         finish_writing(self)
         model: MambaModel = self.ema.model if self.ema else self.model
-        best = ckpt.best_checkpoint(self.folder)
-        if best is not None:
-            model, _ = ckpt.load_model(best, device=self.process.device)
+        kept = ckpt.best_checkpoint(self.folder)
+        if kept is not None:
+            model, _ = ckpt.load_model(kept, device=self.process.device)
         self.alive.enter("testing")
         views, compared = self._views(model)
         counts = ClassCounts(self.data.classes, self.process.device)
-        test_loss, test_accuracy = self.evaluate(model, self.data.test, views, counts)
-        if math.isnan(test_loss):
+        score = self.evaluate(model, self.data.test, views, counts)
+        if math.isnan(score.loss):
             skipped = int(self.optimizer_step.skipped[0].item())
             raise TrainingError(
                 f"the run diverged: after {self.epoch} epochs no weights are left whose outputs are finite ({skipped} "
                 "optimizer steps were skipped); lower optim.lr, set optim.grad_clip or try --preset unstable",
                 every_rank=True,
             )
+        epoch = self.best["epoch"] if kept else self.epoch
+        tested = {"weights": self.best["weights"], "epoch": epoch, "tta_views": views.count, **compared}
         confusion = counts.result()
-        metrics = {
-            **self.metrics,
-            "test/loss": test_loss,
-            "test/accuracy": test_accuracy,
-            **({} if confusion.top5 is None else {"test/top5_accuracy": confusion.top5}),
-            **self.sizes(),
-        }
-        tested = {"weights": self.best["weights"], "epoch": self.best["epoch"] if best else self.epoch}
+        result = self._result(score, confusion, tested)
+        if self.tracker:
+            self.tracker.confusion(confusion, self.global_step)
+            self.tracker.finish(result, self.global_step)
+        return result
+
+    def _result(self, score: Score, confusion: Confusion, tested: dict[str, Any]) -> dict[str, Any]:
+        """What result.json holds. `score` and `confusion`: of the test images; `tested`: of which weights, and how."""
         data = self.data
-        result = {
+        return {
             "status": "finished",
-            "metrics": metrics,
-            "tested": {**tested, "tta_views": views.count, **compared},
+            "metrics": {
+                **self.metrics,
+                "test/loss": score.loss,
+                "test/accuracy": score.accuracy,
+                **({} if confusion.top5 is None else {"test/top5_accuracy": confusion.top5}),
+                **self.sizes(),
+            },
+            "tested": tested,
             "by_class": confusion.to_dict(),
             "epochs": self.epoch,
             "seconds": round(self.seconds["run"], 3),
@@ -329,10 +342,6 @@ class Trainer:
             "folder": str(self.folder),
             **environment(self.process.device),
         }
-        if self.tracker:
-            self.tracker.confusion(confusion, self.global_step)
-            self.tracker.finish(result, self.global_step)
-        return result
 
     def _views(self, model: MambaModel) -> tuple[Views, dict[str, Any]]:
         """The views to test with, and what result.json says of them where several were asked for."""
@@ -358,15 +367,6 @@ def initial_model(config: RunConfig, folder: Path, classes: int, side: int, proc
     if config.model.sync_batchnorm and process.world_size > 1 and process.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
-
-
-def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of `optim.amp`: on GPUs auto is bf16 where it is native, else fp16; on CPU auto is off."""
-    if amp == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 @contextmanager

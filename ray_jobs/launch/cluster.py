@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ray
 
@@ -20,6 +20,7 @@ from mamba.config.choices import PLUGINS
 from mamba.errors import ConfigError, TrainingError
 from ray_jobs.launch.waiting import told
 
+Result = TypeVar("Result")
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # by default a report costs 2 s
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would come twice
@@ -122,6 +123,17 @@ def connected_if(wanted: bool, announce: Callable[[str], None]) -> Iterator[None
     """`connected`, where a cluster is wanted at all."""
     with connected(announce) if wanted else contextlib.nullcontext():
         yield
+
+
+def on_one_gpu(gpu: bool, work: Callable[..., Result], *args: Any) -> Result:
+    """What `work(*args)` returns, computed on a GPU of the connected cluster that nothing else uses meanwhile; without
+    one, in this process."""
+    if not gpu:
+        return work(*args)
+    import ray
+
+    found: Result = ray.get(ray.remote(num_gpus=1)(work).remote(*args))
+    return found
 
 
 def _take_back_signals() -> None:

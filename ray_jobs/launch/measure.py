@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mamba.config.schema import RunConfig
+from ray_jobs.launch.cluster import on_one_gpu
 from ray_jobs.launch.tasks import measured
 from ray_jobs.launch.workers import Workers
 
@@ -36,6 +37,6 @@ def compare(
     if config.scaling.num_workers != 0:
         import ray
 
-        if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0:
-            return ray.get(ray.remote(num_gpus=1)(measured).remote(spec))
+        gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+        return on_one_gpu(gpu, measured, spec)
     return measured(spec)

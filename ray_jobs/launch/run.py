@@ -129,17 +129,11 @@ def workers_for(config: RunConfig, folder: Path, announce: Callable[[str], None]
             yield group
 
 
-def _silent(text: str) -> None:
-    pass
-
-
-def train_with_workers(
-    config: RunConfig, folder: Path, workers: int, gpu: bool, cpus: int, announce: Callable[[str], None] = _silent
-) -> dict[str, Any]:
+def train_with_workers(config: RunConfig, folder: Path, workers: int, gpu: bool, cpus: int) -> dict[str, Any]:
     """A training by several workers of its own, on the cluster that this process is connected to.
 
     Raises:
         TrainingError: what ended it, in a sentence; the whole traceback is in error.log.
     """
     with Workers(workers, gpu, cpus, folder / ".ray", config.scaling.max_failures) as group:
-        return group.train(config, folder, announce)
+        return group.train(config, folder, lambda line: None)  # a trial's line tells how it goes

@@ -21,7 +21,8 @@ from mamba.data.registry import load_data
 from mamba.errors import ForgeError
 from mamba.runs.files import write_json
 from mamba.train.distributed import Process, own_device
-from mamba.train.trainer import fit, resolve_amp
+from mamba.train.precision import resolve_amp
+from mamba.train.trainer import fit
 from pruning import measure as meter
 from pruning.rounds import hooks_for
 from pruning.store import load_smaller
@@ -29,8 +30,6 @@ from ray_jobs.launch.process import restored
 
 LOOK_S = 0.05
 """Seconds between two looks for a task, or for its answer."""
-SECONDS = 0.5
-"""How long latency and throughput are timed, each."""
 Task = tuple[str, dict[str, Any]]
 """Its kind (KINDS) and what it needs."""
 
@@ -143,7 +142,7 @@ def measured(spec: dict[str, Any]) -> list[dict[str, float]]:
     models = [load_smaller(Path(path), device)[0].model for path in spec["paths"]]
     data = load_data(config.data, config.seed)
     batch_size = spec["batch_size"] or meter.usual_batch(device)
-    rows = meter.speeds(models, batch_size, SECONDS, amp)
+    rows = meter.speeds(models, batch_size, meter.SECONDS, amp)
     for model, row in zip(models, rows, strict=True):
         row |= meter.size(model)
         if data.val is None:

@@ -22,10 +22,10 @@ from mamba.errors import ConfigError, FolderError, ForgeError
 from mamba.runs.checkpoint import best_checkpoint, find_checkpoint, read_description
 from mamba.runs.files import as_metrics, read_sealed
 from mamba.runs.folder import epochs_of, finished_result
-from mamba.runs.metrics import best_accuracy
+from mamba.runs.metrics import SCORE, best_accuracy
 from mamba.runs.unchanged import changed
 from ray_jobs.report.noise import IMAGES, standard_error
-from ray_jobs.report.rows import SCORE, finite, measured, over_seeds, score
+from ray_jobs.report.rows import finite, measured, over_seeds, score
 from ray_jobs.sweep import experiment
 from ray_jobs.sweep.results import BASELINE, TRIAL, baseline_of, checked_trial, refused
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mamba.errors import ConfigError
-from mamba.runs.metrics import METRICS, metric, number
+from mamba.runs.metrics import METRICS, SCORE, metric, number
 from ray_jobs.report.collect import Found, merged
 from ray_jobs.report.noise import images_in_words
-from ray_jobs.report.rows import SCORE, measured, ranked, score
+from ray_jobs.report.rows import measured, ranked, score
 from ray_jobs.report.table import COLUMNS, html_table, page, show
 from ray_jobs.sweep import experiment
 from ray_jobs.sweep.results import baseline_of, rows
@@ -75,7 +75,7 @@ def write_index(path: Path, found: Found, by: str) -> Path:
 
 def _experiment(folder: Path, start: Path) -> list[str]:
     told, trials = experiment.load(folder), rows(folder)
-    objective, mode = next(iter(told.space.objectives.items()), (SCORE, "max"))
+    objective, mode = told.space.first_objective
     best = next(iter(ranked([r for r in trials if r["status"] == "finished"], objective, mode)), None)
     top = None if best is None else score(best) if objective == SCORE else measured(best, objective)
     said = f"{html.escape(objective)} {number(top)}" if top is not None else ""

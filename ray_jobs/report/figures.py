@@ -17,12 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mamba.runs.metrics import metric, number
+from mamba.runs.metrics import SCORE, metric, number
 from pruning.rounds import accuracy_of
 from ray_jobs.report.noise import standard_error
 from ray_jobs.report.rows import (
     COSTS,
-    SCORE,
     best_of,
     by_component,
     by_layer,
@@ -52,7 +51,7 @@ def draw(space: Space, rows: Rows, baseline: Mapping[str, float], images: int, c
 
     Args:
         space: which keys are searched, and for what.
-        rows: trials, as `ray_jobs.sweep.experiment.rows` gives them.
+        rows: trials, as `ray_jobs.sweep.results.rows` gives them.
         baseline: metrics of the dense model; may be empty.
         images: of the validation split; 0 where unknown.
         curves: of training trials.

@@ -49,7 +49,7 @@ def findings(
     """A short text: what to prune first, what not to touch; of a search, its best trials; means over seeds.
 
     Args:
-        rows: trials, as `ray_jobs.sweep.experiment.rows` gives them, of any space.
+        rows: trials, as `ray_jobs.sweep.results.rows` gives them, of any space.
         baseline: metrics of the dense model, its `val/images` among them.
         objectives: of a search, metric -> max or min; none for a grid.
     """

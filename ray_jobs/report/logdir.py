@@ -25,10 +25,10 @@ from mamba.errors import ConfigError
 from mamba.runs.files import replacing
 from mamba.runs.folder import STATUSES, epochs_of
 from mamba.runs.hparams import EVERY_RUN_HAS, HPARAM_METRICS, comparable, most_different, write_line
-from mamba.runs.metrics import metric
+from mamba.runs.metrics import SCORE, metric
 from mamba.runs.tensorboard import layout_summary
 from ray_jobs.report.collect import Found
-from ray_jobs.report.rows import SCORE, finite, measured, ranked, score
+from ray_jobs.report.rows import finite, measured, ranked, score
 
 MARK = ".mamba-forge-logdir"
 """Says that a folder was written here and may be replaced."""

@@ -13,9 +13,9 @@ from mamba.config.help import quiet_pipe
 from mamba.errors import ForgeError
 from mamba.runs.inputs import keep_inputs
 from ray_jobs.report.findings import findings
-from ray_jobs.report.rows import SCORE, ranked
+from ray_jobs.report.rows import ranked
 from ray_jobs.report.table import show, write_results
-from ray_jobs.sweep import experiment
+from ray_jobs.sweep import experiment, results
 from ray_jobs.sweep.results import refused
 from ray_jobs.sweep.run import check_data, run
 
@@ -83,13 +83,13 @@ def conclude(folder: Path, script: str) -> int:
         console.print(text, markup=False)
 
     def write_table() -> None:
-        write_results(folder / "results.csv", experiment.rows(folder))
+        write_results(folder / "results.csv", results.rows(folder))
 
     ended, rows = run(folder, say, write_table)
     write_table()
     failed = [row for row in rows if row["status"] == "failed"]
     told = experiment.load(folder)
-    objective, mode = next(iter(told.space.objectives.items()), (SCORE, "max"))
+    objective, mode = told.space.first_objective
     best = ranked(rows, objective, mode)
     show(best[:SHOWN], first=list(told.space.objectives))
     if len(best) > SHOWN:
@@ -98,7 +98,7 @@ def conclude(folder: Path, script: str) -> int:
         console.print(f"left out: {sentence}", markup=False)
     for row in failed:
         console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
-    text = findings(rows, experiment.baseline_of(folder), told.space.objectives)
+    text = findings(rows, results.baseline_of(folder), told.space.objectives)
     console.print(text, markup=False)
     if rows:
         from ray_jobs.report.page import write_report  # draws: nothing that a sweep should wait for before it starts

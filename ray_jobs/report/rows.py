@@ -1,6 +1,6 @@
 """What rows of trials are: which component each one cuts, which are repeats, which is best.
 
-A row is what `ray_jobs.sweep.experiment.rows` gives: trial, status, reason, values, metrics, seconds. Nothing here
+A row is what `ray_jobs.sweep.results.rows` gives: trial, status, reason, values, metrics, seconds. Nothing here
 takes for granted that a trial has a certain value or metric: a space may vary any key. A metric that is not a finite
 number is none, so that what diverged is on no front, in no mean, and last in every order.
 """
@@ -13,12 +13,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from mamba.runs.metrics import SCORE
 from pruning.components import COMPONENTS, ELEMENT
 
 Row = Mapping[str, Any]
 AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
-SCORE = "val/best_accuracy"
-"""How good a model is: the validation accuracy, in percent, of the weights that are kept."""
 COSTS = {"model/macs": "min", "model/nonzero": "min", "bench/images_per_s": "max"}
 """What accuracy is drawn against, and which way is better."""
 RATES = {f"cut.{name}": name for name, component in COMPONENTS.items() if component.refused is None}

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from mamba.errors import ConfigError
 from mamba.runs.files import write_csv
-from ray_jobs.report.rows import SCORE, finite
+from mamba.runs.metrics import SCORE
+from ray_jobs.report.rows import finite
 
 COLUMNS = (
     *("val/best_accuracy", "val/accuracy", "val/drop", "test/accuracy"),

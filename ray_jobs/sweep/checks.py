@@ -36,7 +36,7 @@ that have a certain key, which its conditions can make rare."""
 EVERY_EPOCH = ("train/loss", "train/lr", "train/images_per_s", "train/data_wait_percent", "train/skipped_steps")
 VALIDATED = ("val/loss", "val/accuracy", "val/best_accuracy")
 SIZES = ("model/params", "model/macs")
-MEASURED = ("val/loss", "val/accuracy", "val/drop", "model/params", "model/nonzero", "model/macs", "model/sparsity")
+MEASURED = (*VALIDATED, "val/drop", *SIZES, "model/nonzero", "model/sparsity")
 
 
 def check(

@@ -29,8 +29,9 @@ from mamba.runs.environment import environment
 from mamba.runs.provenance import with_split
 from mamba.train.distributed import Process, own_device
 from mamba.train.evaluate import evaluate
+from mamba.train.precision import resolve_amp
 from mamba.train.state import save, write_checkpoint
-from mamba.train.trainer import Trainer, resolve_amp
+from mamba.train.trainer import Trainer
 from pruning.rounds import hooks_for
 from ray_jobs.launch.cluster import Cluster
 from ray_jobs.sweep.checks import configs_of

@@ -18,11 +18,8 @@ from mamba.runs.files import read_sealed, sealed, to_json, write_sealed
 from mamba.runs.folder import exclusive
 from mamba.runs.inputs import INPUTS
 from ray_jobs.sweep.grid import Trial, check_names
-from ray_jobs.sweep.results import baseline_of, rows
 from ray_jobs.sweep.space import MOST_TRIALS, Space
 from ray_jobs.sweep.study import check_storage, new_id, study_names
-
-__all__ = ["FILE", "Experiment", "baseline_of", "create", "load", "more_trials", "outline", "rows", "taken"]
 
 FILE = "experiment.json"
 

@@ -18,7 +18,8 @@ from mamba.runs.environment import environment
 from mamba.runs.tracking import Tracker
 from mamba.train.distributed import Process, own_device
 from mamba.train.evaluate import evaluate
-from mamba.train.trainer import fit, resolve_amp
+from mamba.train.precision import resolve_amp
+from mamba.train.trainer import fit
 from pruning import measure as meter
 from pruning.cut import cut
 from pruning.importance import SCORES
@@ -30,8 +31,6 @@ from pruning.shrink import Shrunk
 from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.sweep.results import baseline_of, write_baseline
 from ray_jobs.sweep.shared import Report, Shared, TrialProcess, data_of, finished_run, trial_config
-
-BENCH_SECONDS = 0.4
 
 
 @lru_cache(maxsize=1)
@@ -134,4 +133,4 @@ def time_trials(shared: Shared, trials: Sequence[tuple[str, dict[str, Any]]]) ->
         models.append(cut_model(shared, trial_config(shared, name, values), device).model.cpu())
     amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
     batch_size = meter.usual_batch(device)
-    return meter.speeds(models, batch_size, BENCH_SECONDS, amp, device)
+    return meter.speeds(models, batch_size, meter.SECONDS, amp, device)

@@ -13,14 +13,14 @@ from mamba.runs.environment import environment
 from mamba.runs.files import read_sealed, write_csv, write_sealed
 from mamba.runs.start import prepare_resume
 from mamba.train.distributed import own_device
-from mamba.train.trainer import fit, resolve_amp
+from mamba.train.precision import resolve_amp
+from mamba.train.trainer import fit
 from pruning import measure as meter
 from pruning.rounds import COLUMNS, Engine, hooks_for, round_folders, run_rounds
 from pruning.store import load_smaller
 from ray_jobs.sweep.results import read_trial, write_trial
 from ray_jobs.sweep.shared import Report, Shared, TrialProcess, data_of, finished_run
 
-BENCH_SECONDS = 0.4
 SPEEDS = {"images_per_s": "bench/images_per_s", "latency_ms": "bench/latency_ms"}
 """Columns of a round's row, and the metrics that they hold."""
 
@@ -83,7 +83,7 @@ def time_rounds(shared: Shared, models: Sequence[tuple[str, str]]) -> list[dict[
     device = own_device()
     loaded = [load_smaller(_model_of(shared.folder / trial, name))[0].model for trial, name in models]
     amp = resolve_amp(RunConfig(**shared.config).optim.amp, device)
-    return meter.speeds(loaded, meter.usual_batch(device), BENCH_SECONDS, amp, device)
+    return meter.speeds(loaded, meter.usual_batch(device), meter.SECONDS, amp, device)
 
 
 def write_speeds(folder: Path, models: Sequence[tuple[str, str]], speeds: Sequence[dict[str, float]]) -> None:

@@ -18,7 +18,7 @@ from mamba.runs.folder import exclusive
 from mamba.runs.provenance import check_data as check_data_of
 from mamba.runs.provenance import with_split
 from mamba.runs.start import check_start
-from ray_jobs.launch.cluster import Cluster, connected
+from ray_jobs.launch.cluster import Cluster, connected, on_one_gpu
 from ray_jobs.launch.console import SweepDisplay
 from ray_jobs.sweep.checks import check_machine, configs_of, data_identity
 from ray_jobs.sweep.experiment import Experiment, load
@@ -32,8 +32,6 @@ from ray_jobs.sweep.tuner import Resources, run_sweep
 
 MEASURES_PER_GPU = 4
 """Measure trials that share a GPU unless told otherwise."""
-SCORE = "val/best_accuracy"
-"""What a line of progress shows of a grid of training trials."""
 
 
 def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -> tuple[bool, list[dict[str, Any]]]:
@@ -70,9 +68,7 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
             say(f"{space.question}\n{experiment.count} trials, {done} done, {held.concurrent} at once ({kind} each)")
             for sentence in refused(folder):
                 say(f"not taken for a result, measured again: {sentence}")
-            default = ("val/accuracy" if space.kind == "measure" else SCORE, "max")
-            objective, mode = next(iter(space.objectives.items()), default)
-            with SweepDisplay(experiment.count, rows(folder), objective, mode) as display:
+            with SweepDisplay(experiment.count, rows(folder), *space.first_objective) as display:
 
                 def changed(name: str, result: dict[str, Any]) -> None:
                     display.changed(name, result)
@@ -109,9 +105,10 @@ def check_data(experiment: Experiment) -> tuple[dict[str, dict[str, Any]], list[
         for remark in data.remarks():
             print(f"data: {remark}", file=sys.stderr)
         own = [config for config in configs if data_identity(config.data) == identity]
-        starts = {(c.model.checkpoint, "model.checkpoint", c.model.new_head, c.model.new_size) for c in own}
-        starts |= {(c.distill.teacher, "distill.teacher", False, False) for c in own}
-        for checkpoint, key, new_head, new_size in {*starts, (experiment.checkpoint, "--checkpoint", False, False)}:
+        begun = [(c.model.checkpoint, "model.checkpoint", c.model.new_head, c.model.new_size) for c in own]
+        taught = [(c.distill.teacher, "distill.teacher", False, False) for c in own]
+        starts = dict.fromkeys([*begun, *taught, (experiment.checkpoint, "--checkpoint", False, False)])
+        for checkpoint, key, new_head, new_size in starts:
             if checkpoint is not None:
                 check_start(checkpoint, len(data.classes), data.side, key, new_head, new_size)
                 if note := check_data_of(checkpoint, data, key, new_head):
@@ -199,8 +196,6 @@ def _search(experiment: Experiment, folder: Path) -> GridTrials:
 def _time(shared: Shared, say: Callable[[str], None]) -> None:
     """Measure the speed of the trials that changed it, alone on one GPU or in this process, and add it to their
     results. Trials that ran side by side would have measured each other."""
-    import ray
-
     base = RunConfig(**shared.config)
     changed = [
         (row["trial"], row["values"])
@@ -211,10 +206,7 @@ def _time(shared: Shared, say: Callable[[str], None]) -> None:
     if not changed or len(timed) == len(changed):
         return
     say(f"timing {len(changed)} smaller models and the dense one, one after the other")
-    if shared.gpu:
-        speeds = ray.get(ray.remote(num_gpus=1)(time_trials).remote(shared, changed))
-    else:
-        speeds = time_trials(shared, changed)
+    speeds = on_one_gpu(shared.gpu, time_trials, shared, changed)
     write_baseline(shared.folder, speeds[0])
     for (name, _), speed in zip(changed, speeds[1:], strict=True):
         result = read_trial(shared.folder / name)
@@ -224,14 +216,8 @@ def _time(shared: Shared, say: Callable[[str], None]) -> None:
 
 def _time_series(shared: Shared, say: Callable[[str], None]) -> None:
     """Measure the speed of every round's model of every series, as `_time` does of cuts."""
-    import ray
-
     models = models_to_time(shared.folder)
     if not models:
         return
     say(f"timing {len(models)} models, one after the other")
-    if shared.gpu:
-        speeds = ray.get(ray.remote(num_gpus=1)(time_rounds).remote(shared, models))
-    else:
-        speeds = time_rounds(shared, models)
-    write_speeds(shared.folder, models, speeds)
+    write_speeds(shared.folder, models, on_one_gpu(shared.gpu, time_rounds, shared, models))

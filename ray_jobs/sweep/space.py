@@ -30,6 +30,7 @@ from mamba.config.keys import current, dotted_keys, unknown_key
 from mamba.config.presets import get_preset
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
+from mamba.runs.metrics import SCORE
 
 FOLDER = Path(__file__).parents[2] / "search_spaces"
 MOST_TRIALS = 10_000
@@ -137,6 +138,11 @@ class Space(BaseModel):
     def presets(self) -> list[str]:
         """The presets that its grids vary, in order; none where they vary none."""
         return list(dict.fromkeys(str(name) for grid in self.grids for name in grid.get("preset", [])))
+
+    @property
+    def first_objective(self) -> tuple[str, str]:
+        """What trials are ranked by first, and its direction; the validation accuracy where nothing is said."""
+        return next(iter(self.objectives.items()), (SCORE, "max"))
 
     @field_validator("fixed", "grids", "search", mode="before")
     @classmethod

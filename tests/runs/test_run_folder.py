@@ -86,16 +86,6 @@ def test_a_damaged_position_is_none(tmp_path, content):
     assert runs.position_of(tmp_path) == {}
 
 
-def test_states(small_config, tmp_path):
-    assert runs.state_of(tmp_path / "nowhere") == "empty"
-    run = runs.create_run(small_config(trial="one"))
-    assert runs.state_of(run) == "unfinished"
-    with runs.exclusive(run):
-        assert runs.state_of(run) == "running"
-    (run / "result.json").write_text("{}")
-    assert runs.state_of(run) == "finished"
-
-
 def test_a_request_to_stop_follows_no_link(tmp_path):
     (tmp_path / "STOP").symlink_to(tmp_path / "elsewhere")
     runs.request_stop(tmp_path)

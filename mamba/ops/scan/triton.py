@@ -291,13 +291,6 @@ def _prefetch(pointer):
 
 
 @triton.jit
-def _prefetch_tile(pointer, near, stride_t, stride_d, d0, d_inner):
-    """The tile whose first channel is d0; pointer is that of channel 0."""
-    channel = tl.minimum(d0 + 16 * tl.arange(0, 2), d_inner - 1).to(tl.int64)  # 32 bytes hold 16 two-byte numbers
-    _prefetch(pointer + (near * stride_t)[:, None] + (channel * stride_d)[None, :])
-
-
-@triton.jit
 def _prefetch_rows(row, d_state):
     """What the loop over the states of another chunk will read: its rows of B and C."""
     if _PTX:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mamba.runs.files import read_sealed, write_sealed
 from ray_jobs.compare import main as compare
 from ray_jobs.report.logdir import SHOWN, short_names
 from tests.ray_jobs.report.experiments import left_behind, lost, run_left_behind, space_of
@@ -80,12 +81,10 @@ def test_what_is_not_ours_is_not_replaced(runs, tmp_path, capsys):
 
 def test_an_old_metric_that_some_lack_hides_no_run(runs, tmp_path):
     """Five metrics are drawn unasked; where fewer are everywhere, no other stands there."""
-    import json
-
     file = runs / "ablation" / "cut.linear_delta-0.1" / "trial.json"
-    tree = json.loads(file.read_text())
+    tree = read_sealed(file)
     tree["metrics"].pop("val/loss")
-    file.write_text(json.dumps(tree))
+    write_sealed(file, tree)
     assert compare([str(runs), "--tensorboard", str(tmp_path / "logdir")]) == 0
     experiment, groups = hparams_table(tmp_path / "logdir")
     shown = {m.name.tag for m in experiment.metric_infos}

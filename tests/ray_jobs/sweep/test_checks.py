@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mamba.config.presets import get_preset
-from mamba.config.schema import ModelConfig, RunConfig
+from mamba.config.schema import DataConfig, ModelConfig, RunConfig
 from mamba.errors import ConfigError
 from mamba.models.model import Architecture
 from ray_jobs.sweep.checks import TRAINING_DATA, check, check_cuts, check_given, check_machine, data_identity
@@ -317,3 +317,11 @@ def test_trials_on_the_same_images_are_known_by_their_data_keys():
     assert identity(batch_size=3, augment="none", mixup=0.5, device="cpu") == identity()
     assert len({identity(), identity(img_size=16), identity(val_fraction=0.3), identity(root="elsewhere")}) == 4
     assert {"dataset", "root", "img_size", "val_fraction"}.isdisjoint(TRAINING_DATA)
+
+
+def test_every_key_of_the_data_says_whether_it_decides_the_images():
+    """A new one belongs into TRAINING_DATA, or into this list: else trials that differ in it would be taken for trials
+    on other images, or the other way round."""
+    images = {"dataset", "root", "img_size", "fit", "cache", "val_fraction", "split_seed", "split_from", "strict"}
+    keys = set(DataConfig.model_fields)
+    assert keys >= TRAINING_DATA and keys - TRAINING_DATA <= images, keys - TRAINING_DATA - images

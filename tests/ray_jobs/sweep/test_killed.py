@@ -24,7 +24,7 @@ import yaml
 from mamba.runs.hparams import HPARAM_METRICS
 from ray_jobs.ablate import main as ablate
 from ray_jobs.compare import main as compare
-from ray_jobs.sweep import experiment
+from ray_jobs.sweep import experiment, results
 from ray_jobs.sweep.results import read_trial
 from ray_jobs.sweep.run import compared
 from ray_jobs.sweep.shared import Shared
@@ -249,7 +249,7 @@ def test_training_trials_killed_and_continued_are_what_they_had_been(kind, tmp_p
     own = experiment.load(folder)
     config = own.config.with_values(own.space.fixed).model_dump(mode="json")
     shared = Shared("train", tmp_path / "whole", config, None, 1, 1, False, compared(own), tuple(own.space.objectives))
-    rows = experiment.rows(folder)
+    rows = results.rows(folder)
     assert len(rows) == 4
     for row in rows:
         whole = run_trial(shared, row["trial"], row["values"], lambda _: None)
