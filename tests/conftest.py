@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -130,8 +131,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if WORKER:
-        items.sort(key=lambda item: not starts_ray(item.nodeid.split("::")[0]))
+    """Files of few tests come last, so that the processes end together."""
+    if not WORKER:
+        return
+    files = [item.nodeid.split("::")[0] for item in items]
+    tests = Counter(files)
+    ranked = sorted(zip(files, items, strict=True), key=lambda one: (not starts_ray(one[0]), -tests[one[0]], one[0]))
+    items[:] = [item for _, item in ranked]
 
 
 def pytest_collection_finish() -> None:
