@@ -79,12 +79,13 @@ def small_data() -> ImageData:
 @pytest.fixture
 def small_fit(small_config, small_data, tmp_path):
     """Train in this process: (folder name, overrides) -> the result; the same name again continues the run."""
-    from mamba.train.distributed import local_process
-    from mamba.train.trainer import fit
 
     def run(
         name: str = "run", data: ImageData = small_data, hooks: Sequence[TrainHook] = (), **values: Any
     ) -> dict[str, Any]:
+        from mamba.train.distributed import local_process
+        from mamba.train.trainer import fit
+
         return fit(small_config(**values), local_process(), tmp_path / name, data, hooks)
 
     (tmp_path / "run").mkdir()

@@ -90,7 +90,7 @@ def test_an_error_of_training_leaves_no_half_checkpoint(small_fit, small_data, t
 
     write = ckpt.write_content
     monkeypatch.setattr(ckpt, "write_content", lambda *args: (time.sleep(0.3), write(*args)))
-    monkeypatch.setattr("tests.conftest.local_process", Failing)
+    monkeypatch.setattr("mamba.train.distributed.local_process", Failing)
     with pytest.raises(RuntimeError, match="stopped here"):
         small_fit()
     assert ckpt.newest_checkpoint(tmp_path / "run").name == "step-00000004"
