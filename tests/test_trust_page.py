@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ PAGE = ROOT / "docs" / "TRUST.md"
 NAMED = re.compile(r"(tests/[\w/.-]+\.py)((?:::\w+)*)(\[)?")
 
 
+@cache
 def names_in(source: str) -> set[str]:
     """The names that pytest collects from a file, parametrised ones once: `test_x`, `TestY`, `TestY::test_x`."""
 
