@@ -6,6 +6,7 @@ carry their standard error: over seeds where a trial was repeated, else the bino
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from mamba.runs.metrics import SCORE, metric, number
 from pruning.rounds import accuracy_of
-from ray_jobs.report.noise import standard_error
+from ray_jobs.report.noise import error_of, standard_error
 from ray_jobs.report.rows import (
     COSTS,
     best_of,
     by_component,
     by_layer,
+    by_setting,
     changed,
     cut_of,
     finished,
@@ -80,6 +82,9 @@ def draw(space: Space, rows: Rows, baseline: Mapping[str, float], images: int, c
         figures["slices"] = slices(rows, space, objective, baseline)
         if len(space.search) > 1:
             figures["parallel"] = parallel(done, space, objective, baseline)
+    settings = by_setting(rows) if space.kind == "train" and not space.search else {}
+    if len(settings) > 1:
+        figures["settings"] = setting_points(settings, images)
     series = by_series(rows)
     if series:
         figures["rounds"] = density_lines(series)
@@ -115,7 +120,9 @@ def component_map(components: Mapping[str, Mapping[float, Rows]], baseline: Mapp
             axis.text(j, i, "none", ha="center", va="center", color=DENSE, fontsize=8)
             continue
         scores = [s for row in components[names[i]][rates[j]] if (s := score(row)) is not None]
-        words = (f"{np.mean(scores):.1f}\n" if scores else "") + f"({0 - round(lost, 1):+.1f})"
+        spread = error_of(components[names[i]][rates[j]], 0)  # of seeds; what the images give is said in the title
+        mean = f"{np.mean(scores):.1f}{f' ± {spread:.1f}' if spread is not None else ''}\n" if scores else ""
+        words = f"{mean}({0 - round(lost, 1):+.1f})"
         axis.text(j, i, words, ha="center", va="center", color="white" if lost > middle else "black", fontsize=8)
     axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axis.set_yticks(range(len(names)), names)
@@ -129,17 +136,20 @@ def component_map(components: Mapping[str, Mapping[float, Rows]], baseline: Mapp
 
 
 def layer_bars(blocks: Mapping[int, Rows], setting: str, baseline: Mapping[str, float], images: int) -> Figure:
-    """Points lost when one block alone is cut; the standard error of the dense model's accuracy as a band."""
+    """Points lost when one block alone is cut, with their standard error; that of the dense model as a band."""
     figure = Figure(figsize=(min(max(5, 0.35 * len(blocks)), 30.0), 3.2), layout="constrained")
     axis = figure.subplots()
     order = sorted(blocks)
     lost = [float(np.mean([row["metrics"]["val/drop"] for row in blocks[i]])) for i in order]
-    axis.bar([str(layer) for layer in order], lost, color=INK)
+    errors = [math.nan if (error := error_of(blocks[i], images)) is None else error for i in order]
+    axis.bar([str(layer) for layer in order], lost, yerr=errors, color=INK, ecolor=DENSE, error_kw={"elinewidth": 0.8})
     axis.axhline(0, color="black", linewidth=0.8)
     dense = finite(baseline.get("val/accuracy"))
     if dense is not None and images:
         error = standard_error(dense, images)
-        axis.axhspan(-error, error, color=PALE, alpha=0.5, zorder=0, label=f"standard error, {images:,} images")
+        axis.axhspan(
+            -error, error, color=PALE, alpha=0.5, zorder=0, label=f"standard error of dense, {images:,} images"
+        )
         axis.legend(fontsize=8, frameon=False)
     axis.set_xlabel("block")
     axis.set_ylabel("points of accuracy lost")
@@ -357,6 +367,29 @@ def density_lines(series: Mapping[str, Mapping[str, Rows]]) -> Figure:
         axis.legend(fontsize=8)
     for axis in axes[len(series) :]:
         axis.set_visible(False)
+    return figure
+
+
+def setting_points(settings: Mapping[str, Rows], images: int) -> Figure:
+    """The score of each setting of a grid, best first: the mean with its standard error over seeds, or of one trial
+    with that of its validation images. Single seeds are dots."""
+    scores = {name: [s for row in some if (s := score(row)) is not None] for name, some in settings.items()}
+    order = sorted((name for name in scores if scores[name]), key=lambda name: float(np.mean(scores[name])))
+    order = order[-MANY:]
+    figure = Figure(figsize=(7.0, min(1.4 + 0.3 * len(order), 30.0)), layout="constrained")
+    axis = figure.subplots()
+    for y, name in enumerate(order):
+        values, error = scores[name], error_of(settings[name], images)
+        if len(values) > 1:
+            axis.plot(values, [y] * len(values), "o", color=PALE, markersize=4, zorder=1)
+        axis.errorbar(np.mean(values), y, xerr=error, color=INK, marker="o", markersize=5, elinewidth=0.8, capsize=2)
+    axis.set_yticks(range(len(order)), order, fontsize=8)
+    axis.set_xlabel(metric(SCORE).title)
+    seeds = {len(values) for values in scores.values()}
+    of_images = f"of {images:,} images" if images else "not known"
+    error = "over seeds" if min(seeds) > 1 else of_images if max(seeds) < 2 else f"over seeds, of one {of_images}"
+    figure.suptitle(f"mean ± standard error ({error})", fontsize=10)
+    axis.grid(alpha=0.3, axis="x")
     return figure
 
 

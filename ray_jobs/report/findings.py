@@ -54,7 +54,8 @@ def findings(
         objectives: of a search, metric -> max or min; none for a grid.
     """
     counts = Counter(row["status"] for row in rows)
-    lines = [f"{len(rows)} trials: {', '.join(f'{n} {status}' for status, n in counts.items())}"] if rows else []
+    known = ", ".join(f"{n} {status}" for status, n in counts.items())
+    lines = [f"{len(rows)} trial{'s'[: len(rows) > 1]}: {known}"] if rows else []
     images, dense = images_of(rows, baseline), finite(baseline.get("val/accuracy"))
     split = f" of {images_in_words(images)}" if images else ""
     if dense is not None:

@@ -166,8 +166,20 @@ def over_seeds(rows: Sequence[AnyRow]) -> dict[str, list[AnyRow]]:
     return named
 
 
+def by_setting(rows: Sequence[AnyRow]) -> dict[str, list[AnyRow]]:
+    """The finished trials that have a score, those that differ in their seed alone together: name without the seed ->
+    trials."""
+    done = [row for row in finished(rows) if score(row) is not None]
+    found = over_seeds(done)
+    repeated = {row["trial"] for some in found.values() for row in some}
+    for row in done:
+        if row["trial"] not in repeated:
+            found[row["trial"]] = [row]
+    return found
+
+
 def _without_seed(name: str) -> str:
-    return re.sub(r"[-_.]?\bseed[-_=]?\d+", "", name).strip("-_/") or "all trials"
+    return re.sub(r"(?<![^\W_])seed[-_=]?\d+", "", name).replace("__", "_").strip("-_/") or "all trials"
 
 
 # --- which is best ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pruning.record import Record, Row, save_record
+from ray_jobs.report.figures import draw
 from ray_jobs.report.findings import findings
+from ray_jobs.report.noise import standard_error
 from ray_jobs.report.page import write_report
 from ray_jobs.sweep.results import baseline_of
 from ray_jobs.sweep.space import load_space
@@ -217,3 +219,34 @@ def test_the_page_sorts_what_is_no_number_last(value):
 
     pattern = re.search(r"t===''\|\|/(.*?)/i\.test", SORT)
     assert pattern and re.match(pattern[1], value, re.I)
+
+
+def errors_in(figure):
+    """x or y extents of the error bars that a figure draws, without those that are nothing."""
+    from matplotlib.collections import LineCollection
+
+    lines = [c for axis in figure.axes for c in axis.collections if isinstance(c, LineCollection)]
+    ends = [segment.max(0) - segment.min(0) for c in lines for segment in c.get_segments()]
+    return sorted(float(end.max()) for end in ends if math.isfinite(end.max()))
+
+
+def test_error_bars_are_of_seeds_where_there_are_several_and_of_images_otherwise(tmp_path):
+    by_seed = {1e-3: (90.0, 92.0, 94.0), 1e-2: (80.0,)}
+    trials = [
+        row({"optim.lr": lr, "seed": seed}, trial=f"lr-{lr:g}_seed-{seed}", val__best_accuracy=value)
+        for lr, values in by_seed.items()
+        for seed, value in enumerate(values)
+    ]
+    space = space_of(kind="train", grids=[{"optim.lr": [1e-3, 1e-2]}], seeds=[0, 1, 2])
+    figure = draw(space, trials, {}, 100, {})["settings"]
+    of_seeds, of_images = 2 / math.sqrt(3), 4.0
+    assert errors_in(figure) == pytest.approx([2 * of_seeds, 2 * of_images])
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["lr-0.01_seed-0", "lr-0.001"]
+    assert "over seeds, of one of 100 images" in figure.get_suptitle()
+    _, made = report(tmp_path / "exp", space, trials)
+    assert "settings" in made
+    blocks = [
+        lost({"cut.layer": i, "cut.mlp": 0.5, "seed": s}, 1.0 + s * (i == 0)) for i in (0, 1) for s in (0, 2)[: 2 - i]
+    ]
+    figure = draw(space_of(grids=[{"cut.layer": [0, 1], "cut.mlp": [0.5]}]), blocks, {}, 100, {})["layers"]
+    assert errors_in(figure) == pytest.approx([2 * 1.0, 2 * standard_error(89.0, 100)])
