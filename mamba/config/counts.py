@@ -113,7 +113,7 @@ def idle(config: RunConfig, work: Work) -> dict[str, str]:
     when(penalty.strength == 0, "penalty.strength is 0", "penalty.kind", "penalty.target", "penalty.exponent")
     when(penalty.kind == "off", "penalty.kind is off", "penalty.strength", "penalty.target", "penalty.exponent")
     when(config.eval.tta_views == 1, "eval.tta_views is 1", "eval.tta_always")
-    when(config.scaling.num_workers in (0, 1), "one process trains", "model.sync_batchnorm")
+    when(config.scaling.num_workers in (0, 1), "one process trains", "model.sync_batchnorm", "scaling.min_workers")
     cuts = work in ("measure", "finetune")
     if model.checkpoint is None:
         when(model.stem == "patch", "model.stem is patch", "model.sync_batchnorm")

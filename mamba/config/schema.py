@@ -363,6 +363,9 @@ class ScalingConfig(Group):
     num_workers: int | None = Field(None, ge=0, le=4096)
     """Training processes under Ray Train; None: one per GPU of the cluster, else one on CPU; 0: this process,
     without a cluster (tests, debuggers)."""
+    min_workers: int | None = Field(None, ge=1, le=4096)
+    """As few workers as this are enough to go on where a node is lost, from the last checkpoint; of the numbers up to
+    num_workers those count that divide the batch. None: num_workers, always."""
     cpus_per_worker: int | None = Field(None, ge=1, le=4096)
     """CPUs reserved for each worker; None: an equal share of the cluster's."""
     max_failures: int = Field(3, ge=0, le=MANY)

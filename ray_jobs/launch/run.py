@@ -20,6 +20,7 @@ from mamba.runs.start import check_start, start_of
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
 from pruning.rounds import hooks_for
+from ray_jobs.launch.elastic import possible_counts
 from ray_jobs.launch.workers import Workers, await_orphans
 
 
@@ -54,7 +55,10 @@ def _say(note: str | None) -> None:
 def check_early(config: RunConfig) -> None:
     """What can be said without the data and without the cluster; raises ConfigError."""
     workers = config.scaling.num_workers
-    config.check_workers(workers or 1, gpu=workers != 0 or torch.cuda.is_available())
+    gpu = workers != 0 or torch.cuda.is_available()
+    if workers:
+        possible_counts(config, workers, gpu)
+    config.check_workers(workers or 1, gpu)
 
 
 def run(
@@ -110,22 +114,24 @@ def workers_for(config: RunConfig, folder: Path, announce: Callable[[str], None]
     with connected(announce) as cluster:
         gpu = cluster.gpus > 0
         workers = config.scaling.num_workers or max(1, cluster.gpus)
-        config.check_workers(workers, gpu)
-        if gpu and workers > cluster.gpus:
+        counts = possible_counts(config, workers, gpu)
+        if gpu and counts[0] > cluster.gpus:
+            key = "num_workers" if len(counts) == 1 else "min_workers"
             raise TrainingError(
-                f"scaling.num_workers {workers} needs {workers} GPUs and the cluster has {cluster.gpus}; "
+                f"scaling.{key} {counts[0]} needs {counts[0]} GPUs and the cluster has {cluster.gpus}; "
                 f"valid: 0 to {cluster.gpus}"
             )
         cpus = config.scaling.cpus_per_worker or max(1, cluster.cpus // workers)
-        if cpus * workers > cluster.cpus:
+        if cpus * counts[0] > cluster.cpus:
             raise TrainingError(
-                f"{workers} workers with {cpus} CPUs each need {cpus * workers} CPUs and the cluster has "
+                f"{counts[0]} workers with {cpus} CPUs each need {cpus * counts[0]} CPUs and the cluster has "
                 f"{cluster.cpus}; lower scaling.num_workers or scaling.cpus_per_worker"
             )
         kind = "GPU" if gpu else f"x {cpus} CPU"
-        announce(f"training on {cluster.where}: {workers} worker{'s'[: workers > 1]} ({kind})")
+        fewer = f", or {' or '.join(map(str, reversed(counts[:-1])))} where nodes are lost" if len(counts) > 1 else ""
+        announce(f"training on {cluster.where}: {workers} worker{'s'[: workers > 1]} ({kind}){fewer}")
         failures = config.scaling.max_failures
-        with Workers(workers, gpu, cpus, folder / ".ray", failures, cluster.private) as group:
+        with Workers(workers, gpu, cpus, folder / ".ray", failures, cluster.private, counts) as group:
             yield group
 
 

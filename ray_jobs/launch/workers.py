@@ -12,7 +12,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,21 @@ ORPHANS_S = 30.0
 class Workers:
     """A group of workers on the connected cluster, started by the first task; close it when there are no more.
 
-    `storage`: a folder that all nodes see, for Ray's own files. `private`: the cluster is this process's own.
+    `storage`: a folder that all nodes see, for Ray's own files. `private`: the cluster is this process's own. `counts`:
+    the numbers of workers that are good enough, least first, where not only `count` is.
     """
 
     def __init__(
-        self, count: int, gpu: bool, cpus: int, storage: Path, max_failures: int = 0, private: bool = False
+        self,
+        count: int,
+        gpu: bool,
+        cpus: int,
+        storage: Path,
+        max_failures: int = 0,
+        private: bool = False,
+        counts: Sequence[int] = (),
     ) -> None:
+        self.counts = tuple(counts) or (count,)
         self.count, self.gpu, self.cpus, self.storage = count, gpu, cpus, storage
         self.max_failures, self.private = max_failures, private
         self.channel = Channel(f"mamba-forge/{uuid.uuid4().hex}")
@@ -61,7 +70,7 @@ class Workers:
         task = {"config": config.model_dump(mode="json"), "folder": str(folder)}
         before = time.time()
         waits = [
-            Wait(f"{self._name()} to start", lambda: not _started(folder, self.count, before)),
+            Wait(f"{self._name()} to start", lambda: not _started(folder, self.counts[0], before)),
             Wait("the workers to save a checkpoint and end", lambda: stop_requested(folder)),
         ]
         result: dict[str, Any] = self._call(("train", task), folder, waits, announce)
@@ -118,14 +127,17 @@ class Workers:
     def _run(self) -> None:
         import ray.train
 
+        from ray_jobs.launch.elastic import elastic_trainer
         from ray_jobs.launch.lean import trainer_class
 
+        elastic = len(self.counts) > 1
         try:
-            trainer_class(self.private)(
+            trainer = elastic_trainer(self.counts) if elastic else trainer_class(self.private)
+            trainer(
                 serve,
                 train_loop_config={"channel": self.channel.name},
                 scaling_config=ray.train.ScalingConfig(
-                    num_workers=self.count,
+                    num_workers=(self.counts[0], self.counts[-1]) if elastic else self.count,
                     use_gpu=self.gpu,
                     resources_per_worker={"CPU": self.cpus, **({"GPU": 1} if self.gpu else {})},
                 ),

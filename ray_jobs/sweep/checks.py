@@ -144,6 +144,8 @@ def _check_typed(
     """What was typed counts in some trial, or in the baseline's training."""
     if "trial" in given:
         raise ConfigError(f"--trial {config.trial} has no effect: the trials of a sweep have names of their own")
+    if "scaling.min_workers" in given:
+        raise ConfigError("--scaling.min_workers has no effect in a sweep: a trial keeps the workers it began with")
     works: list[Work] = [space.kind]
     if space.kind == "measure" and any(c.cut.finetune_epochs for c in configs):
         works = ["finetune"]

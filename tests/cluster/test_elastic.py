@@ -1,0 +1,123 @@
+"""A node that is lost: the run goes on with the workers that are left, and its losses are those of one worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mamba.errors import ConfigError
+from ray_jobs.launch.elastic import elastic_trainer, possible_counts
+from ray_jobs.train import main
+from ray_jobs.tune import main as tune
+
+ROOT = Path(__file__).parent.parent.parent
+FAST = [
+    *("--model.d-model", "12", "--model.depth", "2", "--model.d-state", "4", "--data.batch-size", "64"),
+    *("--optim.warmup-epochs", "1", "--optim.epochs", "12", "--model.drop-path", "0", "--trial", "one"),
+]
+
+
+@pytest.mark.parametrize(
+    "batch, least, most, counts",
+    [(48, None, 4, (4,)), (48, 1, 8, (1, 2, 3, 4, 6, 8)), (64, 2, 8, (2, 4, 8)), (64, 2, 2, (2,))],
+)
+def test_only_numbers_that_divide_the_batch_count(small_config, batch, least, most, counts):
+    config = small_config(data__batch_size=batch, scaling__min_workers=least)
+    assert possible_counts(config, most, gpu=False) == counts
+
+
+@pytest.mark.parametrize(
+    "least, most, said",
+    [(3, 2, "min_workers 3 is above the 2 workers"), (3, 4, "min_workers 3 cannot be: data.batch_size 64 is not"),
+     (1, 3, "data.batch_size 64 is not divisible")],
+)  # fmt: skip
+def test_other_ends_of_the_range_are_refused(small_config, least, most, said):
+    with pytest.raises(ConfigError, match=said):
+        possible_counts(small_config(data__batch_size=64, scaling__min_workers=least), most, gpu=False)
+
+
+def test_a_range_that_cannot_be_is_refused_before_anything_starts(tmp_path, capsys):
+    words = [*FAST, "--scaling.num-workers", "2", "--out", str(tmp_path / "runs")]
+    assert main([*words, "--scaling.min-workers", "3"]) == 2
+    assert "scaling.min_workers 3 is above the 2 workers" in capsys.readouterr().err
+    assert tune(["--space", "quickstart", "--scaling.min-workers", "1", "--out", str(tmp_path / "runs")]) == 2
+    assert "no effect in a sweep" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_policy_takes_the_largest_number_that_there_is_room_for():
+    pytest.importorskip("ray")
+    from ray.train import ScalingConfig
+
+    taken = {}
+
+    class Asked(elastic_trainer((1, 2, 4))):
+        def __init__(self):
+            self.scaling_config = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 2})
+
+    base = Asked.__mro__[2]
+    original = base._initialize_and_run_controller
+    base._initialize_and_run_controller = lambda self, **needs: taken.update(needs)
+    try:
+        Asked()._initialize_and_run_controller(scaling_policy=None)
+    finally:
+        base._initialize_and_run_controller = original
+    room = lambda *cpus: {str(i): {"CPU": c} for i, c in enumerate(cpus)}  # noqa: E731
+    count = taken["scaling_policy"]._count_possible_workers
+    assert [count(room(*cpus)) for cpus in [(8,), (4, 2), (2, 2), (3,), (1, 1)]] == [4, 2, 2, 1, 0]
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_two_workers_go_on_as_one_where_a_node_is_lost(tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert main([*FAST, "--scaling.num-workers", "0", "--out", str(tmp_path / "alone")]) == 0
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        words = ["--scaling.num-workers", "2", "--scaling.min-workers", "1", "--out", str(tmp_path / "two")]
+        log = (tmp_path / "log").open("w")
+        driver = subprocess.Popen(
+            [sys.executable, str(ROOT / "ray_jobs" / "train.py"), *FAST, *words],
+            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        try:
+            folder = tmp_path / "two" / "quickstart" / "one"
+            while len(epochs(folder)) < 2:
+                assert driver.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.02)
+            before = len(epochs(folder))
+            cluster.remove_node(lost, allow_graceful=False)
+            assert driver.wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
+        finally:
+            driver.kill()
+            driver.wait()
+    finally:
+        cluster.shutdown()
+    print((tmp_path / "log").read_text())
+    alone, found = epochs(tmp_path / "alone" / "quickstart" / "one"), epochs(folder)
+    assert before < 12, "it was over before the node was lost"
+    assert [e["epoch"] for e in found] == list(range(1, 13))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["world_size"] == 1, "it ended with two workers"
+    for one, two in zip(alone, found, strict=True):
+        assert two["train/loss"] == pytest.approx(one["train/loss"], rel=2e-3)
+        assert two["val/loss"] == pytest.approx(one["val/loss"], rel=5e-3)
+
+
+def epochs(folder):
+    try:
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, ValueError):
+        return []
