@@ -387,8 +387,8 @@ def setting_points(settings: Mapping[str, Rows], images: int) -> Figure:
     axis.set_xlabel(metric(SCORE).title)
     seeds = {len(values) for values in scores.values()}
     of_images = f"of {images:,} images" if images else "not known"
-    error = "over seeds" if min(seeds) > 1 else of_images if max(seeds) < 2 else f"over seeds, of one {of_images}"
-    figure.suptitle(f"mean ± standard error ({error})", fontsize=10)
+    words = "over seeds" if min(seeds) > 1 else of_images if max(seeds) < 2 else f"over seeds, of one {of_images}"
+    figure.suptitle(f"mean ± standard error ({words})", fontsize=10)
     axis.grid(alpha=0.3, axis="x")
     return figure
 
