@@ -43,16 +43,7 @@ STATUSES = {
 """What the HPARAMS tab's column `status` says of a run, and the word that TensorBoard itself has for it."""
 HPARAMS_FILE = "events.out.tfevents.0.hparams"
 NOT_COMPARED = {
-    *(
-        "trial",
-        "out",
-        "data.root",
-        "data.loader_workers",
-        "data.prefetch_factor",
-        "eval.batch_size",
-        "checkpoint.every",
-        "checkpoint.keep",
-    ),
+    *("trial", "out", "data.root", "data.loader_workers", "eval.batch_size", "checkpoint.every", "checkpoint.keep"),
     *("scaling.cpus_per_worker", "scaling.max_failures", "name", "tracking.backends", "tracking.project"),
     *("tracking.offline", "data.prefetch_factor"),
 }

@@ -15,6 +15,7 @@ from typing import Any
 from mamba.config.resolve import CONV_STEMS, MODEL_SIZES
 from mamba.config.schema import RunConfig
 from mamba.config.versions import FORMAT
+from mamba.data.images import ImageData
 from mamba.errors import CheckpointError, ConfigError
 from mamba.models.embed import resize_positions
 from mamba.models.model import Architecture, MambaModel
@@ -38,6 +39,7 @@ from mamba.runs.checkpoint import (
 )
 from mamba.runs.files import checksum, create, sealed, to_json, unwritable
 from mamba.runs.folder import CONFIG, forget_stop, read_config
+from mamba.runs.provenance import check_data
 from mamba.runs.unchanged import changed
 
 START = "start"
@@ -70,6 +72,32 @@ def check_start(
             f"classes at {img_size} pixels{remedy}",
             every_rank=True,
         )
+
+
+def check_models(config: RunConfig, data: ImageData, start: Path | None) -> list[str]:
+    """See that a run may use the trained models that its config names with this data: what it starts from, and its
+    teacher.
+
+    Args:
+        config: of the run, resolved.
+        data: that it is going to use.
+        start: what it starts from (`start_of`), or None.
+
+    Returns:
+        what the user should know although nothing is wrong, a sentence each.
+
+    Raises:
+        CheckpointError: names the key and the first difference.
+    """
+    own, notes = config.model, []
+    for path, key, new_head, new_size in (
+        (start, "model.checkpoint", own.new_head, own.new_size),
+        (config.distill.teacher, "distill.teacher", False, False),
+    ):
+        if path is not None:
+            check_start(path, len(data.classes), data.side, key, new_head, new_size)
+            notes.append(check_data(path, data, key, new_head))
+    return [note for note in notes if note]
 
 
 def start_of(config: RunConfig, folder: Path) -> Path | None:

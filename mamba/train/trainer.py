@@ -27,8 +27,8 @@ from mamba.models.model import MambaModel, count_parameters
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.confusion import Confusion
 from mamba.runs.environment import environment
-from mamba.runs.provenance import check_data, with_split
-from mamba.runs.start import first_weights, start_of
+from mamba.runs.provenance import with_split
+from mamba.runs.start import check_models, first_weights, start_of
 from mamba.runs.tracking import Tracker
 from mamba.train.compilation import compile_blocks, should_compile
 from mamba.train.distributed import Process
@@ -90,7 +90,7 @@ class Trainer:
         self.alive = alive or Heartbeat(folder, process)
         optim, classes, side = config.optim, len(data.classes), data.side
         self.writer = Writer()  # of checkpoints, on rank 0
-        self.check_models()
+        check_models(config, data, start_of(config, folder))
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = initial_model(config, folder, classes, side, process).to(process.device)
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None
@@ -123,14 +123,6 @@ class Trainer:
         self.waiting = Stopwatch(process.device)
         self.tracker = Tracker(folder, config, self.epoch, self.global_step) if process.rank == 0 else None
         self.monitor = Monitor(config, process, folder, self.tracker, self.steps_per_epoch, self.writer)
-
-    def check_models(self) -> None:
-        """Refuse a model to start from, or a teacher, of other classes or with another validation split."""
-        start, teacher = start_of(self.config, self.folder), self.config.distill.teacher
-        if start is not None:
-            check_data(start, self.data, new_head=self.config.model.new_head)
-        if teacher is not None:
-            check_data(teacher, self.data, "distill.teacher")
 
     def sizes(self) -> dict[str, float]:
         """What the model costs, however well it does."""

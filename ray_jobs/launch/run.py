@@ -15,8 +15,8 @@ from mamba.data.loader import check_batch_size
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError, TrainingError
 from mamba.runs.hparams import write_hparams
-from mamba.runs.provenance import check_data, with_split
-from mamba.runs.start import check_start, start_of
+from mamba.runs.provenance import with_split
+from mamba.runs.start import check_models, start_of
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
 from pruning.rounds import hooks_for
@@ -32,24 +32,11 @@ def preflight(config: RunConfig, folder: Path | None = None) -> None:
         ForgeError: with a sentence for the user.
     """
     check_early(config)
-    own = config.model
-    start = own.checkpoint if folder is None else start_of(config, folder)
+    start = config.model.checkpoint if folder is None else start_of(config, folder)
     data = load_data(with_split(config, start).data, config.seed)
     check_batch_size(len(data.train), config.data)
-    for remark in data.remarks():
+    for remark in [*data.remarks(), *check_models(config, data, start)]:
         print(f"data: {remark}", file=sys.stderr)
-    classes, side = len(data.classes), data.side
-    if start is not None:
-        check_start(start, classes, side, "model.checkpoint", own.new_head, own.new_size)
-        _say(check_data(start, data, new_head=own.new_head))
-    if config.distill.teacher is not None:
-        check_start(config.distill.teacher, classes, side, "distill.teacher")
-        _say(check_data(config.distill.teacher, data, "distill.teacher"))
-
-
-def _say(note: str | None) -> None:
-    if note:
-        print(f"data: {note}", file=sys.stderr)
 
 
 def check_early(config: RunConfig) -> None:

@@ -159,7 +159,8 @@ def _picture(folder: Path, name: str) -> str:
 
 def _table(rows: Rows, same: Mapping[str, Any], objectives: Mapping[str, str], best: Sequence[str], images: int) -> str:
     keys = [key for key in dict.fromkeys(k for row in rows for k in row["values"]) if key not in same]
-    metrics = {k for row in rows for k in row["metrics"] if not k.startswith(("train/", "step/"))}
+    asked = {*objectives, *COLUMNS}
+    metrics = {k for row in rows for k in row["metrics"] if k in asked or not k.startswith(("train/", "step/"))}
     columns = [k for k in dict.fromkeys((*objectives, *COLUMNS)) if k in metrics]
     others = sorted(metrics - set(columns) - {"epoch", "val/images"})
     first = len(objectives) or len(columns)  # a grid's trials say their values by name

@@ -196,12 +196,12 @@ def test_a_stop_in_validation_is_seen_there_and_resumes_bit_for_bit(
     monkeypatch.setattr("mamba.train.monitor.LOG_EVERY_S", 0.0)
     original, calls = Trainer.evaluate, []
 
-    def evaluate(self, model, split, *rest):
+    def evaluate(self, model, split, *rest, **named):
         if split is self.data.val and self.epoch == epoch:
             calls.append(model)
             if len(calls) == which + 1:
                 request_stop(self.folder)
-        return original(self, model, split, *rest)
+        return original(self, model, split, *rest, **named)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     assert small_fit("run")["status"] == "interrupted" and len(calls) == which + 1
@@ -332,8 +332,8 @@ def test_a_run_that_only_diverges_fails_with_the_reason(small_fit, small_data, t
 def test_finite_averaged_weights_are_best_where_the_raw_ones_are_not(small_fit, monkeypatch):
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE, counts=None):
-        return Score(math.nan, math.nan) if model is self.model else original(self, model, split, views, counts)
+    def evaluate(self, model, split, *rest, **named):
+        return Score(math.nan, math.nan) if model is self.model else original(self, model, split, *rest, **named)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     result = small_fit(optim__epochs=1)
@@ -483,9 +483,9 @@ def test_the_test_set_is_read_once_and_never_selects(small_config, small_data, t
     seen = []
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE, counts=None):
+    def evaluate(self, model, split, *rest, **named):
         seen.append("test" if split is small_data.test else "val")
-        return original(self, model, split, views, counts)
+        return original(self, model, split, *rest, **named)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     fit(small_config(), local_process(), tmp_path, small_data)

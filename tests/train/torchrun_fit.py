@@ -79,9 +79,9 @@ def statistics(ways: str):
         note("step", self.model)
         return result
 
-    def noted_evaluate(self, model, *args):
+    def noted_evaluate(self, model, *args, **named):
         note("evaluated", model)
-        return evaluate(self, model, *args)
+        return evaluate(self, model, *args, **named)
 
     def noted_close(self):
         torch.save(seen, self.folder / f"statistics-{self.process.rank}.pt")

@@ -86,6 +86,23 @@ def test_the_report_of_a_search_with_one_objective(tmp_path):
     assert "best: trial-0008: val/best_accuracy 98 with model.drop_path 0.2, ema.decay 0.991" in text
 
 
+def test_what_trials_are_ranked_by_stands_on_the_page(tmp_path):
+    """A training's own metrics were left out, the objective among them, and another column stood in its place."""
+    space = load_space("recipe").model_copy(update={"objectives": {"train/loss": "min"}})
+    trials = [
+        row(
+            {"optim.lr": 1e-3 * i},
+            trial=f"trial-{i:04d}",
+            **{"train/loss": 0.5 + i, "train/epoch_s": 7.0, "val/accuracy": 9.0},
+        )
+        for i in (1, 2)
+    ]
+    cells = cells_of(report(tmp_path / "exp", space, trials)[0])
+    heads = list(cells["trial-0001"])
+    assert heads.index("train/loss") < heads.index("optim.lr") < heads.index("val/accuracy")
+    assert cells["trial-0001"]["train/loss"] == "1.5" and cells["trial-0002"]["train/epoch_s"] == "7"
+
+
 def test_what_was_cut_is_drawn_and_told_layer_by_layer(tmp_path):
     folder = tmp_path / "exp"
     rates = (0.25, 0.5)
