@@ -67,7 +67,7 @@ def run(folder: Path, say: Callable[[str], None], settled: Callable[[], None]) -
             kind = kind if held.cpus else f"{shared.workers} workers"
             say(f"{space.question}\n{experiment.count} trials, {done} done, {held.concurrent} at once ({kind} each)")
             for sentence in refused(folder):
-                say(f"not taken for a result, measured again: {sentence}")
+                say(f"not taken for a result: {sentence}")
             with SweepDisplay(experiment.count, rows(folder), *space.first_objective) as display:
 
                 def changed(name: str, result: dict[str, Any]) -> None:
