@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import mamba.runs.environment as own
@@ -21,11 +21,13 @@ def test_a_copy_inside_another_checkout_does_not_take_its_commit(tmp_path):
     (tmp_path / "other").write_text("x")
     git("add", "other")
     git("commit", "-q", "-m", "another project")
-    code = "from environment import _revision; print(_revision())"
 
     def revision() -> str:
-        done = subprocess.run([sys.executable, "-c", code], cwd=copy.parent, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        spec = importlib.util.spec_from_file_location("copied_environment", copy)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return str(module._revision())
 
     assert revision() == "unknown"
     git("add", "-f", "ignored/environment.py")

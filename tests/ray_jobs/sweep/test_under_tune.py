@@ -120,6 +120,7 @@ def test_a_grid_over_the_data_and_a_trial_that_diverges(tmp_path, capsys):
     assert f"failed: {bad['trial']}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_sweep_of_rounds_on_digits_from_its_command_to_its_report(tmp_path, capsys):
     space = {
         "question": "?", "cost": "2 series", "kind": "rounds",
