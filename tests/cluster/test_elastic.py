@@ -80,6 +80,7 @@ def test_two_workers_go_on_as_one_where_a_node_is_lost(tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # of a busy machine
     assert main([*FAST, "--scaling.num-workers", "0", "--out", str(tmp_path / "alone")]) == 0
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
