@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba.config.schema import ModelConfig, SizeName
+from mamba.errors import ConfigError
 from mamba.models.block import NORMS, MambaBlock, drop
 from mamba.models.embed import STEMS, class_token_places, inner_channels, rotary_tables, sequence_order, transposition
 from mamba.models.heads import HEADS
@@ -96,7 +97,11 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: ModelConfig, num_classes: int, img_size: int) -> Architecture:
-        """What is None in the config comes from its named size, or from the image size."""
+        """What is None in the config comes from its named size, or from the image size.
+
+        Raises:
+            ConfigError: a class token at the start that no scan goes back to, so that it sees no image.
+        """
         config = config.filled(img_size)
         d_model, vim = config.d_model, config.is_vim
         assert d_model and config.depth and config.patch_size and config.mixer and config.class_token
@@ -111,6 +116,13 @@ class Architecture:
             learned_dt_bias=vim,
         )
         directions = MIXERS[config.mixer].directions
+        directions = tuple(directions[i % len(directions)] for i in range(config.depth))
+        backwards = any(p.reverse for p in MIXERS[config.mixer].paths) or any(DIRECTIONS[d].reverse for d in directions)
+        if config.class_token == "start" and not backwards:
+            raise ConfigError(
+                f"model.class_token 'start' sees no image: none of {config.depth} blocks of model.mixer "
+                f"'{config.mixer}' reads back to it; valid class tokens: none, middle, double"
+            )
         return cls(
             img_size=img_size,
             patch_size=config.patch_size,
@@ -121,7 +133,7 @@ class Architecture:
             layer_shuffle=config.layer_shuffle,
             dropout=config.dropout,
             rope_grid=config.rope_grid,
-            blocks=tuple(replace(shape, direction=directions[i % len(directions)]) for i in range(config.depth)),
+            blocks=tuple(replace(shape, direction=direction) for direction in directions),
             stride=config.stride,
             stem=config.stem,
             stem_channels=inner_channels(config.stem, config.stem_layers),

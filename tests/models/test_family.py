@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mamba.config.schema import ModelConfig
+from mamba.errors import ConfigError
 from mamba.models.embed import STEMS, permute, rotary_tables, sequence_order, transposition
 from mamba.models.heads import HEADS
 from mamba.models.model import Architecture, MambaModel, count_parameters, named_model
@@ -45,6 +46,18 @@ def test_a_path_that_reads_backwards_does_so_wherever_it_stands(monkeypatch, rev
         straight.load_state_dict(toy.state_dict())
         want = straight(x.flip(1)).flip(1) if reverse else straight(x)
         torch.testing.assert_close(toy(x), want, msg=lambda m, n=n: f"path {n}: {m}")
+
+
+@pytest.mark.parametrize("paths, depth, mixer", [((ScanPath(), ScanPath("_b")), 2, "toy"), ((), 1, "alternating")])
+def test_a_class_token_that_no_scan_goes_back_to_is_refused(monkeypatch, paths, depth, mixer):
+    """Its model trained and knew nothing of the image: of a mixer that somebody added, or of one block that alternates."""
+    if paths:
+        monkeypatch.setitem(REGISTRY, "toy", Mixer(paths))
+    config = ModelConfig.model_construct(
+        **{**ModelConfig().model_dump(), "d_model": 8, "depth": depth, "mixer": mixer, "class_token": "start"}
+    )
+    with pytest.raises(ConfigError, match=f"'start' sees no image: none of {depth} blocks of model.mixer '{mixer}'"):
+        Architecture.from_config(config, 3, 8)
 
 
 # --- every choice ----------------------------------------------------------------------------------------------------
