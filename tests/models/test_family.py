@@ -50,7 +50,7 @@ def test_a_path_that_reads_backwards_does_so_wherever_it_stands(monkeypatch, rev
 
 @pytest.mark.parametrize("paths, depth, mixer", [((ScanPath(), ScanPath("_b")), 2, "toy"), ((), 1, "alternating")])
 def test_a_class_token_that_no_scan_goes_back_to_is_refused(monkeypatch, paths, depth, mixer):
-    """Its model trained and knew nothing of the image: of a mixer that somebody added, or of one block that alternates."""
+    """It trained, and knew nothing of the image: with a mixer that somebody added, or one block that alternates."""
     if paths:
         monkeypatch.setitem(REGISTRY, "toy", Mixer(paths))
     config = ModelConfig.model_construct(
