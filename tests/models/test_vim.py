@@ -79,13 +79,13 @@ def test_resized_positions(class_token):
     torch.manual_seed(0)
     own = torch.randn(1, 36 + extra, 4)
     torch.testing.assert_close(resize_positions(own, 6, class_token), own)
-    model = small(class_token=class_token, img_size=12)
+    model = small(class_token=class_token, mixer="bidirectional", img_size=12)
     places = list(model.class_places.values())
     field = torch.full((1, 36 + extra, 1), 99.0)
     patches = [i for i in range(36 + extra) if i not in places]
     field[0, patches, 0] = torch.arange(36.0) // 6  # the row
     big = resize_positions(field, 12, class_token)[0, :, 0]
-    new = list(small(class_token=class_token, img_size=24).class_places.values())
+    new = list(small(class_token=class_token, mixer="bidirectional", img_size=24).class_places.values())
     assert big.shape == (144 + extra,) and all(big[p] == 99 for p in new)
     rows = big[[i for i in range(144 + extra) if i not in new]].view(12, 12)
     expected = (torch.arange(12.0) + 0.5) / 2 - 0.5

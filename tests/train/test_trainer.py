@@ -496,9 +496,9 @@ def test_the_best_by_validation_is_what_is_tested(small_fit, tmp_path, monkeypat
     scores = iter([50.0, 40.0, 70.0, 80.0, 60.0, 20.0])  # raw and averaged, three epochs
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE, counts=None):
-        loss, accuracy = original(self, model, split, views, counts)
-        return loss, accuracy if split is self.data.test else next(scores)
+    def evaluate(self, model, split, *rest, **named):
+        loss, accuracy = original(self, model, split, *rest, **named)
+        return Score(loss, accuracy if split is self.data.test else next(scores))
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     result = small_fit()
@@ -513,9 +513,9 @@ def test_only_the_best_is_kept_and_the_first_of_equals_wins(small_fit, tmp_path,
     scores = iter([50.0, 50.0, 60.0, 60.0, 60.0, 60.0])
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE, counts=None):
-        loss, accuracy = original(self, model, split, views, counts)
-        return loss, accuracy if split is self.data.test else next(scores)
+    def evaluate(self, model, split, *rest, **named):
+        loss, accuracy = original(self, model, split, *rest, **named)
+        return Score(loss, accuracy if split is self.data.test else next(scores))
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     result = small_fit()
@@ -582,9 +582,9 @@ def test_views_are_compared_on_the_validation_split_first(small_fit, monkeypatch
     views_of = {"val": [], "test": []}
     original = Trainer.evaluate
 
-    def evaluate(self, model, split, views=ONE, counts=None):
+    def evaluate(self, model, split, views=ONE, counts=None, stop=None):
         views_of["test" if split is self.data.test else "val"].append(views.count)
-        return original(self, model, split, views, counts)
+        return original(self, model, split, views, counts, stop)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     tested = small_fit(eval__tta_views=4, eval__tta_always=always, data__augment=augment)["tested"]
