@@ -12,7 +12,7 @@ from benchmarks.registry import BENCHMARKS
 from benchmarks.run import main
 from mamba.errors import ConfigError
 
-LONG = {"sweep": [pytest.mark.cluster, pytest.mark.long], **dict.fromkeys(("scaling", "export_cpu"), [pytest.mark.long])}
+LONG = {
     "sweep": [pytest.mark.cluster, pytest.mark.long],
     "scaling": [pytest.mark.long],
     "export_cpu": [pytest.mark.long],
