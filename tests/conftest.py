@@ -106,8 +106,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """A process for each core, at most four: each takes a gigabyte and reads all tests."""
-    return min(len(os.sched_getaffinity(0)), 4)
+    """One more than there are cores, for tests of Ray wait half of their time; at most four: each takes a gigabyte and
+    reads all tests."""
+    return min(len(os.sched_getaffinity(0)) + 1, 4)
 
 
 @cache

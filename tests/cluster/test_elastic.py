@@ -42,7 +42,8 @@ def test_other_ends_of_the_range_are_refused(small_config, least, most, said):
         possible_counts(small_config(data__batch_size=64, scaling__min_workers=least), most, gpu=False)
 
 
-def test_a_range_that_cannot_be_is_refused_before_anything_starts(tmp_path, capsys):
+def test_a_range_that_cannot_be_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ray_jobs.launch.ahead.plausible", lambda config: False)
     words = [*FAST, "--scaling.num-workers", "2", "--out", str(tmp_path / "runs")]
     assert main([*words, "--scaling.min-workers", "3"]) == 2
     assert "scaling.min_workers 3 is above the 2 workers" in capsys.readouterr().err

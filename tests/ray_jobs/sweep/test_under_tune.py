@@ -70,6 +70,7 @@ def test_an_ablation_from_its_command_to_its_report(trained_on_digits, tmp_path,
     assert "ablation/components-mlp-0.9," in (tmp_path / "all.csv").read_text()
 
 
+@pytest.mark.long
 def test_a_search_stopped_continued_and_extended(tmp_path, capsys):
     """SIGTERM, as `ray job stop` sends it: an orderly end with results so far; then the rest and one trial more, with
     the same study. Learning rates below optim.min_lr cannot be, which costs those trials alone."""
