@@ -59,8 +59,8 @@ def probe(files: Files, rows: Sequence[int] | NDArray[np.int64]) -> dict[str, st
     return {str(key): _content(files, row) for key, row in zip(hashes_of(files, few).tolist(), few, strict=True)}
 
 
-def same_images(files: Files, hashes: Hashes, probed: object) -> bool:
-    """Whether one of the files that were probed is here with the bytes that it had, or none of them is here at all.
+def probed_again(files: Files, hashes: Hashes, probed: object) -> tuple[int, int]:
+    """Of the files that were probed and are here: how many have the bytes that they had, and how many have others.
 
     Args:
         files: as they are now.
@@ -69,8 +69,8 @@ def same_images(files: Files, hashes: Hashes, probed: object) -> bool:
     """
     here = dict(zip(hashes.tolist(), range(len(hashes)), strict=True))
     items = probed.items() if isinstance(probed, dict) else ()
-    known = [(here[int(key)], digest) for key, digest in items if int(key) in here]
-    return not known or any(_content(files, row) == digest for row, digest in known)
+    same = [_content(files, here[int(key)]) == digest for key, digest in items if int(key) in here]
+    return sum(same), len(same) - sum(same)
 
 
 def _content(files: Files, row: int) -> str:

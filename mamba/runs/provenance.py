@@ -9,7 +9,7 @@ import numpy as np
 
 from mamba.config.schema import RunConfig
 from mamba.data.fingerprint import UNKNOWN, fingerprint
-from mamba.data.held import hashes_of, same_images, unpack
+from mamba.data.held import hashes_of, probed_again, unpack
 from mamba.data.images import ImageData
 from mamba.errors import CheckpointError
 from mamba.runs.checkpoint import find_checkpoint, newest_checkpoint, read_description
@@ -103,6 +103,8 @@ def check_data(path: Path, data: ImageData, key: str = "model.checkpoint", new_h
             "that the model was trained on; leave data.split_seed and data.val_fraction out to keep the model's own",
             every_rank=True,
         )
+    if before["side"] == now["side"] and _pixels(before) != _pixels(now):
+        return f"{key} {path} was trained on files of these names and sizes whose pixels were others"
     return None
 
 
@@ -118,8 +120,16 @@ def _check_changed(path: Path, before: dict[str, Any], data: ImageData, key: str
         return None
     was, now = unpack(held), hashes_of(files, range(len(files)))
     here, other = int(np.isin(now, was).sum()), int((~np.isin(now[data.val.index], was)).sum())
-    if not here or not same_images(files, now, before["split"].get("probe")):
+    same, others = probed_again(files, now, before["split"].get("probe"))
+    if not here or (others and not same):
         return None
+    if others:
+        raise CheckpointError(
+            f"{key} {path} was trained when the folder held other files, and of {same + others} that were compared "
+            f"{others} of the same name and size have other contents: files were renamed or rewritten, so what it was "
+            "trained on cannot be told from what is validated on; start from new weights, or from the folder as it was",
+            every_rank=True,
+        )
     seen = (
         f"{key} {path} was trained when the folder held other files: of {len(was)} images that it validated on {here}"
     )
@@ -209,6 +219,12 @@ def _split(split: dict[str, Any]) -> str:
 def _files(found: dict[str, Any]) -> list[str]:
     """What does not depend on the images' size."""
     return [" ".join(line.split()[:2]) for line in found["sets"]["train"].values()]
+
+
+def _pixels(found: dict[str, Any]) -> list[str]:
+    """A digest of each class's training images; nothing where they are not decoded at once."""
+    pixels = [line.split()[2] for line in found["sets"]["train"].values()]
+    return [] if UNKNOWN in pixels else pixels
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -142,6 +143,37 @@ def test_a_folder_that_has_changed_is_not_validated_on_what_was_trained_on(tmp_p
     shutil.copytree(new, tmp_path / "run" / "checkpoints" / "step-3")
     resumed = own_split(RunConfig().with_values({"data.split_from": old}), tmp_path / "run")
     check_resume(new, load(root, cache=cache, split_from=resumed.data.split_from))
+
+
+def as_bitmaps(root):
+    """All files of the same size."""
+    for file in sorted(root.rglob("*.png")):
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+
+
+def test_files_that_were_renumbered_are_not_taken_for_those_that_they_are_named_after(tmp_path):
+    """One was removed and those behind it were renamed: what a model had trained on bore names of its validation."""
+    root = write(tmp_path / "d")
+    as_bitmaps(root)
+    before = load(root)
+    old = stored(tmp_path / "old", before)
+    folder = root / "train" / before.train.files.name(int(before.train.index[0]))
+    numbered = sorted(folder.parent.glob("*.bmp"))
+    numbered[3].unlink()
+    for one, other in itertools.pairwise(numbered[3:]):
+        other.rename(one)
+    with pytest.raises(CheckpointError, match="of the same name and size have other contents: files were renamed"):
+        check_data(old, load(root, split_from=old))
+
+
+def test_other_pixels_under_the_same_names_are_said(tmp_path):
+    root = write(tmp_path / "d")
+    as_bitmaps(root)
+    old = stored(tmp_path / "old", load(root))
+    one, other = sorted((root / "train").rglob("*.bmp"))[:2]
+    one.rename(root / "aside"), other.rename(one), (root / "aside").rename(other)
+    assert "whose pixels were others" in (check_data(old, load(root)) or "")
 
 
 def test_a_split_that_cannot_be_that_of_another_run_is_refused(tmp_path):
