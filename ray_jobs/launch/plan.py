@@ -97,8 +97,8 @@ def _train_under_penalty(config: RunConfig, folder: Path) -> Path | None:
     newest = ckpt.newest_checkpoint(here)
     if result["status"] != "finished" or newest is None:
         print(
-            f"interrupted; continue the training with\n  python ray_jobs/train.py --resume {here}\nand cut what it "
-            f"leaves with --plan and --checkpoint {here}"
+            f"interrupted; continue the training with\n  python ray_jobs/train.py --resume {here}\nand cut its last "
+            f"step, where the penalty has had its whole effect, with --plan and --checkpoint {here}/checkpoints/step-*"
         )
         return None
     return newest
