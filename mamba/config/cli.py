@@ -227,7 +227,9 @@ def _config(
     checkpoint = {**from_file, **values}.get("model.checkpoint")
     own = recipe_of(Path(checkpoint)) if recipe_of and checkpoint and "preset" not in given else None
     base = own or get_preset(preset)
-    config = base.with_values({**command.defaults, **from_file, **values})
+    # a size that is named is that size, whatever the preset or the file says of width and depth
+    named = dict.fromkeys(("model.d_model", "model.depth")) if values.get("model.name") else {}
+    config = base.with_values({**command.defaults, **from_file, **named, **values})
     counts = ("model.checkpoint", *BESIDE_CHECKPOINT)
     ignored = [f"--{k}" for k in values if k.startswith("model.") and k not in counts]
     if config.model.checkpoint and ignored:

@@ -242,3 +242,14 @@ def test_the_gate_can_lose_single_weights_in_a_structured_cut():
     assert RunConfig().with_values(rates).cut.rates == {"linear_out": 0.7, "linear_gate": 0.5}
     apart = RunConfig().with_values({**rates, "cut.gate_elements": True}).cut.rates
     assert apart == {"linear_out": 0.7, "linear_gate:element": 0.5}
+
+
+def test_a_size_that_is_named_is_that_size(tmp_path):
+    """The quickstart's own width and depth stood over it, without a word."""
+    small = parse_train_args([]).config.resolve().model
+    named = parse_train_args(["--model.name", "mamba_tiny"]).config.resolve().model
+    assert (small.depth, named.d_model, named.depth) == (4, 128, 16)
+    assert parse_train_args(["--model.name", "mamba_small", "--model.depth", "3"]).config.resolve().model.depth == 3
+    (tmp_path / "config.yaml").write_text(parse_train_args([]).config.resolve().to_yaml())
+    words = ["--config", str(tmp_path / "config.yaml"), "--model.name", "mamba_small"]
+    assert parse_train_args(words).config.resolve().model.depth == 24
