@@ -88,10 +88,15 @@ def cut_picture(record: Record) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
+def whole_lines() -> Console:
+    """A console for tables: as wide as the terminal, and in files and pipes so wide that no line is broken."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=500)
+
+
 def print_cut(record: Record, folder: Path) -> None:
     """The table in the terminal, its lines whole, and where it is kept."""
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=500)
+    console = whole_lines()
     console.print("what was cut, layer by layer:")
     console.print(cut_table(record))
     console.print(f"kept in {folder / FILE}", markup=False, soft_wrap=True)

@@ -48,10 +48,8 @@ def dry_run(config: RunConfig, plan: str | None = None, given: Sequence[str] = (
         print(f"# training images: {train_images:,} in {classes} classes")
         if plan is not None:
             trains = trains_first(config, given)
-            print(
-                f"# plan {plan}: {get_plan(plan).purpose}; applied once, {'after' if trains else 'nothing is'} "
-                f"{'a training under penalty.kind ' + config.penalty.kind if trains else 'trained'}"
-            )
+            how = f"after a training under penalty.kind {config.penalty.kind}" if trains else "nothing is trained"
+            print(f"# plan {plan}: {get_plan(plan).purpose}; applied once, {how}")
             if trains:
                 print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
             return 0

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mamba.errors import ConfigError
 from mamba.runs.files import write_csv
 from mamba.runs.metrics import SCORE
+from pruning.show import whole_lines
 from ray_jobs.report.rows import finite
 
 COLUMNS = (
@@ -35,9 +35,7 @@ def show(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) -> None:
         if cells.get(SCORE) and row.get("error") is not None:
             cells[SCORE] = f"{row['metrics'][SCORE]:.2f} ± {row['error']:.2f}"
         table.add_row(row["trial"], row["status"], *cells.values())
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=500)
-    console.print(table)
+    whole_lines().print(table)
 
 
 def cell(value: Any) -> str:

@@ -149,7 +149,9 @@ def _check_typed(
     works: list[Work] = [space.kind]
     if space.kind == "measure" and any(c.cut.finetune_epochs for c in configs):
         works = ["finetune"]
-    check_typed([*works, *(["train"] if baseline else [])], given, configs)  # type: ignore[list-item]
+    if baseline:
+        works.append("train")
+    check_typed(works, given, configs)
 
 
 def without_effect(config: RunConfig, kind: Work) -> set[str]:
