@@ -6,6 +6,12 @@ Entry scripts print the message alone; anything else that escapes is a bug and k
 from __future__ import annotations
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, in one line: of one of the system's its words, without its number and the path."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(words.split())[:300] or type(error).__name__
+
+
 class ForgeError(Exception):
     """Base of every error whose message is written for the user.
 

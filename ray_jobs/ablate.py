@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mamba.config.cli import AblateArgs, parse_ablate_args
 from mamba.errors import ConfigError
 from ray_jobs.launch.ending import exit_code
+from ray_jobs.launch.intent import say_intent
 from ray_jobs.launch.recipe import recipe_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         args = parse_ablate_args(argv, description=(__doc__ or "").split("\n")[0], recipe_of=recipe_of)
+        if args.grid in (*GRIDS, "all"):
+            say_intent(args)
         from ray_jobs.report.outcome import perform  # after the words: imports ray
 
         return perform(args, lambda: _experiment(args), "ray_jobs/ablate.py")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from mamba.config.cli import parse_prune_args
 from mamba.config.counts import Work, check_given, trains_first
 from ray_jobs.launch.ending import exit_code
+from ray_jobs.launch.intent import say_intent
 from ray_jobs.launch.recipe import recipe_of
 
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.plan is None:
                 check_rounds(args.config)
             return dry_run(args.config, args.plan, args.given)
+        say_intent(args)
         if args.plan:
             from ray_jobs.launch.plan import run_plan
 

@@ -15,7 +15,8 @@ from mamba.config.cli import TrainArgs, parse_train_args
 from mamba.config.counts import check_given
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError, ForgeError
-from ray_jobs.launch.ending import exit_code
+from ray_jobs.launch.ending import continued_by, exit_code
+from ray_jobs.launch.intent import say_intent
 from ray_jobs.launch.recipe import to_train
 
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ray_jobs.launch.dry_run import dry_run
 
             return dry_run(wanted)
+        say_intent(args)
         print("loading PyTorch and the data ...", flush=True)  # seconds without a word look like a hang
         config = wanted.resolve()
         if config.scaling.num_workers == 0:
@@ -62,7 +64,8 @@ def _train(args: TrainArgs, config: RunConfig) -> int:
         check_run(folder)
         config = own_split(config, folder)
 
-    with exclusive(folder), Display(folder) as display, stop_on_signal(folder, display):
+    again = f"python {os.path.relpath(__file__)} --resume {folder}"
+    with exclusive(folder), continued_by(again), Display(folder) as display, stop_on_signal(folder, display):
         display.say(f"run folder: {folder}")
         result = finished_result(folder)
         more = args.resume is not None and is_longer(folder, config)
@@ -81,10 +84,9 @@ def _train(args: TrainArgs, config: RunConfig) -> int:
                 if args.resume is None:
                     discard_if_unused(folder)
                 raise
-    command = os.path.relpath(__file__)
     if result["status"] == "interrupted":
         display.say(f"interrupted in epoch {result['epoch'] + 1} after {result['step']} of its steps; continue with")
-        display.say(f"  python {command} --resume {folder}")
+        display.say(f"  {again}")
         return 130
     display.show(result_table(result))
     display.say(f"run folder: {folder}")

@@ -22,7 +22,7 @@ from mamba.config.keys import stored_values
 from mamba.config.presets import PRESETS, get_preset
 from mamba.config.schema import RunConfig
 from mamba.config.words import split_words
-from mamba.errors import ConfigError
+from mamba.errors import ConfigError, reason
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,8 @@ def _from_file(path: Path) -> dict[str, Any]:
     """Keys and values of a file; of a run's own config.yaml, without what names that run."""
     if path.is_dir() and (path / "config.yaml").exists():
         path = path / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"--config {path}: there is no such file")
     values = stored_values(read_yaml(path, "a config"), path)
     if values.get("trial") == path.absolute().parent.name:
         del values["trial"]
@@ -264,7 +266,7 @@ def stored_config(folder: Path) -> RunConfig:
     try:
         tree = json.loads(experiment.read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{experiment} is damaged: {error}") from None
+        raise ConfigError(f"{experiment} is damaged: {reason(error)}") from None
     return RunConfig.stored(tree, experiment)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mamba.errors import ConfigError
+from mamba.errors import ConfigError, reason
 
 LARGEST = 256 * 1024
 """Bytes of a file that is read; a run's config has 5,000."""
@@ -55,5 +55,5 @@ def read_yaml(path: Path, what: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{path} cannot be read as {what}: it is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise ConfigError(f"{path} cannot be read as {what}: {reason[:300]}") from None
+        why = reason(error).replace('in "<unicode string>", ', "at ")
+        raise ConfigError(f"{path} cannot be read as {what}: {why}") from None

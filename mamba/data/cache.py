@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from mamba.cache import cache_folder
 from mamba.data.decode import VERSION, decode_rows, hash_images
 from mamba.data.listing import Files
-from mamba.errors import DataError
+from mamba.errors import DataError, reason
 
 PIECE = 64
 """Files that a process decodes between two looks at what is left."""
@@ -160,7 +160,7 @@ def _write_hashes(path: Path, hashes: NDArray[np.uint64]) -> None:
         partial.write_bytes(hashes.tobytes())
         partial.replace(path.with_suffix(".hash"))
     except OSError as error:
-        raise DataError(f"the cache of decoded images {path} could not be written: {error}") from None
+        raise DataError(f"the cache of decoded images {path} could not be written: {reason(error)}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -180,7 +180,7 @@ def _make(path: Path, job: Job) -> NDArray[np.uint64]:
         partial.replace(path)
         return hashes
     except OSError as error:
-        raise DataError(f"the cache of decoded images {path} could not be written: {error}") from None
+        raise DataError(f"the cache of decoded images {path} could not be written: {reason(error)}") from None
     finally:
         partial.unlink(missing_ok=True)
 

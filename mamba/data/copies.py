@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from mamba.data.cache import Progress, data_cache
 from mamba.data.listing import Files
-from mamba.errors import DataError
+from mamba.errors import DataError, reason
 
 PIECE = 4096
 """Bytes that are compared first."""
@@ -84,4 +84,4 @@ def _read(files: Files, row: int, start: int, length: int) -> bytes:
             file.seek(start)
             return hashlib.blake2b(file.read(length), digest_size=16).digest() if length > 0 else file.read()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); mend or remove it") from None
+        raise DataError(f"{path} cannot be read ({reason(error)}); mend or remove it") from None

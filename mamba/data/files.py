@@ -19,7 +19,7 @@ from PIL import Image
 from mamba.data.cache import Job, Progress, data_cache
 from mamba.data.decode import hash_images, read_fitted, read_rgb
 from mamba.data.images import Moments, Statistics, spread
-from mamba.errors import DataError
+from mamba.errors import DataError, reason
 
 Box = NDArray[np.int64]
 
@@ -132,6 +132,6 @@ def _write(path: Path, values: dict[str, Any]) -> None:
         partial.write_text(json.dumps(values))
         partial.replace(path)
     except OSError as error:
-        raise DataError(f"what is known of the images could not be written to {path}: {error}") from None
+        raise DataError(f"what is known of the images could not be written to {path}: {reason(error)}") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mamba.errors import DataError
+from mamba.errors import DataError, reason
 
 HIDDEN = frozenset({"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db"})
 """What systems leave behind in folders, beside every name that begins with a dot: never read, never a class."""
@@ -164,7 +164,7 @@ def _walk(
         try:
             status = entry.stat()
         except OSError as error:
-            raise DataError(f"{entry.path} cannot be read ({error}); mend or remove it") from None
+            raise DataError(f"{entry.path} cannot be read ({reason(error)}); mend or remove it") from None
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
             unread["that are no files"] += 1
             continue
@@ -177,7 +177,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed: {error}") from None
+        raise DataError(f"{folder} cannot be listed: {reason(error)}") from None
 
 
 def pack(root: Path, entries: list[tuple[str, int, int]]) -> Files:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mamba.errors import ConfigError
+from mamba.errors import ConfigError, reason
 from mamba.models.model import Architecture, MambaModel
 from mamba.predict.onnx import OPSET, require_onnx, run_onnx, write_onnx
 from mamba.predict.predictor import Predictor
@@ -24,9 +25,22 @@ MOST = 1e-4
 """By which logits may differ from ours."""
 BATCHES = (1, 2, 5)
 """Batch sizes that are compared."""
-ROUNDS = 5
+ROUNDS = 15
+"""Repetitions of which a time has its median."""
 
 Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one thing done `ROUNDS` times."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ms ({self.lowest:.2f} to {self.highest:.2f})"
 
 
 @dataclass(frozen=True)
@@ -36,9 +50,10 @@ class Exported:
     path: Path
     difference: float
     """Of logits, at most, over `BATCHES`."""
-    ms: float
-    """Of one image, by the exported file; median of `ROUNDS`."""
-    ours_ms: float
+    ms: Times
+    """Of one image, by the exported file."""
+    ours_ms: Times
+    """Of the same, by our model, in turns with the file."""
     opset: int | None = None
 
 
@@ -63,7 +78,7 @@ def export(predictor: Predictor, form: str, path: Path) -> Exported:
         path.parent.mkdir(parents=True, exist_ok=True)
         run = _written(model, form, path, side, about(predictor))
     except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {error}") from None
+        raise ConfigError(f"--out {path} cannot be written: {reason(error)}") from None
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(n, 3, side, side, generator=generator) for n in BATCHES]
     with torch.no_grad():
@@ -72,7 +87,7 @@ def export(predictor: Predictor, form: str, path: Path) -> Exported:
             path.unlink(missing_ok=True)
             raise ConfigError(f"--format {form}: logits differ from ours by {difference:.1e}, more than {MOST:.0e}")
         opset = OPSET if form == "onnx" else None
-        return Exported(path, difference, _ms(run, images[0]), _ms(model, images[0]), opset)
+        return Exported(path, difference, *_times([run, model], images[0]), opset)
 
 
 def about(predictor: Predictor) -> dict[str, str]:
@@ -101,11 +116,13 @@ def _written(model: MambaModel, form: str, path: Path, side: int, facts: dict[st
     return again.eval()
 
 
-def _ms(run: Run, images: Tensor) -> float:
-    run(images)
-    times = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        run(images)
-        times.append(time.perf_counter() - began)
-    return 1e3 * sorted(times)[ROUNDS // 2]
+def _times(runs: Sequence[Run], images: Tensor) -> list[Times]:
+    """Of each, in turns: what the machine does besides is shared."""
+    found: list[list[float]] = [[] for _ in runs]
+    for turn in range(1 + ROUNDS):  # the first is not counted
+        for run, times in zip(runs, found, strict=True):
+            began = time.perf_counter()
+            run(images)
+            if turn:
+                times.append(1e3 * (time.perf_counter() - began))
+    return [Times(median(times), min(times), max(times)) for times in found]

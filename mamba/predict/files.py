@@ -18,7 +18,7 @@ from mamba.data.files import ImageFiles
 from mamba.data.images import ImageData, ImageSet
 from mamba.data.listing import Files, endings, is_hidden, list_split, pack
 from mamba.data.transform import Transform
-from mamba.errors import DataError
+from mamba.errors import DataError, reason
 
 SHOWN = 5
 
@@ -78,7 +78,7 @@ def find_images(words: Sequence[str | Path], classes: Sequence[str], unlabelled:
         try:
             status = os.stat(path)
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error}); mend or remove it") from None
+            raise DataError(f"{path} cannot be read ({reason(error)}); mend or remove it") from None
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{path} is no file")
         entries.append((os.path.relpath(path, root), status.st_size, status.st_mtime_ns))
@@ -137,7 +137,7 @@ def _folders_in(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed: {error}") from None
+        raise DataError(f"{folder} cannot be listed: {reason(error)}") from None
 
 
 def _images_below(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from mamba.errors import FolderError
+from mamba.errors import FolderError, reason
 
 SEAL = "checksum"
 """Key of a JSON object's checksum of itself."""
@@ -102,7 +102,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"{path} is damaged ({_brief(error)}){remedy and '; ' + remedy}") from None
+        raise FolderError(f"{path} is damaged ({reason(error)}){remedy and '; ' + remedy}") from None
     if not isinstance(tree, dict):
         raise FolderError(f"{path} is damaged (it holds no JSON object){remedy and '; ' + remedy}")
     return tree
@@ -173,12 +173,11 @@ def sync(path: Path) -> None:
 
 def unwritable(path: Path, error: BaseException, then: str = "") -> FolderError:
     """The sentence for a path that could not be written: the system's reason, and how much space is left there."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else _brief(error)
     free = ""
     with suppress(OSError, StopIteration):
         there = next(p for p in (path, *path.parents) if p.is_dir())
         free = f" ({shutil.disk_usage(there).free / 2**20:,.0f} MiB are free there)"
-    return FolderError(f"{path} could not be written: {reason}{free}{then and '; ' + then}")
+    return FolderError(f"{path} could not be written: {reason(error)}{free}{then and '; ' + then}")
 
 
 def _new_beside(path: Path) -> tuple[Path, IO[bytes]]:
@@ -197,8 +196,3 @@ def _finite(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [_finite(value) for value in tree]
     return tree
-
-
-def _brief(error: BaseException) -> str:
-    """An error in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

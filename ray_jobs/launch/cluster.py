@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 import ray
 
 from mamba.config.choices import PLUGINS
-from mamba.errors import ConfigError, TrainingError
+from mamba.errors import ConfigError, TrainingError, reason
+from ray_jobs.launch.ending import how_to_continue
 from ray_jobs.launch.waiting import told
 
 Result = TypeVar("Result")
@@ -173,7 +174,7 @@ def _connect(announce: Callable[[str], None]) -> tuple[str, bool]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{'RAY_ADDRESS' if asked != 'auto' else 'the Ray cluster at'} {address} cannot be reached "
-            f"({_brief(error)}); start that cluster, or set RAY_ADDRESS=local to start one"
+            f"({reason(error)}); start that cluster, or set RAY_ADDRESS=local to start one"
         ) from None
     owners = [c.owner for c in running_clusters() if c.address == address]
     return f"the running cluster at {address}{f' of {owners[0]}' if owners else ''}", False
@@ -192,7 +193,7 @@ def _start() -> None:
         with contextlib.suppress(Exception):
             ray.shutdown()
         raise TrainingError(
-            f"Ray could not be started on this machine ({_brief(error)}); on a busy one try again, or wait longer with "
+            f"Ray could not be started on this machine ({reason(error)}); on a busy one try again, or wait longer with "
             "RAY_raylet_start_wait_time_s=120; --scaling.num-workers 0 trains without Ray"
         ) from None
 
@@ -297,8 +298,8 @@ def _watch(processes: list[tuple[str, Any]], announce: Callable[[str], None], ov
             if process.poll() is None or over.is_set():
                 continue
             announce(
-                f"error: Ray's {name} (process {process.pid}) has died, and with it the local cluster; continue with "
-                "--resume from the last checkpoint"
+                f"error: Ray's {name} (process {process.pid}) has died, and with it the local cluster; "
+                + how_to_continue()
             )
             for _, other in processes:
                 with contextlib.suppress(Exception):
@@ -306,8 +307,3 @@ def _watch(processes: list[tuple[str, Any]], announce: Callable[[str], None], ov
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(2)
-
-
-def _brief(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mamba.models.model import count_parameters
-from mamba.predict.export import FORMATS, export
+from mamba.predict.export import FORMATS, ROUNDS, export
 from mamba.predict.predictor import Predictor
 from pruning.store import load_smaller
 
@@ -26,8 +26,8 @@ def export_run(args: Namespace) -> int:
     print(f"input: images, float32 (any batch, 3, {side}, {side}), normalised by the mean and std in the file")
     print(f"logits differ from ours by at most {found.difference:.1e}")
     print(
-        f"one image on this CPU ({torch.get_num_threads()} threads): {found.ms:.2f} ms by the file, "
-        f"{found.ours_ms:.2f} ms by ours"
+        f"one image on this CPU ({torch.get_num_threads()} threads): {found.ms} by the file, {found.ours_ms} by ours; "
+        f"each the median of {ROUNDS} (lowest to highest)"
     )
     if args.format == "torch_export":
         print("to load it: import mamba.ops.scan, then torch.export.load; it runs on a CPU")

@@ -27,6 +27,7 @@ from pruning.show import PICTURE, cut_picture, print_cut
 from pruning.store import masks_of, of_cut, save_pruned
 from ray_jobs.launch.cluster import connected_if
 from ray_jobs.launch.console import Display, stop_on_signal
+from ray_jobs.launch.ending import continued_by
 from ray_jobs.launch.measure import compare
 from ray_jobs.launch.recipe import train_on
 from ray_jobs.launch.run import preflight, run
@@ -92,12 +93,13 @@ def _train_under_penalty(config: RunConfig, folder: Path) -> Path | None:
     own = config.with_values({"prune.method": "none", "out": folder.parent, "name": folder.name, "trial": here.name})
     here.mkdir()
     write_config(here, own.resolve())
-    with Display(here) as display, stop_on_signal(here, display):
+    again = f"python ray_jobs/train.py --resume {here}"
+    with continued_by(again), Display(here) as display, stop_on_signal(here, display):
         result = run(own.resolve(), here, lambda text: display.say(f"{here.name}: {text}"))
     newest = ckpt.newest_checkpoint(here)
     if result["status"] != "finished" or newest is None:
         print(
-            f"interrupted; continue the training with\n  python ray_jobs/train.py --resume {here}\nand cut its last "
+            f"interrupted; continue the training with\n  {again}\nand cut its last "
             f"step, where the penalty has had its whole effect, with --plan and --checkpoint {here}/checkpoints/step-*"
         )
         return None

@@ -20,6 +20,7 @@ from pruning.report import rounds_figure, rounds_table
 from pruning.rounds import Engine, check_rounds, check_series, run_rounds
 from pruning.show import print_cut
 from ray_jobs.launch.console import Display, stop_on_signal
+from ray_jobs.launch.ending import continued_by
 from ray_jobs.launch.measure import measure
 from ray_jobs.launch.recipe import train_on
 from ray_jobs.launch.run import preflight, run, workers_for
@@ -50,9 +51,10 @@ def run_series(args: PruneArgs, command: str) -> int:
     console = Console(highlight=False, soft_wrap=True)
     say = lambda text: console.print(text, markup=False)  # noqa: E731
     say(f"folder: {folder}")
+    again = f"python {command} --resume {folder}"
     try:
         # one group of workers for all rounds
-        with exclusive(folder), workers_for(config, folder, say) as workers:
+        with exclusive(folder), continued_by(again), workers_for(config, folder, say) as workers:
             data = load_data(config.data, config.seed)
             engine = Engine(partial(_train, workers=workers), partial(measure, workers=workers), say)
             rows = run_rounds(config, folder, data, engine)
@@ -61,7 +63,7 @@ def run_series(args: PruneArgs, command: str) -> int:
             discard_if_unused(folder)
         raise
     if rows is None:
-        say(f"interrupted; continue with\n  python {command} --resume {folder}")
+        say(f"interrupted; continue with\n  {again}")
         return 130
     last = folder / f"round-{config.prune.rounds:02d}"
     record = load_record(last)

@@ -12,6 +12,7 @@ from mamba.config.cli import TrainArgs
 from mamba.config.help import quiet_pipe
 from mamba.errors import ForgeError
 from mamba.runs.inputs import keep_inputs
+from ray_jobs.launch.ending import continued_by
 from ray_jobs.report.findings import findings
 from ray_jobs.report.rows import ranked
 from ray_jobs.report.table import show, write_results
@@ -85,7 +86,9 @@ def conclude(folder: Path, script: str) -> int:
     def write_table() -> None:
         write_results(folder / "results.csv", results.rows(folder))
 
-    ended, rows = run(folder, say, write_table)
+    again = f"python {script} --resume {folder}"
+    with continued_by(again):
+        ended, rows = run(folder, say, write_table)
     write_table()
     failed = [row for row in rows if row["status"] == "failed"]
     told = experiment.load(folder)
@@ -106,6 +109,6 @@ def conclude(folder: Path, script: str) -> int:
         console.print(f"report: {write_report(folder, rows, text)}", markup=False)
     console.print(f"table: {folder / 'results.csv'}", markup=False)
     if not ended:
-        console.print(f"interrupted; continue with\n  python {script} --resume {folder}", markup=False)
+        console.print(f"interrupted; continue with\n  {again}", markup=False)
         return 130
     return 1 if failed else 0

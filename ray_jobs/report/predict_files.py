@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mamba.errors import ConfigError
+from mamba.errors import ConfigError, reason
 from mamba.predict.files import find_images, seen_in_training
 from mamba.predict.outcome import predict_found, write_predictions
 from mamba.predict.predictor import load
@@ -60,7 +60,7 @@ def check_options(args: Namespace) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out}: its folder cannot be made ({error})") from None
+        raise ConfigError(f"--out {out}: its folder cannot be made ({reason(error)})") from None
 
 
 def _classes(names: list[str]) -> str:

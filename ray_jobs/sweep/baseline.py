@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 from mamba.config.schema import RunConfig
@@ -9,6 +11,7 @@ from mamba.errors import ConfigError
 from mamba.runs.folder import CONFIG, finished_result, read_config, write_config
 from mamba.runs.start import prepare_resume
 from ray_jobs.launch.console import Display, stop_on_signal
+from ray_jobs.launch.ending import continued_by
 from ray_jobs.launch.run import preflight, run
 
 
@@ -33,7 +36,8 @@ def trained_baseline(config: RunConfig, folder: Path) -> Path:
         here.mkdir(parents=True, exist_ok=True)
         write_config(here, own)
         prepare_resume(here)
-        with Display(here) as display, stop_on_signal(here, display):
+        again = f"python {shlex.join(sys.argv)}"
+        with continued_by(again), Display(here) as display, stop_on_signal(here, display):
             display.say(f"no --checkpoint: training a baseline in {here}")
             result = run(own, here, display.say)
         if result["status"] != "finished":

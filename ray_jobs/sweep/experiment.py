@@ -13,7 +13,7 @@ from typing import Any
 
 from mamba.config.keys import current
 from mamba.config.schema import RunConfig
-from mamba.errors import ConfigError, FolderError
+from mamba.errors import ConfigError, FolderError, reason
 from mamba.runs.files import read_sealed, sealed, to_json, write_sealed
 from mamba.runs.folder import exclusive
 from mamba.runs.inputs import INPUTS
@@ -100,7 +100,7 @@ def create(experiment: Experiment, words: Sequence[str]) -> Path:
     except FileExistsError:
         raise taken(folder) from None
     except OSError as error:
-        raise ConfigError(f"out: the experiment's folder {folder} cannot be written: {error}") from None
+        raise ConfigError(f"out: the experiment's folder {folder} cannot be written: {reason(error)}") from None
     return folder
 
 
@@ -137,7 +137,7 @@ def more_trials(folder: Path, trials: int) -> int:
         try:
             write_sealed(folder / FILE, {**tree, "count": trials})
         except OSError as error:
-            raise ConfigError(f"the experiment's folder {folder} cannot be written: {error}") from None
+            raise ConfigError(f"the experiment's folder {folder} cannot be written: {reason(error)}") from None
     return experiment.count
 
 

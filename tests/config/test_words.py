@@ -149,7 +149,8 @@ def test_a_damaged_experiment_is_one_sentence(tmp_path, text):
         ("--" + "x" * 3000 + " 1", "^unknown key 'x{80}'; valid"),
         ("x" * 3000, "^unexpected word 'x{80}'; options"),
         ("--completion nosh", "--completion nosh: there is none for it; valid: bash"),
-        ("--config nowhere.yaml", "nowhere.yaml cannot be read as a config: .*No such file"),
+        ("--config nowhere.yaml", "^--config nowhere.yaml: there is no such file$"),
+        ("--config tests", "^tests cannot be read as a config: Is a directory$"),
     ],
 )
 def test_refused_in_one_sentence_at_once(words, message):

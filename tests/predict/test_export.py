@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
@@ -80,6 +81,8 @@ def test_other_formats(run, tmp_path, capsys, form, ending):
     assert main([str(run), "--format", form, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert out.exists() and "logits differ from ours by at most 0.0e+00" in said
+    times = re.findall(r"([\d.]+) ms \(([\d.]+) to ([\d.]+)\)", said)
+    assert len(times) == 2 and all(float(low) <= float(mid) <= float(high) for mid, low, high in times)
 
 
 def test_a_file_that_differs_is_removed(run, tmp_path, monkeypatch):

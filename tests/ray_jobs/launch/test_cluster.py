@@ -121,14 +121,17 @@ def test_a_dead_cluster_ends_the_command_in_a_sentence():
     code = (
         "import subprocess, threading, time\n"
         "from ray_jobs.launch.cluster import _watch\n"
+        "from ray_jobs.launch.ending import continued_by\n"
         "vital = [(n, subprocess.Popen(['sleep', '60'])) for n in ('gcs_server', 'raylet')]\n"
         "threading.Thread(target=_watch, args=(vital, print, threading.Event()), daemon=True).start()\n"
         "vital[0][1].kill()\n"
-        "time.sleep(50)\n"
+        "with continued_by('python ray_jobs/train.py --resume runs/a/b'):\n"
+        "    time.sleep(50)\n"
     )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "Ray's gcs_server (process" in done.stdout and "has died" in done.stdout
+    assert "continue from the last checkpoint with\n  python ray_jobs/train.py --resume runs/a/b" in done.stdout
     assert time.monotonic() - began < 40
 
 
