@@ -87,7 +87,8 @@ def export(predictor: Predictor, form: str, path: Path) -> Exported:
             path.unlink(missing_ok=True)
             raise ConfigError(f"--format {form}: logits differ from ours by {difference:.1e}, more than {MOST:.0e}")
         opset = OPSET if form == "onnx" else None
-        return Exported(path, difference, *_times([run, model], images[0]), opset)
+        ms, ours_ms = _times([run, model], images[0])
+        return Exported(path, difference, ms, ours_ms, opset)
 
 
 def about(predictor: Predictor) -> dict[str, str]:

@@ -69,7 +69,7 @@ def test_said_before_anything_else_and_continued_by_the_command_named(main, tmp_
     monkeypatch.setattr("sys.argv", ["ray_jobs/x.py", *words])
     assert main(words) == 130
     err = capsys.readouterr().err
-    assert main is tune or before[0].split()[0] in ("training", "pruning") and "--help" in before[0].splitlines()[0]
+    assert main is tune or (before[0].split()[0] in ("training", "pruning") and "--help" in before[0].splitlines()[0])
     command = err.split("continue from the last checkpoint with\n  python ")[1].strip()
     if main is ablate:  # its model's training: the same words again
         assert command == shlex.join(["ray_jobs/x.py", *words])
