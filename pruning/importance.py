@@ -60,7 +60,42 @@ def element_scores(
     for parts in stem_layers(model):
         parameters |= {STEM_PREFIX + part.tensor: p for part, p, _ in parts if isinstance(p, nn.Parameter)}
     with torch.no_grad():
-        return SCORES[score].elements(model, parameters, calibration, seed)
+        if score in SCORES.shipped:
+            found = SCORES[score].elements(model, parameters, calibration, seed)
+        else:
+            found = _of_added(model, score, parameters, calibration, seed)
+    for name, values in found.items():
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite()).sum())
+            raise ConfigError(
+                f"score '{score}': {bad} of {values.numel()} values of {name} are NaN or infinite: nothing can be "
+                "ranked by them"
+            )
+    return found
+
+
+def _of_added(
+    model: nn.Module, score: str, parameters: Parameters, calibration: Batches | None, seed: int
+) -> dict[str, Tensor]:
+    """What a score that was added from outside gives; raises ConfigError where it is no number for each weight, or
+    the model is not what it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    training = model.training
+    found = SCORES[score].elements(model, parameters, calibration, seed)
+    if not isinstance(found, dict):
+        raise ConfigError(f"score '{score}' gives a {type(found).__name__}; valid: a dictionary of tensors by name")
+    for name, parameter in parameters.items():
+        values = found.get(name)
+        if not isinstance(values, Tensor) or values.shape != parameter.shape:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else "absent"
+            raise ConfigError(
+                f"score '{score}': the values of {name} are {shape}; valid: one for each weight, {tuple(parameter.shape)}"
+            )
+    if model.training != training or any(
+        not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
+    ):
+        raise ConfigError(f"score '{score}' changes the model that it ranks; it must leave it as it is")
+    return {name: found[name].float() for name in parameters}
 
 
 def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score: str = "l1") -> list[Tensor]:
@@ -73,7 +108,7 @@ def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score
     """
     if group == STEM:
         in_stem = [_unit_sums(parts, STEM_PREFIX, elements) for parts in stem_layers(model)]
-        return [SCORES[score].of_unit(sums) for sums in in_stem]
+        return [_of_unit(score, sums) for sums in in_stem]
     per_block = []
     for prefix, block in named_blocks(model):
         if group == BLOCK:
@@ -84,8 +119,19 @@ def unit_scores(model: nn.Module, group: str, elements: dict[str, Tensor], score
             continue
         else:
             sums = _unit_sums(parts_of(block, GROUPS[group]), prefix, elements)
-        per_block.append(SCORES[score].of_unit(sums))
+        per_block.append(_of_unit(score, sums))
     return per_block
+
+
+def _of_unit(score: str, sums: Tensor) -> Tensor:
+    """Units' scores; raises ConfigError where they are not one finite number a unit."""
+    found = SCORES[score].of_unit(sums)
+    if found.shape != sums.shape or not bool(found.isfinite().all()):
+        raise ConfigError(
+            f"score '{score}': of {len(sums)} units it gives {tuple(found.shape)} values, "
+            f"{int((~found.isfinite()).sum())} of them NaN or infinite; valid: one finite number a unit"
+        )
+    return found
 
 
 def _l1(model: nn.Module, parameters: Parameters, calibration: Batches | None, seed: int) -> dict[str, Tensor]:

@@ -203,6 +203,11 @@ def refill_masks(
             units, fan_in = remain.shape
             n = units_to_keep(int(remain.sum()), units, fan_in, fillback_rate)
             unit = REFILL_SCORES[score].of_unit(values, remain)
+            if unit.shape != (units,) or not bool(unit.isfinite().all()):
+                raise ConfigError(
+                    f"refill score '{score}': of {units} units it gives {tuple(unit.shape)} values, "
+                    f"{int((~unit.isfinite()).sum())} of them NaN or infinite; valid: one finite number a unit"
+                )
             if among:
                 gone = gone_units(among, prefix, parts_of(block, GROUPS[group]))
                 unit[gone] = -torch.inf
