@@ -12,6 +12,7 @@ from mamba.data.cifar import load_cifar
 from mamba.data.digits import load_digits_images
 from mamba.data.folder import load_folder
 from mamba.data.images import ImageData
+from mamba.data.sound import check_images
 from mamba.data.split import VAL_FRACTION
 
 
@@ -44,10 +45,12 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     """Load, or decode and cache, the data set of a resolved config. Safe to call from many processes at once.
 
     Raises:
-        DataError: missing, empty, inconsistent or unreadable files; what was looked for and where.
+        DataError: missing, empty, inconsistent or unreadable files, what was looked for and where; what is no data
+            set, of a source that was added.
     """
     assert config.img_size is not None, "the config must be resolved"
-    return DATASETS[config.dataset].load(config, seed)
+    data = DATASETS[config.dataset].load(config, seed)
+    return check_images(data, f"data.dataset '{config.dataset}'", config.img_size)
 
 
 def describe(config: DataConfig, seed: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mamba.config.schema import DataConfig
 from mamba.data.held import split_like
 from mamba.data.images import ImageData, ImageSet, Split, Statistics, resize
+from mamba.data.sound import check_classes, check_set
 from mamba.errors import DataError
 
 VAL_FRACTION = 0.1
@@ -79,9 +80,16 @@ def _unbalanced(train: ImageSet, fraction: float, classes: Sequence[str]) -> Dat
 def from_arrays(
     train: ImageSet, test: ImageSet, classes: tuple[str, ...], config: DataConfig, seed: int, statistics: Statistics
 ) -> ImageData:
-    """A data set that comes as two arrays: resized to `data.img_size` where it has another side, and split."""
-    side = config.img_size
+    """A data set that comes as two arrays: resized to `data.img_size` where it has another side, and split.
+
+    Raises:
+        DataError: arrays that are no images with labels, or a split that leaves a class without one.
+    """
+    side, where = config.img_size, f"data.dataset '{config.dataset}'"
     assert side is not None, "the config must be resolved"
+    check_classes(classes, where)
+    for name, part in (("training", train), ("test", test)):
+        check_set(part, classes, f"{where}: the {name} set")
     if train.images.shape[1] != side:  # hashes stay those of the originals: the same data at every size
         train, test = (replace(s, images=resize(s.images[:], side), hashes=s.pixel_hashes) for s in (train, test))
     train, val, split = split_training(train, config, seed, classes)

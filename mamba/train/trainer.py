@@ -21,6 +21,7 @@ from mamba.data.device_loader import make_train_batches
 from mamba.data.images import ImageData, ImageSet
 from mamba.data.mix import BatchMix
 from mamba.data.registry import load_data
+from mamba.data.sound import check_images
 from mamba.data.views import ONE, Views
 from mamba.errors import TrainingError
 from mamba.models.model import MambaModel, count_parameters
@@ -65,6 +66,8 @@ def fit(
     with out_of_memory_told(), Heartbeat(folder, process) as alive:
         if data is None:
             data = load_data(with_split(config, start_of(config, folder)).data, config.seed)
+        else:
+            check_images(data, "the data given")
         alive.enter("making the model")
         trainer = Trainer(config, process, folder, data, hooks, alive)
         try:
