@@ -23,7 +23,7 @@ from mamba.config.resolve import DATASET_SIDES, MODEL_SIZES
 from mamba.config.schema import CutConfig, RunConfig
 from mamba.data.policies import POLICIES
 from mamba.data.registry import DATASETS, Source, describe, load_data
-from mamba.errors import ConfigError
+from mamba.errors import CheckpointError, ConfigError
 from mamba.models.embed import STEMS, PatchEmbed
 from mamba.models.heads import HEADS, MeanPool
 from mamba.models.model import Architecture, MambaModel
@@ -31,8 +31,9 @@ from mamba.models.ssm import MIXERS, Mixer, ScanPath
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.metrics import METRICS, Metric, metric
 from mamba.train.distributed import Process
-from mamba.train.optim import OPTIMIZERS, make_adamw
+from mamba.train.optim import OPTIMIZERS, make_adamw, make_optimizer, parameter_groups
 from mamba.train.schedule import SCHEDULES as LR_SCHEDULES
+from mamba.train.schedule import learning_rate
 from mamba.train.trainer import fit
 from pruning.components import COMPONENTS, Component
 from pruning.cut import cut, prune_component
@@ -239,6 +240,104 @@ def test_help_with_a_toy(toys, capsys):
         with pytest.raises(SystemExit):
             parse_train_args(["--data.dataset", "toy", page])
         assert "default: toy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("registry", "name", "entry", "told"),
+    [
+        (SCORES, "l1", SCORES["l2"], "'l1' is what ships"),
+        (METHODS, "none", METHODS["refill"], "'none' is no name"),
+        (MIXERS, "", MIXERS["forward"], "'' is no name; valid: letters"),
+        (MIXERS, "a b/c", MIXERS["forward"], "'a b/c' is no name"),
+        (MIXERS, "five", 5, "'five' is a int; valid: a Mixer"),
+        (OPTIMIZERS, "five", 5, "'five' is a int; valid: a function"),
+        (MODEL_SIZES, "five", 5, "'five' is a int; valid: a tuple"),
+    ],
+)
+def test_names_and_entries_that_are_none_are_refused(registry, name, entry, told):
+    before = dict(registry)
+    with pytest.raises(ConfigError, match=f"{registry.key}: {told}"):
+        registry[name] = entry
+    assert dict(registry) == before
+
+
+@pytest.mark.parametrize(
+    ("paths", "more", "told"),
+    [
+        ((), {}, r"paths end in \[\]"),
+        ((ScanPath("_x"),), {}, "nothing for the first"),
+        ((ScanPath(), ScanPath()), {}, "an ending of its own"),
+        ((ScanPath(), ScanPath(".b")), {}, "valid: _ and letters"),
+        ((ScanPath(), ScanPath("_2", scale=0)), {}, "scale 0; valid: whole numbers from 1"),
+        ((ScanPath(),), {"directions": ()}, "valid: some of forward"),
+        ((ScanPath(),), {"directions": ("sideways",)}, "valid: some of forward"),
+    ],
+)
+def test_mixers_that_no_block_is_made_of(paths, more, told):
+    with pytest.raises(ValueError, match=told):
+        Mixer(paths, **more)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda m, c: None, "makes a NoneType; valid: a torch.optim.Optimizer"),
+        (lambda m, c: torch.optim.SGD(m.parameters(), lr=c.lr), "its groups lack name and lr_scale"),
+        (lambda m, c: torch.optim.SGD(parameter_groups(m, 0.0, 1.0)[:1], lr=c.lr), "is in 0 of its groups"),
+    ],
+)
+def test_optimizers_that_do_not_train_every_parameter_once(small_config, make, told):
+    OPTIMIZERS["mine"] = make
+    try:
+        config = small_config(optim__optimizer="mine")
+        model = MambaModel(Architecture.from_config(config.model, 3, 8))
+        with pytest.raises(ConfigError, match=f"optim.optimizer 'mine'.*{told}"):
+            make_optimizer(model, config.optim)
+    finally:
+        del OPTIMIZERS["mine"]
+
+
+@pytest.mark.parametrize("share", [float("nan"), -1.0, 1.5, "x", None])
+def test_schedules_that_give_no_share(small_config, share):
+    LR_SCHEDULES["mine"] = lambda config, step, steps: share
+    try:
+        with pytest.raises(ConfigError, match="optim.schedule 'mine' gives .* at step 9; valid: a number from 0"):
+            learning_rate(small_config(optim__schedule="mine").optim, 9, 5)
+    finally:
+        del LR_SCHEDULES["mine"]
+
+
+def test_a_mixer_that_is_another_by_now_is_not_taken_for_that_of_a_model(small_config, tmp_path):
+    """The name alone says nothing: the same weights, read from the other end, would be another model."""
+    MIXERS["mine"] = Mixer((ScanPath(), ScanPath("_b", reverse=True)))
+    try:
+        model = MambaModel(Architecture.from_config(small_config(model__mixer="mine").model, 3, 8))
+        folder = ckpt.save_checkpoint(tmp_path / "best-00001", model, None, {}, None)
+        assert ckpt.load_model(folder)[0].architecture == model.architecture
+        MIXERS["mine"] = Mixer((ScanPath(), ScanPath("_b")))
+        with pytest.raises(CheckpointError, match="trained with another mixer 'mine' than is added now"):
+            ckpt.load_model(folder)
+    finally:
+        del MIXERS["mine"]
+    with pytest.raises(CheckpointError, match="is of model.mixer 'mine', which is none of forward, .*MAMBA_FORGE_PL"):
+        ckpt.load_model(folder)
+
+
+def test_two_plugins_that_add_one_name(tmp_path, monkeypatch):
+    for name in ("one_of_two", "two_of_two"):
+        (tmp_path / f"{name}.py").write_text("from pruning.importance import SCORES\nSCORES['both'] = SCORES['l1']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(PLUGINS, "one_of_two,two_of_two")
+    load_plugins.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match="'both' is added by the plug-in one_of_two and by the plug-in two_of_t"):
+            RunConfig()
+    finally:
+        load_plugins.cache_clear()
+        if "both" in SCORES:
+            del SCORES["both"]
+        for name in ("one_of_two", "two_of_two"):
+            sys.modules.pop(name, None)
 
 
 def test_plugins_are_imported_before_a_config_is_made(tmp_path, monkeypatch):

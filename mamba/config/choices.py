@@ -13,6 +13,7 @@ process of theirs, so that each knows the same entries. No file can name them: f
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -23,6 +24,9 @@ from mamba.errors import ConfigError
 PLUGINS = "MAMBA_FORGE_PLUGINS"
 Entry = TypeVar("Entry")
 _added: dict[str, list[str]] = {}
+_by: dict[tuple[str, str], str | None] = {}
+"""Key and name of what was added -> the plug-in whose import added it."""
+_importing: str | None = None
 
 
 class Registry(dict[str, Entry]):
@@ -39,10 +43,29 @@ class Registry(dict[str, Entry]):
         self.key, self.besides, self.shipped = key, besides, tuple(entries)
 
     def __setitem__(self, name: str, entry: Entry) -> None:
+        """Raises ConfigError for a name that is no word, is another's, or an entry of another kind than what ships."""
+        self._check(name, entry)
         super().__setitem__(name, entry)
         words = _added.setdefault(self.key, [])
         if name not in (*words, *self.shipped, *self.besides):
             words.append(name)
+
+    def _check(self, name: str, entry: Entry) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9]\w*([.+-]\w+)*", name) or name.lower() == "none":
+            raise ConfigError(f"{self.key}: {name!r:.40} is no name; valid: letters, digits and _")
+        if name in (*self.shipped, *self.besides):
+            raise ConfigError(f"{self.key}: '{name}' is what ships; tables would say it of both: choose another name")
+        other = _by.get((self.key, name), _importing)
+        if name in self and other != _importing:
+            both = [f"the plug-in {one}" if one else "code outside of plug-ins" for one in (other, _importing)]
+            raise ConfigError(f"{self.key}: '{name}' is added by {' and by '.join(both)}; rename one of them")
+        own = next(iter(self.values()))
+        if not (callable(entry) if callable(own) else isinstance(entry, type(own))):
+            raise ConfigError(
+                f"{self.key}: '{name}' is a {type(entry).__name__}; valid: a "
+                f"{'function' if callable(own) else type(own).__name__}, as what ships"
+            )
+        _by[self.key, name] = _importing
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
@@ -70,8 +93,14 @@ def load_plugins() -> None:
     Raises:
         ConfigError: one of them cannot be imported.
     """
+    global _importing
     for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
         try:
-            import_module(name.strip())
+            _importing = name.strip()
+            import_module(_importing)
+        except ConfigError as error:
+            raise ConfigError(f"{PLUGINS}: {name}: {error}") from None
         except Exception as error:
             raise ConfigError(f"{PLUGINS}: {name} cannot be imported ({type(error).__name__}: {error})") from error
+        finally:
+            _importing = None

@@ -6,6 +6,7 @@ Every width is read from the tensors themselves, so a layer whose weights were m
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,24 @@ class ScanPath:
 
 
 @dataclass(frozen=True)
+class Direction:
+    """The order in which a block's mixer reads the sequence; its output is in the sequence's own order."""
+
+    reverse: bool = False
+    """From the last token to the first."""
+    transposed: bool = False
+    """In the order that the sequence would have if rows and columns of the image were exchanged."""
+
+
+DIRECTIONS: dict[str, Direction] = {
+    "forward": Direction(),
+    "backward": Direction(reverse=True),
+    "across": Direction(transposed=True),
+    "across_backward": Direction(reverse=True, transposed=True),
+}
+
+
+@dataclass(frozen=True)
 class Mixer:
     """How many scans a mixer makes of a sequence, and how they become one."""
 
@@ -42,6 +61,21 @@ class Mixer:
     and `out_proj` merges their outputs, laid side by side."""
     directions: tuple[str, ...] = ("forward",)
     """Keys of DIRECTIONS, which a stack's blocks take in turn."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no block can be made of."""
+        suffixes = [path.suffix for path in self.paths]
+        if not suffixes or suffixes[0] or len(set(suffixes)) < len(suffixes):
+            raise ValueError(
+                f"a mixer's paths end in {suffixes}; valid: nothing for the first, and an ending of its own for each "
+                "other, for the names of its parameters"
+            )
+        if bad := [s for s in suffixes[1:] if not re.fullmatch(r"_\w+", s)]:
+            raise ValueError(f"a mixer's path ends in {bad[0]!r}; valid: _ and letters or digits")
+        if bad := [path.scale for path in self.paths if type(path.scale) is not int or path.scale < 1]:
+            raise ValueError(f"a mixer's path has scale {bad[0]!r}; valid: whole numbers from 1")
+        if not self.directions or set(self.directions) - set(DIRECTIONS):
+            raise ValueError(f"a mixer's directions are {self.directions}; valid: some of {', '.join(DIRECTIONS)}")
 
 
 MIXERS = Registry(
@@ -58,24 +92,6 @@ MIXERS = Registry(
 """`model.mixer`: forward is Mamba's own; bidirectional_shared is Vision Mamba's (https://arxiv.org/abs/2401.09417);
 alternating as in Mamba-ND (https://arxiv.org/abs/2402.05892); cross takes the four directions of VMamba's cross-scan
 (https://arxiv.org/abs/2401.10166), one a block."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """The order in which a block's mixer reads the sequence; its output is in the sequence's own order."""
-
-    reverse: bool = False
-    """From the last token to the first."""
-    transposed: bool = False
-    """In the order that the sequence would have if rows and columns of the image were exchanged."""
-
-
-DIRECTIONS: dict[str, Direction] = {
-    "forward": Direction(),
-    "backward": Direction(reverse=True),
-    "across": Direction(transposed=True),
-    "across_backward": Direction(reverse=True, transposed=True),
-}
 
 
 @dataclass(frozen=True)

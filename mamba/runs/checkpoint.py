@@ -15,11 +15,12 @@ whatever else lies there are left alone.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,10 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from mamba.config.choices import PLUGINS, load_plugins
 from mamba.config.versions import FORMAT, check_format
 from mamba.data.transform import transform_of
 from mamba.errors import CheckpointError, FolderError
+from mamba.models.embed import STEMS
+from mamba.models.heads import HEADS
 from mamba.models.model import Architecture, MambaModel, count_parameters
+from mamba.models.ssm import MIXERS
 from mamba.runs.files import (
     SEAL,
     as_metrics,
@@ -68,8 +73,14 @@ def content_of(
     """The content of `save_checkpoint`, its tensors the model's own."""
     tensors = {WEIGHTS: model.state_dict(), **({EMA_WEIGHTS: ema.state_dict()} if ema else {}), **(extra or {})}
     own = {key: value for key, value in description.items() if key not in ("format", "transform", SEAL)}
-    tree = {"format": FORMAT, **own, "architecture": model.architecture.to_dict()}
+    tree = {"format": FORMAT, **own, "architecture": model.architecture.to_dict(), **_added_mixers(model.architecture)}
     return Content(tensors, training_state, tree)
+
+
+def _added_mixers(architecture: Architecture) -> dict[str, Any]:
+    """What a model's mixers are that do not ship: their names alone say nothing, since code can change."""
+    names = sorted({block.mixer for block in architecture.blocks} - set(MIXERS.shipped))
+    return {"mixers": json.loads(json.dumps({name: asdict(MIXERS[name]) for name in names}))} if names else {}
 
 
 def save_checkpoint(
@@ -196,11 +207,31 @@ def load_model(
 
 def architecture_in(folder: Path, description: Mapping[str, Any] | None = None) -> Architecture:
     """The architecture of a checkpoint folder's model; raises CheckpointError where it is none of ours."""
+    load_plugins()
     tree = read_description(folder) if description is None else description
+    own = tree.get("architecture")
+    if isinstance(own, dict):
+        blocks = own.get("blocks")
+        mixers = [b.get("mixer") for b in blocks if isinstance(b, dict)] if isinstance(blocks, list | tuple) else []
+        for registry, names in ((MIXERS, mixers), (STEMS, [own.get("stem")]), (HEADS, [own.get("head")])):
+            unknown = [name for name in names if isinstance(name, str) and name not in registry]
+            if unknown:
+                raise CheckpointError(
+                    f"{folder} is of {registry.key} '{unknown[0]}', which is none of {', '.join(registry)}; where a "
+                    f"module of yours adds it, name that module in {PLUGINS}"
+                )
     try:
-        return Architecture.from_dict(tree["architecture"])
+        found = Architecture.from_dict(tree["architecture"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION} does not describe a model of ours: {error}") from None
+    before = tree.get("mixers", {})
+    for name, now in _added_mixers(found).get("mixers", {}).items():
+        if name in before and before[name] != now:
+            raise CheckpointError(
+                f"{folder} was trained with another mixer '{name}' than is added now: its weights would be read in "
+                f"another way ({before[name]}, now {now})"
+            )
+    return found
 
 
 def build(architecture: Architecture, folder: Path) -> MambaModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from mamba.config.choices import Registry
 from mamba.config.schema import OptimConfig
+from mamba.errors import ConfigError
 from mamba.models.model import MambaModel
 from mamba.ops.update.muon import Muon
 
@@ -95,4 +97,26 @@ OPTIMIZERS: Registry[Callable[[MambaModel, OptimConfig], torch.optim.AdamW]] = R
 
 
 def make_optimizer(model: MambaModel, config: OptimConfig) -> torch.optim.AdamW:
-    return OPTIMIZERS[config.optimizer](model, config)
+    """Raises ConfigError where one that was added does not train every parameter once, at the rates of `optim.*`."""
+    optimizer = OPTIMIZERS[config.optimizer](model, config)
+    if config.optimizer not in OPTIMIZERS.shipped:
+        _check(optimizer, model, f"optim.optimizer '{config.optimizer}'")
+    return optimizer
+
+
+def _check(optimizer: object, model: MambaModel, where: str) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"{where} makes a {type(optimizer).__name__}; valid: a torch.optim.Optimizer")
+    lacks = [key for key in ("name", "lr_scale") if any(key not in group for group in optimizer.param_groups)]
+    if lacks:
+        raise ConfigError(
+            f"{where}: its groups lack {' and '.join(lacks)}, by which each gets its learning rate; make them with "
+            "mamba.train.optim.parameter_groups"
+        )
+    taken = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and taken[id(parameter)] != 1:
+            raise ConfigError(
+                f"{where}: {name} is in {taken[id(parameter)]} of its groups; valid: each parameter in one, as "
+                "mamba.train.optim.parameter_groups has them"
+            )

@@ -9,6 +9,7 @@ import torch
 
 from mamba.config.choices import Registry
 from mamba.config.schema import OptimConfig
+from mamba.errors import ConfigError
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
@@ -23,6 +24,11 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
             progress = (1 - math.exp(-5 * progress)) / (1 - math.exp(-5))
         return config.lr * progress
     share = SCHEDULES[config.schedule](config, step, steps_per_epoch)
+    if not isinstance(share, float | int) or not 0 <= share <= 1:  # NaN neither
+        raise ConfigError(
+            f"optim.schedule '{config.schedule}' gives {share!r:.40} at step {step}; valid: a number from 0, which is "
+            "optim.min_lr, to 1, which is optim.lr"
+        )
     return config.min_lr + (config.lr - config.min_lr) * share
 
 
