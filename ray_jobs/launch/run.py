@@ -14,8 +14,9 @@ from mamba.config.schema import RunConfig
 from mamba.data.loader import check_batch_size
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError, TrainingError
+from mamba.runs.checkpoint import newest_checkpoint
 from mamba.runs.hparams import write_hparams
-from mamba.runs.provenance import with_split
+from mamba.runs.provenance import check_resume, with_split
 from mamba.runs.start import check_models, start_of
 from mamba.train.distributed import local_process
 from mamba.train.trainer import fit
@@ -34,6 +35,9 @@ def preflight(config: RunConfig, folder: Path | None = None) -> None:
     check_early(config)
     start = config.model.checkpoint if folder is None else start_of(config, folder)
     data = load_data(with_split(config, start).data, config.seed)
+    newest = None if folder is None else newest_checkpoint(folder)
+    if newest is not None:  # before anything of the run is changed
+        check_resume(newest, data)
     check_batch_size(len(data.train), config.data)
     for remark in [*data.remarks(), *check_models(config, data, start)]:
         print(f"data: {remark}", file=sys.stderr)

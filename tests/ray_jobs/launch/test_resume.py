@@ -65,6 +65,14 @@ def test_a_finished_run_without_a_training_state_is_not_extended(run, capsys):
     assert json.loads((run / "result.json").read_text())["epochs"] == 2 and read_config(run).optim.epochs == 2
 
 
+def test_a_run_whose_data_has_changed_is_refused_before_anything_of_it_changes(run, small_data, monkeypatch, capsys):
+    for module in ("ray_jobs.launch.run", "mamba.train.trainer"):
+        monkeypatch.setattr(f"{module}.load_data", lambda config, seed: small_data)
+    assert main(["--resume", str(run), "--optim.epochs", "4"]) == 2
+    assert "a run resumes on its own data only" in capsys.readouterr().err
+    assert json.loads((run / "result.json").read_text())["epochs"] == 2 and read_config(run).optim.epochs == 2
+
+
 @pytest.mark.parametrize(
     "made, message",
     [
