@@ -89,7 +89,8 @@ def _of_added(
         if not isinstance(values, Tensor) or values.shape != parameter.shape:
             shape = tuple(values.shape) if isinstance(values, Tensor) else "absent"
             raise ConfigError(
-                f"score '{score}': the values of {name} are {shape}; valid: one for each weight, {tuple(parameter.shape)}"
+                f"score '{score}': the values of {name} are {shape}; valid: one for each weight, "
+                f"{tuple(parameter.shape)}"
             )
     if model.training != training or any(
         not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
