@@ -28,13 +28,14 @@ def check_images(data: Any, where: str, side: int | None = None) -> ImageData:
         raise DataError(f"{where} gives a {type(data).__name__}; valid: an ImageData")
     check_classes(data.classes, where)
     for name, part in (("training", data.train), ("validation", data.val), ("test", data.test)):
-        if part is not None or name != "validation":
-            check_set(part, data.classes, f"{where}: the {name} set")
-            if part.images.shape[1] != (side or data.side):
-                raise DataError(
-                    f"{where}: the {name} set's images are of {part.images.shape[1]} pixels; valid: those of "
-                    f"data.img_size, {side or data.side}"
-                )
+        if part is None and name == "validation":
+            continue
+        found = check_set(part, data.classes, f"{where}: the {name} set").images.shape[1]
+        if found != (side or data.side):
+            raise DataError(
+                f"{where}: the {name} set's images are of {found} pixels; valid: those of data.img_size, "
+                f"{side or data.side}"
+            )
     seen = np.bincount(data.train.labels[data.train.index], minlength=len(data.classes))
     if not seen.all():
         raise DataError(f"{where}: class {data.classes[int(seen.argmin())]} has no image to train on")
@@ -59,8 +60,8 @@ def check_classes(classes: Any, where: str) -> None:
         raise DataError(f"{where}: classes {', '.join(classes):.80}; valid: two or more, each name once")
 
 
-def check_set(part: Any, classes: Sequence[str], where: str) -> None:
-    """Raises DataError for what is no split of images with labels."""
+def check_set(part: Any, classes: Sequence[str], where: str) -> ImageSet:
+    """Returns the set; raises DataError for what is no split of images with labels."""
     if not isinstance(part, ImageSet):
         raise DataError(f"{where} is a {type(part).__name__}; valid: an ImageSet")
     shape, n = tuple(part.images.shape), len(part.images)
@@ -80,3 +81,4 @@ def check_set(part: Any, classes: Sequence[str], where: str) -> None:
     if low < 0 or high >= len(classes):
         raise DataError(f"{where} has labels from {low} to {high}; valid: 0 to {len(classes) - 1}, for {len(classes)} "
                         "classes")  # fmt: skip
+    return part

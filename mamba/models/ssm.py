@@ -72,8 +72,8 @@ class Mixer:
             )
         if bad := [s for s in suffixes[1:] if not re.fullmatch(r"_\w+", s)]:
             raise ValueError(f"a mixer's path ends in {bad[0]!r}; valid: _ and letters or digits")
-        if bad := [path.scale for path in self.paths if type(path.scale) is not int or path.scale < 1]:
-            raise ValueError(f"a mixer's path has scale {bad[0]!r}; valid: whole numbers from 1")
+        if scales := [path.scale for path in self.paths if type(path.scale) is not int or path.scale < 1]:
+            raise ValueError(f"a mixer's path has scale {scales[0]!r}; valid: whole numbers from 1")
         if not self.directions or set(self.directions) - set(DIRECTIONS):
             raise ValueError(f"a mixer's directions are {self.directions}; valid: some of {', '.join(DIRECTIONS)}")
 
