@@ -25,7 +25,7 @@ quickstart: $(READY)  ## train a small Mamba on the embedded digits (2 CPU cores
 	@if [ -f $(FIRST)/config.yaml ]; then $(BIN)/python ray_jobs/train.py --resume $(FIRST); \
 	else $(BIN)/python ray_jobs/train.py --preset quickstart --trial $(notdir $(FIRST)); fi
 
-reproduce: $(READY)  ## the best measured CIFAR-10 run (downloads it; 9 minutes on two H100, all GPUs are used)
+reproduce: $(READY)  ## the best measured CIFAR-10 run (downloads it; 17 minutes of training on two H100, all GPUs are used)
 	@$(BIN)/python ray_jobs/train.py --preset best_cifar10
 
 test: $(READY)  ## run the tests but the long ones; some start a local Ray cluster

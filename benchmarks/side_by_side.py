@@ -25,6 +25,7 @@ from benchmarks.timing import Row, fitting, forward, peak_mib, replayed, seconds
 from mamba.config.schema import OptimConfig
 from mamba.errors import TrainingError
 from mamba.models.model import MambaModel, count_parameters, named_model
+from mamba.ops.candidates import ON
 from mamba.ops.update import make_update
 from mamba.train.compilation import compile_blocks
 from mamba.train.distributed import own_device
@@ -89,6 +90,9 @@ def made(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
 def scanning(how: str) -> Iterator[None]:
     """Let mixers of one direction scan in another way."""
     ours = mamba.models.ssm.selective_scan
+    candidates = set(ON)
+    if how != "default":
+        ON.discard("mixer")  # it brings its own scan
     if how == "mamba_ssm":
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -99,6 +103,7 @@ def scanning(how: str) -> Iterator[None]:
         yield
     finally:
         mamba.models.ssm.selective_scan = ours
+        ON.update(candidates)
 
 
 def facts(make: Callable[[], nn.Module]) -> Row:

@@ -20,7 +20,15 @@ from mamba.ops.scan.inputs import ScanInputs
 from mamba.ops.scan.reference import bidirectional_scan_by_flips, selective_scan_reference
 from mamba.ops.scan.two_phase import selective_scan_two_phase
 
-__all__ = ["BACKENDS", "Pair", "bidirectional_scan", "scans_by", "selective_scan", "selective_scan_reference"]
+__all__ = [
+    "BACKENDS",
+    "Pair",
+    "bidirectional_scan",
+    "is_replaced",
+    "scans_by",
+    "selective_scan",
+    "selective_scan_reference",
+]
 
 Pair = Tensor | tuple[Tensor, Tensor]  # of the forward and the reversed sequence; one tensor serves both
 
@@ -168,6 +176,11 @@ def scans_by(scan: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> Iterator[No
         yield
     finally:
         _instead.pop()
+
+
+def is_replaced() -> bool:
+    """Whether scans are made by another function at the moment: `scans_by`."""
+    return bool(_instead)
 
 
 def _chosen(backend: str, u: Tensor) -> str:

@@ -272,6 +272,12 @@ def _tile(pointer, start, near, stride_t, columns, inside, ALIGNED: tl.constexpr
 
 
 @triton.jit
+def _places(start, near, stride_t, d, ALIGNED: tl.constexpr):
+    """The offsets of a (CHUNK, channels) tile that is written; arguments as in `_tile`."""
+    return tl.multiple_of(near * stride_t, ALIGNED)[:, None] + _at(d, start, stride_t, ALIGNED)[None, :]
+
+
+@triton.jit
 def _by_lanes(tile):
     """The tile as float32, handed over to the lanes of its channels here.
 
@@ -330,6 +336,22 @@ def _keep(pointer, total, length, WIDTH: tl.constexpr):
     """A store that never happens: length is positive, which the compiler cannot know."""
     i = tl.arange(0, WIDTH)
     tl.store(pointer + i, total, mask=i < -length)
+
+
+@triton.jit
+def _gradient(
+    pointer, pointer2, stride_b, stride_t, b, d_inner, length, BOTH: tl.constexpr, ALIGNED: tl.constexpr,
+    DENSE: tl.constexpr,
+):  # fmt: skip
+    """Pointer and stride that walk through a gradient of this batch entry in the order of the scan; DENSE: without the
+    strides."""
+    pointer = _one_of(pointer, pointer2, BOTH)
+    if DENSE:
+        pointer = _at(pointer, b * length, d_inner, ALIGNED)
+        stride_t = d_inner
+    else:
+        pointer = _at(pointer, b, stride_b, ALIGNED)
+    return _from_start(pointer, stride_t, length, BOTH, ALIGNED)
 
 
 @triton.jit
@@ -426,16 +448,17 @@ def _prepare_kernel(
         tl.store(to + (d_state + 1) * d_inner, shift, mask=inside)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[*_SIZES, "dB_b", "dB_t", "dC_b", "dC_t"])
 def _finish_kernel(
     partial, parameters, dA, dA2, dB, dB2, dC, dC2, dD, dD2, dbias, dbias2,
-    batch, d_inner, d_state, length, chunks, blocks,
+    batch, d_inner, d_state, length, chunks, blocks, dB_b, dB_t, dC_b, dC_t,
     T: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, MATRIX: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """Add what the programs of backward left, in a fixed order.
 
     parameters (direction, batch, d_state + 2, d_inner) over the batch: dA (d_inner, d_state), dD, dbias (d_inner,).
-    partial (direction, batch, chunk, d_state, blocks, 2, T) over the blocks: dB, dC (batch, length, d_state).
+    partial (direction, batch, chunk, d_state, blocks, 2, T) over the blocks: dB, dC (batch, length, d_state), whose
+    states lie next to each other.
     """
     direction = _direction(BOTH)
     sums = (d_state + 2) * blocks  # programs that add parameters; they are the slow ones, so they come first
@@ -469,8 +492,8 @@ def _finish_kernel(
         token = c * T + row
         time = tl.where(direction == 0, token, length - 1 - token)
         first = partial + ((direction * batch + b) * chunks + c) * d_state * blocks * (2 * T)
-        dB = _one_of(dB, dB2, BOTH) + b * length * d_state
-        dC = _one_of(dC, dC2, BOTH) + b * length * d_state
+        dB = _one_of(dB, dB2, BOTH) + b * dB_b
+        dC = _one_of(dC, dC2, BOTH) + b * dC_b
         for start in range(0, d_state, ROWS):
             n = start + tl.arange(0, ROWS)
             inside = (n < d_state)[:, None]
@@ -478,10 +501,10 @@ def _finish_kernel(
             for k in range(blocks):
                 offset = (n[:, None] * blocks + k) * (2 * T) + column[None, :]
                 total += tl.load(first + offset, mask=inside, other=0.0)
-            to = time[None, :] * d_state + n[:, None]
             mask = inside & (token < length)[None, :]
-            tl.store(dB + to, total.to(dB.dtype.element_ty), mask=mask & (column < T)[None, :])
-            tl.store(dC + to, total.to(dC.dtype.element_ty), mask=mask & (column >= T)[None, :])
+            to_B, to_C = time[None, :] * dB_t + n[:, None], time[None, :] * dC_t + n[:, None]
+            tl.store(dB + to_B, total.to(dB.dtype.element_ty), mask=mask & (column < T)[None, :])
+            tl.store(dC + to_C, total.to(dC.dtype.element_ty), mask=mask & (column >= T)[None, :])
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t"])
@@ -593,14 +616,20 @@ def _store_shares(sums, n, share_B, share_C, blocks):
     tl.store(sums + to, shares.reshape(shares.shape[1], _LANES))
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t", "dout_b", "dout_t"])
+_GRADIENTS = ["ddelta_b", "ddelta_t", "dz_b", "dz_t"]
+
+
+@triton.jit(
+    do_not_specialize=[*_SIZES, "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t", "dout_b", "dout_t", *_GRADIENTS]
+)
 def _backward_kernel(
     u, u2, delta, delta2, z, z2, dout, dout2, du, du2, ddelta, ddelta2, dz, dz2,
     packed, rows, states, carry, parameters, partial,
     batch, d_inner, d_state, length, chunks,
     u_b, u_d, u_t, delta_b, delta_d, delta_t, z_b, z_d, z_t, dout_b, dout_d, dout_t,
+    ddelta_b, ddelta_t, dz_b, dz_t,
     SOFTPLUS: tl.constexpr, LAST: tl.constexpr, MATRIX: tl.constexpr, GROUPS: tl.constexpr, BOTH: tl.constexpr,
-    ALIGNED: tl.constexpr, MANY: tl.constexpr,
+    ALIGNED: tl.constexpr, MANY: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """The same program backwards: chunks from the last to the first, states recomputed inside each from `states`.
 
@@ -608,7 +637,8 @@ def _backward_kernel(
     LAST it comes filled with the gradient of the last state. parameters: (direction, batch, d_state + 2, d_inner), the
     batch entry's share of dA (by rows), dD and dbias. partial: (direction, batch, chunks, d_state, blocks, 2, CHUNK),
     the program's share of dB and dC. MATRIX: see `_lane_sums_by_matrix`. MANY: there are more states than one call of
-    `_warm` reaches; without it, it is no loop, and the tiles are made ready while its loads are under way.
+    `_warm` reaches; without it, it is no loop, and the tiles are made ready while its loads are under way. ALIKE:
+    ddelta and dz are dense, as du is, so that all three lie alike; else their strides count.
     """
     blocks = tl.cdiv(d_inner, _LANES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -629,12 +659,11 @@ def _backward_kernel(
     u, u_t = _from_start(_at(_one_of(u, u2, BOTH), b, u_b, ALIGNED), u_t, length, BOTH, ALIGNED)
     delta, delta_t = _from_start(_at(_one_of(delta, delta2, BOTH), b, delta_b, ALIGNED), delta_t, length, BOTH, ALIGNED)
     dout, dout_t = _from_start(_at(_one_of(dout, dout2, BOTH), b, dout_b, ALIGNED), dout_t, length, BOTH, ALIGNED)
-    flat = b * length
-    du, grad_t = _from_start(_at(_one_of(du, du2, BOTH), flat, d_inner, ALIGNED), d_inner, length, BOTH, ALIGNED)
-    ddelta, _ = _from_start(_at(_one_of(ddelta, ddelta2, BOTH), flat, d_inner, ALIGNED), d_inner, length, BOTH, ALIGNED)
+    du, du_t = _gradient(du, du2, 0, 0, b, d_inner, length, BOTH, ALIGNED, True)
+    ddelta, ddelta_t = _gradient(ddelta, ddelta2, ddelta_b, ddelta_t, b, d_inner, length, BOTH, ALIGNED, ALIKE)
     if z is not None:
         z, z_t = _from_start(_at(_one_of(z, z2, BOTH), b, z_b, ALIGNED), z_t, length, BOTH, ALIGNED)
-        dz, _ = _from_start(_at(_one_of(dz, dz2, BOTH), flat, d_inner, ALIGNED), d_inner, length, BOTH, ALIGNED)
+        dz, dz_t = _gradient(dz, dz2, dz_b, dz_t, b, d_inner, length, BOTH, ALIGNED, ALIKE)
     packed += entry * chunks * d_state * _LANES
     partial += entry * chunks * d_state * blocks * _LANES + block * _LANES
     states += entry * (chunks - 1) * slot
@@ -737,17 +766,19 @@ def _backward_kernel(
         u_tile = _by_lanes(u_tile)  # after all loads: each of these waits for its own
         d_drive_tile = _over_groups(d_drive)
         d_delta = _over_groups(d_step) + d_drive_tile * u_tile
-        to = tl.multiple_of(again * grad_t, ALIGNED)[:, None] + _at(d, start, grad_t, ALIGNED)[None, :]
+        to = _places(start, again, du_t, d, ALIGNED)
         if z is not None:
             gate = _by_lanes(gate)
             grad = _by_lanes(grad)
             opened = sigmoid(gate)
             y_tile = _over_groups(y) + skip[None, :] * u_tile
             d_gate = grad * y_tile * opened * (1.0 + gate * (1.0 - opened))
-            tl.store(dz + to, d_gate.to(dz.dtype.element_ty), mask=mask)
+            to_z = to if ALIKE else _places(start, again, dz_t, d, ALIGNED)
+            tl.store(dz + to_z, d_gate.to(dz.dtype.element_ty), mask=mask)
         if SOFTPLUS:
             d_delta *= sigmoid(_by_lanes(delta_tile) + shift[None, :])
-        tl.store(ddelta + to, d_delta.to(ddelta.dtype.element_ty), mask=mask)
+        to_delta = to if ALIKE else _places(start, again, ddelta_t, d, ALIGNED)
+        tl.store(ddelta + to_delta, d_delta.to(ddelta.dtype.element_ty), mask=mask)
         tl.store(du + to, (d_drive_tile * step + skip[None, :] * dy).to(du.dtype.element_ty), mask=mask)
         sum_D += tl.sum(dy * u_tile, 0)
         if LAST:  # else it is zero there: no gradient comes from beyond the end, and the states are finite
@@ -771,6 +802,16 @@ def _strides(t: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if t is None else t.stride()
 
 
+def _rows_of(t: Tensor | None) -> tuple[int, int]:
+    """Of a gradient with contiguous channels: the strides of the batch and of time."""
+    return (0, 0) if t is None else (t.stride(0), t.stride(2))
+
+
+def _dense_rows(*gradients: Tensor | None) -> bool:
+    """Whether these (batch, channels, length) tensors with contiguous channels have nothing between their rows."""
+    return all(t is None or t.transpose(1, 2).is_contiguous() for t in gradients)
+
+
 def _channels_last(like: Tensor) -> Tensor:
     """An empty (batch, channels, length) tensor of the same type whose channels are contiguous."""
     batch, channels, length = like.shape
@@ -782,7 +823,7 @@ def _dense(t: Tensor) -> Tensor:
     return _channels_last(t).copy_(t) if t.ndim == 3 else t.contiguous()
 
 
-def _aligned(p: ScanInputs, *more: Tensor) -> int:
+def _aligned(p: ScanInputs, *more: Tensor | None) -> int:
     """8 if rows of every sequence start at multiples of so many elements (16 bytes, or more), else 1."""
     sequences = (p.u, p.delta, p.z, *more)
     strides = (p.u.shape[1], *(s for t in sequences if t is not None for s in (t.stride(0), t.stride(2))))
@@ -857,15 +898,20 @@ def _selective_scan(
     Returns out, out2 (empty without a second direction), the last state (empty unless `last_state`) and what backward
     needs: the checkpoints (no slots unless `keep`), `packed` and `rows`.
     """
-    p, q, directions = _pair(tensors, given)
+    return launch_forward(*_pair(tensors, given), delta_softplus, keep, last_state)
+
+
+def launch_forward(
+    p: ScanInputs, q: ScanInputs, directions: int, delta_softplus: bool, keep: bool, last_state: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_selective_scan`, for operators that a scan is a part of. q: the reversed scan, or p again."""
     u = p.u
     batch, d_inner, d_state, length, chunks = _sizes(p)
     blocks = triton.cdiv(d_inner, LANES)
     out = _channels_last(u)
     out2 = _channels_last(u) if directions == 2 else u.new_empty(0)
-    states = u.new_empty(_states_shape(p, directions, keep), dtype=torch.float32)
+    states, packed, rows = empty_kept(p, directions, keep)
     last = u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
-    packed, rows = (u.new_empty(shape, dtype=torch.float32) for shape in _shared_shapes(p, directions))
     slots = states if keep else u.new_empty((directions, batch, d_state, d_inner), dtype=torch.float32)
     with device_of(u):
         _prepare_kernel[(batch * chunks + blocks, directions)](
@@ -896,13 +942,16 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     scans = unpack(tensors, given)
     p, directions = scans[0], len(scans)
-    u = p.u
-    states, last, packed, rows = (
-        u.new_empty(shape, dtype=torch.float32)
-        for shape in (_states_shape(p, directions, keep), _last_shape(p, last_state), *_shared_shapes(p, directions))
-    )
-    out2 = _channels_last(u) if directions == 2 else u.new_empty(0)
-    return _channels_last(u), out2, last.transpose(1, 2), states, packed, rows
+    last = p.u.new_empty(_last_shape(p, last_state), dtype=torch.float32)
+    out2 = _channels_last(p.u) if directions == 2 else p.u.new_empty(0)
+    return _channels_last(p.u), out2, last.transpose(1, 2), *empty_kept(p, directions, keep)
+
+
+def empty_kept(p: ScanInputs, directions: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for what is kept for backward: states, packed, rows."""
+    shapes = (_states_shape(p, directions, keep), *_shared_shapes(p, directions))
+    states, packed, rows = (p.u.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return states, packed, rows
 
 
 def _gradients(p: ScanInputs) -> ScanInputs:
@@ -931,6 +980,27 @@ def _selective_scan_backward(
 ) -> list[Tensor]:
     """The gradients of the tensors that are there, in their order and types."""
     p, q, directions = _pair(tensors, given)
+    grads = [_gradients(one) for one in (p, q)[:directions]]
+    launch_backward(dout, dout2, d_last, p, q, kept, delta_softplus, grads)
+    return pack(*grads)[0]
+
+
+def launch_backward(
+    dout: Tensor,
+    dout2: Tensor | None,
+    d_last: Tensor | None,
+    p: ScanInputs,
+    q: ScanInputs,
+    kept: Sequence[Tensor],
+    delta_softplus: bool,
+    gradients: Sequence[ScanInputs],
+) -> None:
+    """Write the gradients of the scans, one or two, for operators that a scan is a part of.
+
+    Each is a tensor or part of a larger one: those of u are (batch, d_inner, length) with dense rows of channels, those
+    of delta, z, B and C the same with rows at any distance, which is one for both directions.
+    """
+    directions, grads, grads2 = len(gradients), gradients[0], gradients[-1]
     u, (states, packed, rows) = p.u, kept
     batch, d_inner, d_state, length, chunks = _sizes(p)
     blocks = triton.cdiv(d_inner, LANES)
@@ -938,8 +1008,6 @@ def _selective_scan_backward(
         dout2 = dout
     elif dout2.stride() != dout.stride():
         dout, dout2 = (_channels_last(t).copy_(t) for t in (dout, dout2))
-    grads = _gradients(p)
-    grads2 = _gradients(q) if directions == 2 else grads
     carry = u.new_empty((directions, batch, d_state, d_inner), dtype=torch.float32)
     if d_last is not None:
         carry[0].copy_(d_last.transpose(1, 2))
@@ -955,16 +1023,17 @@ def _selective_scan_backward(
             packed, rows, states, carry, parameters, partial,
             batch, d_inner, d_state, length, chunks,
             *p.u.stride(), *p.delta.stride(), *_strides(p.z), *dout.stride(),
+            *_rows_of(grads.delta), *_rows_of(grads.z),
             SOFTPLUS=delta_softplus, LAST=d_last is not None, MATRIX=matrix, GROUPS=groups, BOTH=directions == 2,
-            ALIGNED=_aligned(p, dout), MANY=many, num_warps=groups, enable_fp_fusion=True,
+            ALIGNED=_aligned(p, dout, grads.delta, grads.z), MANY=many, ALIKE=_dense_rows(grads.delta, grads.z),
+            num_warps=groups, enable_fp_fusion=True,
         )  # fmt: skip
         _finish_kernel[((d_state + 2) * blocks + batch * chunks, directions)](
             partial, parameters, grads.A, grads2.A, grads.B, grads2.B, grads.C, grads2.C,
             grads.D, grads2.D, grads.delta_bias, grads2.delta_bias,
-            batch, d_inner, d_state, length, chunks, blocks,
+            batch, d_inner, d_state, length, chunks, blocks, *_rows_of(grads.B), *_rows_of(grads.C),
             T=CHUNK, ROWS=_rows(d_state), BOTH=directions == 2, ENTRIES=64, MATRIX=matrix, num_warps=4,
         )  # fmt: skip
-    return pack(*(grads, grads2)[:directions])[0]
 
 
 @_selective_scan_backward.register_fake
