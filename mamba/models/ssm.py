@@ -270,9 +270,11 @@ class SelectiveSSM(nn.Module):
         length = x.shape[1]
         xz = self.in_proj(x)
         if self._is_plain() and serves(xz):
-            A, D, bias = -torch.exp(at_least_float32(self.A_log)), at_least_float32(self.D), self.delta_bias
-            project = self.x_proj.weight.to(xz.dtype)
-            return mixer(xz, self.conv1d.weight, self.conv1d.bias, project, A, D, at_least_float32(bias))
+            taps, taps_bias, project = self.conv1d.weight, self.conv1d.bias, self.x_proj.weight.to(xz.dtype)
+            assert taps_bias is not None
+            A = -torch.exp(at_least_float32(self.A_log))
+            D, delta_bias = at_least_float32(self.D), at_least_float32(self.delta_bias)
+            return mixer(xz, taps, taps_bias, project, A, D, delta_bias)
         pieces = xz.chunk(len(self.segments()["in_proj.weight"]), dim=-1)
         pairs = [pieces] * len(self.paths) if self.shared else list(zip(pieces[::2], pieces[1::2], strict=True))
         inputs = [self._scan_inputs(path, x, z) for path, (x, z) in zip(self.paths, pairs, strict=True)]

@@ -35,8 +35,8 @@ def _mixer(
     x = conv.launch_forward(xz[..., : A.shape[0]], taps, taps_bias, False)
     rows = torch.matmul(x, project.t())
     p = _scan_inputs(xz, x, rows, A, D, delta_bias)
-    y, _, _, *kept = scan.launch_forward(p, p, 1, True, keep, False)
-    return y.transpose(1, 2), x, rows, *kept
+    y, _, _, states, packed, parameters = scan.launch_forward(p, p, 1, True, keep, False)
+    return y.transpose(1, 2), x, rows, states, packed, parameters
 
 
 @_mixer.register_fake

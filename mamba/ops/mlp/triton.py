@@ -80,8 +80,10 @@ def _hidden_backward_kernel(
     dy, x, up, up_bias, down, dh, sums, M, N, K,
     TOKENS: tl.constexpr, HIDDEN: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dh (M, N) = (dy down) gelu'(x up' + up_bias), and its sums over each tile's tokens, (tiles, N) float32; dy (M, K),
-    down (K, N)."""
+    """dh (M, N) = (dy down) gelu'(x up' + up_bias), and its sums over each tile's tokens, (tiles, N) float32.
+
+    dy (M, K), down (K, N), the others as above.
+    """
     tile, tokens, units = _place(N, TOKENS, HIDDEN)
     h = tl.zeros((TOKENS, HIDDEN), tl.float32)
     d = tl.zeros((TOKENS, HIDDEN), tl.float32)
