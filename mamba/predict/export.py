@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from errno import EISDIR
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from mamba.errors import ConfigError, reason
 from mamba.models.model import Architecture, MambaModel
 from mamba.predict.onnx import OPSET, require_onnx, run_onnx, write_onnx
 from mamba.predict.predictor import Predictor
+from mamba.runs.files import create
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
 MOST = 1e-4
@@ -58,7 +62,7 @@ class Exported:
 
 
 def export(predictor: Predictor, form: str, path: Path) -> Exported:
-    """Write a model, read it back, and compare; a file whose logits differ is removed.
+    """Write a model, read it back, and compare; what had the name stays until a file is there whose logits are ours.
 
     Args:
         predictor: on the CPU.
@@ -74,18 +78,32 @@ def export(predictor: Predictor, form: str, path: Path) -> Exported:
     if form == "onnx":
         require_onnx()
     model, side = predictor.model.float().cpu().eval(), predictor.transform.side
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run = _written(model, form, path, side, about(predictor))
-    except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {reason(error)}") from None
+    partial = path.with_name(f".partial-{path.name}{FORMATS[form]}")  # torch looks at endings
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(n, 3, side, side, generator=generator) for n in BATCHES]
-    with torch.no_grad():
-        difference = max(float((run(x) - model(x)).abs().max()) for x in images)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
+        partial.unlink(missing_ok=True)  # of an export that was killed
+        with create(partial):  # so that the system says what is wrong with the place, in its own words
+            pass
+        run = _written(model, form, partial, side, about(predictor))
+        with torch.no_grad():
+            difference = max(float((run(x) - model(x)).abs().max()) for x in images)
         if not difference <= MOST:  # NaN neither
-            path.unlink(missing_ok=True)
             raise ConfigError(f"--format {form}: logits differ from ours by {difference:.1e}, more than {MOST:.0e}")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {reason(error)}") from None
+    except (SafetensorError, RuntimeError) as error:  # how safetensors and torch tell of a disk that is full
+        if not isinstance(error, SafetensorError) and "inline_container" not in str(error):
+            raise
+        raise ConfigError(f"--out {path} cannot be written: {reason(error)}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    with torch.no_grad():
         opset = OPSET if form == "onnx" else None
         ms, ours_ms = _times([run, model], images[0])
         return Exported(path, difference, ms, ours_ms, opset)

@@ -160,6 +160,8 @@ def device_named(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device {device}: valid are auto, cpu, cuda, cuda:0, ...") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device}: valid are auto, cpu, cuda, cuda:0, ...")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs")
     return found

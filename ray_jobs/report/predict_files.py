@@ -24,6 +24,11 @@ def predict_files(args: Namespace) -> int:
     check_options(args)
     console = Console(highlight=False, soft_wrap=True)
     predictor = load(args.run, args.weights, args.device, args.views)
+    if predictor.views.count < args.views:
+        raise ConfigError(
+            f"--views {args.views}: training showed each image to this model in {predictor.views.count} "
+            f"way{'s' * (predictor.views.count > 1)} that can be averaged; valid: 1 to {predictor.views.count}"
+        )
     found = find_images(args.images, predictor.classes, args.unlabelled)
     began = time.perf_counter()
     outcome = predict_found(predictor, found, args.top, args.batch_size)

@@ -94,8 +94,30 @@ def test_a_file_that_differs_is_removed(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "_written", wrong)
     with pytest.raises(ConfigError, match="logits differ from ours by 1.0e-03, more than 1e-04"):
-        export(mamba.load(run, device="cpu"), "safetensors", tmp_path / "m.safetensors")
-    assert not (tmp_path / "m.safetensors").exists()
+        export(mamba.load(run, device="cpu"), "safetensors", tmp_path / "new" / "m.safetensors")
+    assert not list((tmp_path / "new").iterdir())
+    mine = tmp_path / "mine.safetensors"
+    mine.write_text("what was there")
+    with pytest.raises(ConfigError, match="logits differ"):
+        export(mamba.load(run, device="cpu"), "safetensors", mine)
+    assert mine.read_text() == "what was there" and not list(tmp_path.glob(".partial*"))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch_export"])
+def test_a_place_that_cannot_be_written_to_is_a_sentence(run, tmp_path, capsys, form):
+    for place, told in ((tmp_path, "Is a directory"), ("/proc/no/m", "No such file"), ("/proc/m", "No such file")):
+        assert main([str(run), "--format", form, "--out", str(place)]) == 2
+        assert f"error: --out {place} cannot be written: {told}" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_a_sentence(run, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:778] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(ConfigError, match="m.pt2 cannot be written: .*failed writing"):
+        export(mamba.load(run, device="cpu"), "torch_export", tmp_path / "m.pt2")
+    assert not [file.name for file in tmp_path.iterdir() if "m.pt2" in file.name]
 
 
 def test_without_the_extra(monkeypatch, tmp_path, capsys):

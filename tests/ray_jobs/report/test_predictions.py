@@ -43,6 +43,9 @@ def test_images_without_classes(tmp_path, capsys):
         (["--views", "11"], "--views 11"),
         (["--out", "page.html"], "give a .csv file"),
         (["--device", "cuda:77"], "this machine has"),
+        (["--device", "mps"], "device mps: valid are auto, cpu, cuda"),
+        (["--device", "meta"], "device meta: valid are auto, cpu, cuda"),
+        (["--views", "2"], "--views 2: training showed each image to this model in 1 way that can be averaged"),
     ],
 )
 def test_bad_words(tmp_path, capsys, words, said):
