@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mamba.config.schema import RunConfig
+from mamba.data.fingerprint import UNKNOWN
 from mamba.data.split import VAL_FRACTION
-from mamba.errors import ConfigError, FolderError, ForgeError
+from mamba.errors import CheckpointError, ConfigError, FolderError, ForgeError
 from mamba.runs.checkpoint import best_checkpoint, find_checkpoint, read_description
 from mamba.runs.files import as_metrics, read_sealed
 from mamba.runs.folder import epochs_of, finished_result
+from mamba.runs.inputs import INPUTS
 from mamba.runs.metrics import SCORE, best_accuracy
 from mamba.runs.unchanged import changed
 from ray_jobs.report.noise import IMAGES, standard_error
@@ -152,7 +154,7 @@ def _row(
         "path": path,
         "group": _group(flat),
         "config": dict(flat),
-        "files": facts.get("digest", ""),
+        "data": facts,
         "images": int(facts.get("val") or finite((result.get("images") or {}).get("val")) or 0),
     }
     if row["status"] == "baseline" and score(row) is not None:
@@ -213,26 +215,70 @@ def _group(flat: Mapping[str, Any]) -> str:
 
 
 def _data_of(path: Path) -> dict[str, Any]:
-    """Of a folder with checkpoints: the digest of files and split, and the images of the split, where it says so."""
+    """What a folder with checkpoints says of its data, else what its experiment was begun with: digests of the `files`
+    to train and validate on with the split, of the `test` set, of all `pixels` at their `side`, and the number of `val`
+    images; empty where nothing says so."""
     try:
-        data = read_description(find_checkpoint(path)).get("data")
-        assert isinstance(data, dict)
+        data = _fingerprint_of(path)
         split, sets = data["split"], data["sets"]
         held = split["val"] or sum(int(str(words).split()[0]) for words in sets.get("val", {}).values())
-        return {"digest": f"{split['digest']} {sorted(sets['train'].items())}", "val": int(held)}
-    except (ForgeError, OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        words = {name: {label: str(line).split() for label, line in own.items()} for name, own in sets.items()}
+        known = all(line[2] != UNKNOWN for own in words.values() for line in own.values())
+        names = {name: sorted((label, *line[:2]) for label, line in own.items()) for name, own in words.items()}
+        return {
+            "files": f"{split['digest']} {[names[name] for name in sorted(names) if name != 'test']}",
+            "test": str(names.get("test", "")),
+            "pixels": str(sorted(sets.items())) if known else "",
+            "side": data.get("side"),
+            "val": int(held),
+        }
+    except (ForgeError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return {}
 
 
+def _fingerprint_of(path: Path) -> dict[str, Any]:
+    """Raises ForgeError, or ValueError where nothing is known."""
+    try:
+        found = read_description(find_checkpoint(path)).get("data")
+    except CheckpointError:  # a trial that keeps no model, or the experiment itself
+        folder = path if (path / experiment.FILE).exists() else path.parent
+        try:
+            (found,) = read_sealed(folder / INPUTS)["data"].values()
+        except FileNotFoundError as error:
+            raise ValueError from error
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
+
+
 def _split_by_files(rows: Sequence[dict[str, Any]]) -> None:
-    """Rows whose configs say the same data and whose fingerprints say otherwise belong to groups of their own."""
+    """Rows whose configs say the same data and whose fingerprints say otherwise belong to groups of their own: other
+    files, or another test set, or other pixels at the same side."""
     for group in {row["group"] for row in rows}:
         some = [row for row in rows if row["group"] == group]
-        prints = sorted({row["files"] for row in some} - {""})
+        for key, words, alike in (
+            ("files", "files", ()),
+            ("test", "test set", ()),
+            ("pixels", "pixels", ("side", "data.fit")),
+        ):
+            _told_apart(some, key, words, alike)
+
+
+def _told_apart(rows: Sequence[dict[str, Any]], key: str, words: str, alike: Sequence[str]) -> None:
+    """Those of a group that differ in a fact get groups of their own; `alike`: as far as they do not differ in these,
+    which are what is compared."""
+    apart: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        which = [row["data"].get(k) if k in row["data"] else row["config"].get(k) for k in alike]
+        apart.setdefault((row["group"], *which), []).append(row)
+    for some in apart.values():
+        prints = sorted({row["data"].get(key, "") for row in some} - {""})
         if len(prints) > 1:
             for row in some:
-                n = prints.index(row["files"]) + 1 if row["files"] else 0
-                row["group"] += f", files {n} of {len(prints)}" if n else ", files not recorded"
+                found = row["data"].get(key, "")
+                row["group"] += (
+                    f", {words} {prints.index(found) + 1} of {len(prints)}" if found else (f", {words} not recorded")
+                )
 
 
 # --- repeats ---------------------------------------------------------------------------------------------------------

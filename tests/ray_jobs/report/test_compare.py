@@ -155,3 +155,46 @@ def test_a_config_that_was_changed_since_is_named(mixed, tmp_path, capsys):
     file.write_text(file.read_text().replace("lr: 0.5", "lr: 0.1"))
     found = collect([folder])
     assert found.rows == [] and "was changed since: it says optim.lr 0.1, and it was 0.5" in found.skipped[0]
+
+
+def fingerprint_of(train="aa", test="bb", pixels="cc", side=8):
+    line = {"a": f"5 {{}} {pixels}"}
+    sets = {name: {label: text.format(files) for label, text in line.items()}
+            for name, files in (("train", train), ("test", test))}  # fmt: skip
+    split = {"seed": 0, "fraction": 0.1, "train": 9, "val": 1, "digest": "dd"}
+    return {"side": side, "sample": "-", "sets": sets, "split": split}
+
+
+def with_data(folder, config=None, **facts):
+    run_left_behind(folder, trained(90.0), data__dataset="folder", data__root="flowers", **(config or {}))
+    best = folder / "checkpoints" / "best-00001"
+    best.mkdir(parents=True)
+    (best / "config.json").write_text(json.dumps({"data": fingerprint_of(**facts)}))
+
+
+def test_other_files_test_sets_and_pixels_are_told_apart_and_other_sides_are_not(tmp_path):
+    """Test accuracies on two test sets stood in one ranking; two image sides of the same files were `files 1 of 2`."""
+    runs = tmp_path / "runs" / "x"
+    with_data(runs / "one")
+    with_data(runs / "larger", {"data__img_size": 16}, side=16, pixels="ee")
+    with_data(runs / "stretched", {"data__fit": "stretch"}, pixels="ff")
+    with_data(runs / "not-decoded", pixels="-")
+    group = "folder flowers, 10 % to validate, split 0"
+    found = lambda: {row["trial"][2:]: row["group"] for row in collect([runs]).rows}  # noqa: E731
+    assert set(found().values()) == {group}
+    with_data(runs / "other-test", test="b2")
+    assert found()["other-test"] != found()["one"] == found()["larger"] == f"{group}, test set 2 of 2"
+    with_data(runs / "other-files", train="a2")
+    assert found()["one"] == f"{group}, files 2 of 2, test set 2 of 2" and found()["other-files"].endswith("s 1 of 2")
+    with_data(runs / "edited", pixels="c2")
+    assert {name: group[-13:] for name, group in found().items() if "pixels" in group} == {
+        "one": "pixels 2 of 2", "edited": "pixels 1 of 2", "not-decoded": ", pixels not recorded"[-13:]
+    }  # fmt: skip
+
+
+def test_trials_that_keep_no_model_are_on_the_data_of_their_experiment(mixed):
+    from mamba.runs.files import write_sealed
+
+    write_sealed(mixed / "ablation" / "inputs.json", {"data": {"k": fingerprint_of()}, "models": {}, "config": {}})
+    facts = [row["data"]["files"] for row in collect([mixed / "ablation"]).rows]
+    assert len(facts) == 2 and len(set(facts)) == 1
