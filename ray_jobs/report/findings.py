@@ -32,6 +32,7 @@ from ray_jobs.report.rows import (
     varied,
 )
 from ray_jobs.report.series import Point, by_series, over_rounds
+from ray_jobs.sweep.checks import COMPARED_ON
 
 __all__ = ["findings", "front", "ranked"]
 
@@ -63,6 +64,7 @@ def findings(
         lines.append(f"baseline: {dense:.2f} %{error} on the validation split{split}")
     elif images:
         lines.append(f"accuracies are those of the validation split{split}")
+    lines += _unequal(rows)
     if objectives:
         return "\n".join(lines + _searched(rows, baseline, objectives, images))
     limit = max(CHEAP, 100 * NOISE / images if images else 0.0)
@@ -73,6 +75,21 @@ def findings(
     lines += _rounds(rows)
     lines += _means(over_seeds(rows))
     return "\n".join(lines)
+
+
+def _unequal(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys in which trials differ and that decide which images an accuracy is of."""
+    lines = []
+    for key in COMPARED_ON:
+        values = list(dict.fromkeys(str(row["values"][key]) for row in rows if key in row["values"]))
+        values += ["the others' own"] if values and any(key not in row["values"] for row in rows) else []
+        if len(values) > 1:
+            words = ", ".join(values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+            lines.append(
+                f"trials differ in {key} ({words}): accuracies of one are not those of another, whatever the order in "
+                "which they stand"
+            )
+    return lines
 
 
 def _lost(rows: Sequence[Mapping[str, Any]]) -> float:

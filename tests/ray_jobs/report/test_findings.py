@@ -177,3 +177,13 @@ def test_a_cut_that_takes_nothing_is_not_advised():
     rows += [lost({"cut.mlp": 0.5, "cut.structured": True}, 0.4, model__params=80, model__nonzero=80)]
     text = findings(rows, {"val/accuracy": 90.0, "val/images": 5000, "model/params": 100, "model/nonzero": 100})
     assert "block at 0.1 takes nothing from this model" in text and "block up to" not in text
+
+
+def test_trials_on_other_images_are_said_to_be(tmp_path):
+    """Means over seeds of two data sets stood in one order without a word."""
+    some = [row({"data.dataset": name, "seed": seed}, **{"val/best_accuracy": value + seed})
+            for name, value in (("digits", 90.0), ("cifar10", 60.0)) for seed in (0, 1)]  # fmt: skip
+    assert "trials differ in data.dataset (digits, cifar10): accuracies of one are not those" in findings(some, {})
+    assert "differ in" not in findings(some[:2], {})
+    fractions = [row({"data.val_fraction": 0.2}, **{"val/best_accuracy": 5.0}), row({}, **{"val/best_accuracy": 4.0})]
+    assert "trials differ in data.val_fraction (0.2, the others' own)" in findings(fractions, {})
