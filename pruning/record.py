@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba.errors import FolderError
-from mamba.runs.files import read_json, write_json
+from mamba.runs.files import read_sealed, write_sealed
 from pruning.components import (
     BLOCK,
     COMPONENTS,
@@ -114,19 +114,19 @@ def save_record(folder: Path, record: Record | None) -> None:
     """Write cut.json; nothing where there is no record. Raises FolderError where it cannot be written."""
     if record is not None:
         rows = [{**asdict(row), "share": round(row.share, 4)} for row in record.rows]
-        write_json(folder / FILE, {"rows": rows, "thresholds": dict(record.thresholds)})
+        write_sealed(folder / FILE, {"rows": rows, "thresholds": dict(record.thresholds)})
 
 
 def load_record(folder: Path) -> Record | None:
     """What `save_record` wrote; None where a folder has none.
 
     Raises:
-        FolderError: it is damaged.
+        FolderError: it is damaged or was changed.
     """
     path = folder / FILE
     if not path.exists():
         return None
-    tree = read_json(path)
+    tree = read_sealed(path)
     try:
         rows = [{key: row[key] for key in Row.__dataclass_fields__} for row in tree["rows"]]
         counts = [row[key] for row in rows for key in ("before", "kept")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,49 @@ ROWS = (
 """Metrics of the table before and after."""
 
 
-def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+@dataclass(frozen=True)
+class Trained:
+    """A training under a penalty between what a plan was given and its cut."""
+
+    kind: str
+    """`penalty.kind`."""
+    epochs: int
+    accuracy: float | None = None
+    """Validation accuracy of what was cut, the weights of its last epoch; None where nothing was validated."""
+
+    @property
+    def words(self) -> str:
+        return f"{self.epochs} epoch{'s' * (self.epochs != 1)} under penalty.kind {self.kind}"
+
+    @property
+    def sentence(self) -> str:
+        """For whoever reads the ratio as what the cut cost."""
+        cut = "" if self.accuracy is None else f"; what was cut had {self.accuracy:.2f} % after that training"
+        return (
+            f"before: the model that was given, before {self.words}; a ratio is of that training and the cut "
+            f"together{cut}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: Any) -> Trained | None:
+        """None where there was no such training."""
+        return None if tree is None else cls(str(tree["kind"]), int(tree["epochs"]), tree.get("accuracy"))
+
+
+def before_after_table(
+    before: Mapping[str, float], after: Mapping[str, float], trained: Trained | None = None
+) -> Table:
     """One metric a row: dense, pruned, ratio. What was not measured says so; a ratio of times has its range, or is
-    within the noise."""
+    within the noise. `trained`: between the two, said above the columns."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for name in ("before", "after", "ratio"):
+    names = ("before", "after", "ratio") if trained is None else (
+        "before training\nand cut", "after\nboth", "ratio"
+    )  # fmt: skip
+    for name in names:
         table.add_column(name, justify="right")
     for key in ROWS:
         shown = metric(key)

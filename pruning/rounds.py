@@ -33,7 +33,7 @@ from mamba.config.schema import PruneConfig, RunConfig
 from mamba.data.fingerprint import fingerprint
 from mamba.data.images import ImageData
 from mamba.data.loader import eval_batches
-from mamba.errors import CheckpointError, ConfigError
+from mamba.errors import CheckpointError, ConfigError, FolderError
 from mamba.models.model import Architecture, MambaModel
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.files import read_sealed, write_csv, write_sealed
@@ -377,5 +377,19 @@ def calibration_batches(data: ImageData, seed: int) -> Batches:
 
 
 def _read_row(path: Path) -> dict[str, Any]:
-    """Raises FolderError where a round's row is damaged."""
-    return read_sealed(path, "remove it to measure that round again")
+    """A round's row; raises FolderError where it is damaged, or that of another round or model."""
+    remedy = "remove it to measure that round again"
+    row, here = read_sealed(path, remedy), path.parent
+    missing = [
+        key for key in ("round", "density", "params", "nonzero", "macs") if not isinstance(row.get(key), int | float)
+    ]
+    if missing:
+        raise FolderError(f"{path} is damaged (it holds no {missing[0]}); {remedy}")
+    if row["round"] != int(here.name.partition("-")[2]):
+        raise FolderError(f"{path} is that of round {row['round']}: a copy; {remedy}")
+    if (here / "pruned").exists() and (found := ckpt.parameters_in(here / "pruned")) != row["params"]:
+        raise FolderError(
+            f"{path} is of a model of {row['params']:,} parameters, and that of {here / 'pruned'} has {found:,}; "
+            f"{remedy}"
+        )
+    return row

@@ -15,13 +15,13 @@ from mamba.data import load_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.files import write_sealed
-from mamba.runs.folder import create_run, exclusive, write_config
+from mamba.runs.folder import create_run, exclusive, finished_result, write_config
 from mamba.runs.provenance import with_split
 from mamba.runs.tracking import Tracker
 from pruning.lite import describe
 from pruning.plans import apply_plan, get_plan
 from pruning.record import save_record
-from pruning.report import before_after_table
+from pruning.report import Trained, before_after_table
 from pruning.rounds import calibration_batches
 from pruning.show import PICTURE, cut_picture, print_cut
 from pruning.store import masks_of, of_cut, save_pruned
@@ -55,12 +55,14 @@ def run_plan(args: PruneArgs) -> int:
     pruned = apply_plan(model, args.plan, masks=masks_of(given), **how)  # what does not fit is refused before a folder
     kept = config.with_values({"prune.method": "none", "penalty.kind": "off"})
     folder = create_run(kept)
+    trained: Trained | None = None
     with exclusive(folder):
         if trains_first(config, args.given):
             start = _train_under_penalty(config, folder)
             if start is None:
                 return 130
             model, description = ckpt.load_model(start, weights="raw")
+            trained = _trained(config, folder)
             pruned = apply_plan(model, args.plan, masks=masks_of(start), **how)
         description = {**of_cut(description), "plan": args.plan}
         path = save_pruned(folder / "checkpoints" / "best-00000", pruned.model, pruned.masks, description)
@@ -72,18 +74,27 @@ def run_plan(args: PruneArgs) -> int:
         console = Console(highlight=False, soft_wrap=True)
         with connected_if(config.scaling.num_workers != 0, lambda text: console.print(text, markup=False)):
             before, after = compare(config, [config.model.checkpoint, path])
-        write_sealed(folder / "pruned.json", {"plan": args.plan, "before": before, "after": after})
+        told = {"plan": args.plan, "before": before, "after": after}
+        write_sealed(folder / "pruned.json", told | ({} if trained is None else {"trained": trained.to_dict()}))
     console.print(f"{args.plan}: {plan.purpose}", markup=False)
     console.print(
         f"before: {describe(model.architecture)}\nafter:  {describe(pruned.model.architecture)}", markup=False
     )
     print_cut(pruned.record, folder)
-    console.print(before_after_table(before, after))
+    console.print(before_after_table(before, after, trained))
+    if trained is not None:
+        console.print(trained.sentence, markup=False)
     if "test/accuracy" in before:
         console.print("no validation split: accuracies are the test set's, by which no plan should be chosen")
     console.print(f"pruned model: {path}", markup=False)
     console.print(f"fine-tune it: {train_on(folder, path, kept)}", markup=False)
     return 0
+
+
+def _trained(config: RunConfig, folder: Path) -> Trained:
+    result = finished_result(folder / "penalty")
+    accuracy = None if result is None else result["metrics"].get("val/accuracy")
+    return Trained(config.penalty.kind, config.optim.epochs, accuracy)
 
 
 def _train_under_penalty(config: RunConfig, folder: Path) -> Path | None:

@@ -26,6 +26,7 @@ from mamba.runs.folder import epochs_of, finished_result
 from mamba.runs.inputs import INPUTS
 from mamba.runs.metrics import SCORE, best_accuracy
 from mamba.runs.unchanged import changed
+from pruning.report import Trained
 from ray_jobs.report.noise import IMAGES, standard_error
 from ray_jobs.report.rows import finite, measured, over_seeds, score
 from ray_jobs.sweep import experiment
@@ -131,7 +132,11 @@ def _plan(path: Path, name: str) -> list[dict[str, Any]]:
     """What a plan left, before any training, and what it was made of."""
     report, flat = read_sealed(path / PLAN), _config(path)
     rows = []
-    for words, key, status in (("before", "before", "baseline"), (str(report["plan"]), "after", "pruned")):
+    trained = Trained.from_dict(report.get("trained"))
+    names = ("before", str(report["plan"]))
+    if trained is not None:
+        names = (f"before {trained.words}", f"{trained.words}, then {report['plan']}")
+    for words, key, status in ((names[0], "before", "baseline"), (names[1], "after", "pruned")):
         row = _row(f"{name} ({words})", path, {"status": status, "metrics": as_metrics(report[key])}, {}, flat)
         if score(row) is not None:
             row["metrics"][SCORE] = score(row)

@@ -20,21 +20,23 @@ MOST = 60
 """Lines of the map; of more trials the first ones are drawn, and the page's tables have all."""
 
 
-def records_of(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Record]:
+def records_of(folder: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Record], list[str]]:
     """The records of the finished trials: of a trial that cut once its own, of a series that of each round. One that is
-    missing (earlier versions) or damaged is left out."""
+    missing (earlier versions) is left out; so is one that is damaged or was changed, and a sentence says so."""
     found: dict[str, Record] = {}
+    refused: list[str] = []
     for row in finished(rows):
         here = folder / row["trial"]
         for path in (here, *round_folders(here)):
             try:
                 record = load_record(path)
-            except FolderError:
+            except FolderError as error:
+                refused.append(str(error))
                 continue
             if record is not None and record.rows:
                 name = row["trial"] if path == here else f"{row['trial']}, {path.name}"
                 found[name] = record
-    return found
+    return found, refused
 
 
 def cut_map(records: Mapping[str, Record]) -> Figure | None:

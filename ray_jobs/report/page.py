@@ -34,7 +34,8 @@ def write_report(folder: Path, rows: Rows, text: str) -> Path:
     baseline = baseline_of(folder)
     images = images_of(rows, baseline)
     figures = draw(told.space, rows, baseline, images, _curves(folder, rows))
-    records = records_of(folder, rows)
+    records, refused = records_of(folder, rows)
+    text = "\n".join([text, *(f"not taken for what was cut: {sentence}" for sentence in refused)])
     cuts = cut_map(records)
     if cuts is not None:
         figures["cuts"] = cuts

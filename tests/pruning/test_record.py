@@ -130,6 +130,10 @@ def test_a_record_is_kept_and_shown(model, tmp_path):
     assert picture.shape[0] == 3 and 0 <= float(picture.min()) < float(picture.max()) <= 1
     assert len(cut_figure(record).axes) == 2
     cut_figure(Record())  # nothing was cut
+    text = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(text.replace('"kept": 7', '"kept": 9', 1))
+    with pytest.raises(FolderError, match="is damaged or was changed"):
+        load_record(tmp_path)
     (tmp_path / FILE).write_text(json.dumps({"rows": [{"layer": "blocks.0"}], "thresholds": {}}))
     with pytest.raises(FolderError, match="is damaged"):
         load_record(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from mamba.errors import CheckpointError, ConfigError, FolderError
 from mamba.models.model import count_parameters
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.files import read_sealed, write_sealed
 from mamba.runs.folder import finished_result, request_stop
 from mamba.train.distributed import local_process
 from mamba.train.hooks import TrainHook
@@ -303,7 +305,17 @@ def test_what_is_missing_or_damaged_is_said(series):
     (s.folder / "round-01" / "row.json").write_text("{")
     with pytest.raises(FolderError, match=r"row.json is damaged"):
         s.run()
-    (s.folder / "round-01" / "row.json").unlink()
+    rows = [s.folder / f"round-0{k}" / "row.json" for k in (0, 1)]
+    shutil.copy(rows[0], rows[1])
+    with pytest.raises(FolderError, match=r"round-01/row.json is that of round 0: a copy"):
+        s.run()
+    write_sealed(rows[1], {**read_sealed(rows[0]), "round": 1})
+    with pytest.raises(FolderError, match=r"row.json is of a model of .* parameters, and that of .*pruned has"):
+        s.run()
+    write_sealed(rows[1], {"round": 1})
+    with pytest.raises(FolderError, match=r"row.json is damaged \(it holds no density\)"):
+        s.run()
+    rows[1].unlink()
     (s.folder / "round-01" / "start").rename(s.folder / "away")
     (s.folder / "round-01" / "result.json").unlink()
     (s.folder / "round-00" / "checkpoints").rename(s.folder / "gone")

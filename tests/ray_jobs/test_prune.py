@@ -16,6 +16,7 @@ import pytest
 
 from mamba.runs import checkpoint as ckpt
 from ray_jobs.prune import main
+from ray_jobs.report.collect import collect
 from ray_jobs.train import main as train_main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,7 +128,14 @@ def test_rsst_of_a_plan_trains_under_the_penalty_first_then_cuts(trained, tmp_pa
     assert "after a training under penalty.kind rows" in capsys.readouterr().out
     assert main(words) == 0
     folder = tmp_path / "prune" / "p"
+    said = " ".join(capsys.readouterr().out.split())
     assert json.loads((folder / "penalty" / "result.json").read_text())["status"] == "finished"
+    last = json.loads((folder / "penalty" / "result.json").read_text())["metrics"]["val/accuracy"]
+    assert "before training" in said and "and cut both" in said
+    assert "before: the model that was given, before 1 epoch under penalty.kind rows; a ratio is of that" in said
+    assert f"what was cut had {last:.2f} % after that training" in said
+    names = [r["trial"] for r in collect([folder]).rows if r["path"] == folder]
+    assert names == ["p (before 1 epoch under penalty.kind rows)", "p (1 epoch under penalty.kind rows, then stage1)"]
     (epoch,) = (json.loads(x) for x in (folder / "penalty" / "metrics.jsonl").read_text().splitlines())
     assert epoch["prune/penalty_strength"] == pytest.approx(0.05)
     before, after = (ckpt.load_model(path, weights="raw")[0] for path in (trained, folder / "penalty"))

@@ -118,6 +118,7 @@ def test_what_was_cut_is_drawn_and_told_layer_by_layer(tmp_path):
     (folder / rows[0]["trial"] / "cut.json").write_text("{")
     again = write_report(folder, rows, "").read_text()
     assert "cut.mlp-0.5: mlp" in again and "cut.mlp-0.25: mlp" not in again, "a damaged one is left out"
+    assert "not taken for what was cut: " in again and "cut.mlp-0.25/cut.json is damaged" in again
 
 
 def test_a_report_of_one_trial_is_a_page(tmp_path):
