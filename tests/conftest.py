@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
@@ -146,7 +148,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: the collector of garbage need not look at it (a million objects) again and again."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # some libraries complain at the end of what is left
+    atexit.register(gc.unfreeze)  # some libraries complain at the end of what is left
+    measure = sys.modules.get("pruning.measure")
+    if measure is not None:  # a speed that no test looks at need not be taken long
+        measure.TURNS, measure.SECONDS = 1, 0.02

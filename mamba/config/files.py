@@ -11,16 +11,13 @@ from mamba.errors import ConfigError, reason
 
 LARGEST = 256 * 1024
 """Bytes of a file that is read; a run's config has 5,000."""
+DEEPEST = 50
+"""Mappings and lists within each other that are read; a search space has 5."""
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain values only. An alias repeats what its anchor holds: ten of them in ten lines are ten billion values."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read")
-        return super().compose_node(parent, index)
+class _Loader(_Base):
+    """Plain values only, each key once."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
@@ -32,6 +29,27 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {name} is given twice")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _check(text: str) -> None:
+    """Raises YAMLError where a text is nested too deeply or holds an alias, which repeats what its anchor holds: ten of
+    them in ten lines are ten billion values."""
+    depth = 0
+    for event in yaml.parse(text, _Base):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"{_line(event)}: aliases (*{event.anchor}) are not read")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"{_line(event)}: it is nested too deeply")
+
+
+def _line(event: yaml.Event) -> str:
+    return f"line {event.start_mark.line + 1}" if event.start_mark else "its text"
+
+
+def to_yaml(tree: Any) -> str:
+    """A tree of plain values as YAML, its keys in their order."""
+    return str(yaml.dump(tree, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False))
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -49,11 +67,11 @@ def read_yaml(path: Path, what: str) -> Any:
             data = file.read(LARGEST + 1)
         if len(data) > LARGEST:
             raise ConfigError(f"{path} cannot be read as {what}: it is larger than {LARGEST // 1024} KiB")
-        return yaml.load(data.decode(), _Loader)
+        text = data.decode()
+        _check(text)
+        return yaml.load(text, _Loader)
     except ConfigError:
         raise
-    except RecursionError:
-        raise ConfigError(f"{path} cannot be read as {what}: it is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         why = reason(error).replace('in "<unicode string>", ', "at ")
         raise ConfigError(f"{path} cannot be read as {what}: {why}") from None

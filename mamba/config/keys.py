@@ -12,7 +12,6 @@ from reprlib import Repr
 from types import MappingProxyType
 from typing import Any, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +22,7 @@ from pydantic import (
 )
 
 from mamba.config.choices import added, load_plugins, words_of
-from mamba.config.files import read_yaml
+from mamba.config.files import read_yaml, to_yaml
 from mamba.config.versions import check_format
 from mamba.errors import ConfigError
 
@@ -147,7 +146,7 @@ class Keyed(Group):
         return flat
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return to_yaml(self.model_dump(mode="json"))
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:

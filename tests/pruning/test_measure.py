@@ -22,6 +22,7 @@ def test_speeds_are_taken_in_turns_and_carry_their_range(monkeypatch):
         order.append(models.index(model))
         return {"bench/latency_ms": next(values), "bench/images_per_s": 5.0, "bench/peak_memory_mib": 7.0}
 
+    monkeypatch.setattr(measure, "TURNS", 5)
     monkeypatch.setattr(measure, "speed", speed)
     a, b = measure.speeds(models, 4, 0.1, device=torch.device("cpu"))
     assert order == [0, 1] * measure.TURNS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -34,6 +35,7 @@ from pruning.rounds import (
     run_rounds,
 )
 from pruning.shrink import shrink
+from tests.conftest import make_small_config
 
 
 class Series:
@@ -63,25 +65,59 @@ class Series:
     def run(self):
         return run_rounds(self.config, self.folder, self.data, Engine(self.train, self.measure, self.said.append))
 
+    def begin_with(self, round_zero):
+        """The dense training, which is another series' too."""
+        shutil.copytree(round_zero, self.folder / "round-00")
+        (self.folder / "round-00" / "row.json").unlink()
+
+    def stop_before(self, name):
+        """Run until a round is prepared, and is about to be trained."""
+        train = self.train
+
+        def until(config, folder):
+            if folder.name == name:
+                raise KeyboardInterrupt
+            return train(config, folder)
+
+        self.train = until
+        with pytest.raises(KeyboardInterrupt):
+            self.run()
+        self.train = train
+
     def start(self, number):
         here = self.folder if number == 0 else self.folder / f"round-{number:02d}"
         return ckpt.load_model(here / "start", "raw")[0]
 
 
+SETTLED = {"optim__epochs": 3, "prune__rounds": 3, "prune__rate": 0.4, "model__drop_path": 0.0}
+
+
 @pytest.fixture
 def series(small_config, small_data, tmp_path):
     def make(name="series", **values):
-        settled = {"optim__epochs": 3, "prune__rounds": 3, "prune__rate": 0.4, "model__drop_path": 0.0, **values}
-        config = small_config(name=name, **settled)
+        config = small_config(name=name, **{**SETTLED, **values})
         return Series(config, tmp_path / "runs" / name, small_data)
 
     return make
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_data):
+    """method -> (a series of three rounds, trained once for all tests that only look at it, its rows)."""
+
+    @cache
+    def make(method):
+        root = tmp_path_factory.mktemp(method)
+        config = make_small_config(root / "runs", name="series", prune__method=method, **SETTLED)
+        s = Series(config, root / "runs" / "series", small_data)
+        return s, s.run()
+
+    return make
+
+
 @pytest.mark.parametrize("method", ["magnitude", "refill", "rsst"])
-def test_rounds_prune_what_they_say(series, method):
-    s = series(prune__method=method)
-    rows = s.run()
+def test_rounds_prune_what_they_say(finished, method):
+    s, rows = finished(method)
     assert [r["density"] for r in rows] == pytest.approx([0.6**k for k in range(4)], abs=1e-3)
     assert s.trained == ["round-00", "round-01", "round-02", "round-03"]
     params = [r["params"] for r in rows]
@@ -123,25 +159,25 @@ def test_rounds_that_an_earlier_version_measured_are_shown_by_their_test_accurac
     assert rounds_table(new).columns[5].header == "validation accuracy"
 
 
-def test_refill_and_rsst_leave_equally_many_units(series):
+def test_refill_and_rsst_leave_equally_many_units(finished):
     """At the same density the two differ in how units go, not in how many: their comparison is at equal parameters."""
-    sizes = {}
-    for method in ("refill", "rsst"):
-        s = series(method, prune__method=method, prune__rounds=1)
-        sizes[method] = [r["params"] for r in s.run()]
+    sizes = {method: [row["params"] for row in finished(method)[1]] for method in ("refill", "rsst")}
     assert sizes["refill"][0] == sizes["rsst"][0]
     assert sizes["refill"][1] == pytest.approx(sizes["rsst"][1], rel=0.01)
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_rewound_weights_are_bit_equal_to_the_saved_ones(series, epoch):
-    s = series(prune__method="refill", prune__rewind_epoch=epoch)
-    s.run()
+def test_rewound_weights_are_bit_equal_to_the_saved_ones(series, finished, epoch):
+    if epoch:
+        s = series(prune__method="refill", prune__rewind_epoch=epoch, prune__rounds=2)
+        s.stop_before("round-02")
+    else:
+        s = finished("refill")[0]
     saved = ckpt.load_model(s.folder / ("rewind" if epoch else "start"), "raw")[0]
     kept = copy.deepcopy(saved.state_dict())
     if epoch:
         assert not torch.equal(saved.head.weight, s.start(0).head.weight), "rewound to the initial weights"
-    for number in (1, 2, 3):
+    for number in (1, 2) if epoch else (1, 2, 3):
         units = load_masks(s.folder / f"round-{number:02d}" / "start" / UNITS)
         slices = shrink(saved, units).slices
         again = s.start(number).state_dict()
@@ -150,19 +186,17 @@ def test_rewound_weights_are_bit_equal_to_the_saved_ones(series, epoch):
     assert all(torch.equal(v, kept[k]) for k, v in saved.state_dict().items())
 
 
-def test_round_zero_is_the_plain_run(series, small_data, tmp_path):
-    s = series(prune__method="refill", prune__rounds=1)
-    s.run()
+def test_round_zero_is_the_plain_run(finished, small_data, tmp_path):
+    s = finished("refill")[0]
     plain = s.config.with_values({"prune.method": "none"})
     fit(plain, local_process(), tmp_path / "plain", small_data)
     a, b = (ckpt.load_model(ckpt.newest_checkpoint(p), "raw")[0] for p in (s.folder / "round-00", tmp_path / "plain"))
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
-def test_a_stopped_series_goes_on_at_its_round_and_epoch(series, monkeypatch):
+def test_a_stopped_series_goes_on_at_its_round_and_epoch(series, finished, monkeypatch):
     monkeypatch.setattr("mamba.train.monitor.LOG_EVERY_S", 0)  # a stop is seen at the next step
-    whole = series("whole", prune__method="rsst", checkpoint__keep=1)
-    expected = whole.run()
+    expected = finished("rsst")[1]
     s = series("parts", prune__method="rsst")
     train = s.train
 
@@ -196,9 +230,8 @@ def test_a_trained_model_can_be_pruned_without_training_it_again(series, small_f
     assert torch.equal(s.start(1).head.weight, dense.head.weight)
 
 
-def test_survivors_only_ever_get_fewer(series):
-    s = series(prune__method="magnitude")
-    s.run()
+def test_survivors_only_ever_get_fewer(finished):
+    s = finished("magnitude")[0]
     masks = [load_masks(s.folder / f"round-{k:02d}" / "start" / SURVIVORS) for k in (1, 2, 3)]
     for before, after in pairwise(masks):
         assert all(not bool((after[n] & ~before[n]).any()) for n in after)
@@ -237,10 +270,11 @@ def test_measurements_of_a_model(small_data, small_fit, tmp_path):
 
 
 @pytest.mark.parametrize("score, fillback", [("saliency", 0.25), ("l2", 0.0), ("random", 0.1)])
-def test_a_round_refills_as_its_config_says(series, score, fillback):
+def test_a_round_refills_as_its_config_says(series, finished, score, fillback):
     """Units of round 2 by hand, from the last raw weights of round 1 at their places in the dense model."""
     s = series(prune__method="refill", prune__score=score, prune__fillback_rate=fillback, prune__rounds=2)
-    s.run()
+    s.begin_with(finished("refill")[0].folder / "round-00")
+    s.stop_before("round-02")
     first = s.folder / "round-01"
     units = load_masks(first / "start" / UNITS)
     dense = ckpt.load_model(s.folder / "start", "raw")[0]
@@ -255,18 +289,15 @@ def test_a_round_refills_as_its_config_says(series, score, fillback):
     assert all(not bool((found[n] & ~units[n]).any()) for n in units if n in found), "a unit came back"
 
 
-def test_rsst_keeps_as_many_weights_as_refill(series):
-    s = series(prune__method="rsst", prune__rounds=2)
-    rows = s.run()
+def test_rsst_keeps_as_many_weights_as_refill(finished):
+    s, rows = finished("rsst")
     assert all(row["nonzero"] == pytest.approx(row["params"], rel=1e-3) for row in rows), "holes in units that stay"
     smaller, _ = ckpt.load_model(s.folder / "round-02" / "pruned")
     assert count_parameters(smaller) == rows[2]["params"] < rows[0]["params"]
 
 
-def test_hooks_carry_the_config(series, small_config):
-    s = series(prune__method="rsst", prune__rounds=1)
-    s.run()
-    start = s.folder / "round-01" / "start"
+def test_hooks_carry_the_config(finished, small_config, tmp_path):
+    start = shutil.copytree(finished("rsst")[0].folder / "round-01" / "start", tmp_path / "start")
     config = small_config(
         model__checkpoint=start, prune__method="rsst", prune__round=1, prune__schedule="x3", prune__exponent=2.0,
         prune__ceiling=0.7, penalty__kind="l1", penalty__strength=0.5, penalty__exponent=3.0,
@@ -299,9 +330,9 @@ def test_a_series_needs_nothing_but_its_folder(series, small_fit, tmp_path):
     assert len(s.run()) == 3
 
 
-def test_what_is_missing_or_damaged_is_said(series):
-    s = series(prune__method="refill", prune__rounds=1)
-    s.run()
+def test_what_is_missing_or_damaged_is_said(series, finished):
+    s = series(prune__method="refill")
+    shutil.copytree(finished("refill")[0].folder, s.folder, dirs_exist_ok=True)
     (s.folder / "round-01" / "row.json").write_text("{")
     with pytest.raises(FolderError, match=r"row.json is damaged"):
         s.run()

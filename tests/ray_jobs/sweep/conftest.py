@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def trained_on_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run for sweeps whose trials have processes of their own."""
     folder = tmp_path_factory.mktemp("trained") / "runs" / "small" / "digits"
     return small_run(folder, None, **{"data.batch_size": 128})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _what_is_imported_is_not_looked_at_again() -> None:
+    """A trial collects its garbage when it ends, which takes as long as there are objects; some are of late imports."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

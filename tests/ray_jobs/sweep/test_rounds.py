@@ -37,8 +37,7 @@ def series_space(**grid):
     return checked(Space(question="q", cost="c", kind="rounds", grids=[grid]))
 
 
-def test_a_series_is_a_trial_and_its_report_shows_methods_side_by_side(shared_of, monkeypatch):
-    monkeypatch.setattr("pruning.measure.TURNS", 1)
+def test_a_series_is_a_trial_and_its_report_shows_methods_side_by_side(shared_of):
     shared = shared_of("rounds")
     space = series_space(**{"prune.method": ["refill", "rsst"]})
     config = RunConfig(**shared.config)
