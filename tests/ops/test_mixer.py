@@ -15,11 +15,10 @@ SHAPES = [(2, 20, 40, 16, 4), (3, 5, 7, 3, 4), (1, 33, 32, 16, 3)]
 SCRIPT = """
 import tests.ops.test_mixer as t
 from mamba.ops.mixer.triton import mixer_triton
-for shape in t.SHAPES:
-    t.compare(shape, "cpu", t.torch.float32, 1e-5, mixer_triton)
+t.compare((1, 18, 33, 2, 4), "cpu", t.torch.float32, 1e-5, mixer_triton)  # two chunks of tokens, two blocks of channels
 from mamba.ops.mixer import conv
 enough, conv.ENOUGH_PROGRAMS = conv.ENOUGH_PROGRAMS, 1  # several batch entries a program, the last one not full
-t.compare((5, 17, 7, 2, 2), "cpu", t.torch.float32, 1e-5, mixer_triton)
+t.compare((3, 5, 7, 1, 2), "cpu", t.torch.float32, 1e-5, mixer_triton)
 conv.ENOUGH_PROGRAMS = enough
 t.compare_reversed(conv)
 """
