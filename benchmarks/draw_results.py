@@ -29,16 +29,27 @@ def validation(path: Path) -> tuple[list[int], list[float]]:
     return [epoch for epoch, _ in seen], [accuracy for _, accuracy in seen]
 
 
+def tested(path: Path) -> tuple[int, float, float]:
+    """Epochs of a run, its test accuracy and the standard error of that, in percent."""
+    result = json.loads(path.read_text())
+    share = result["metrics"]["test/accuracy"] / 100
+    return result["epochs"], 100 * share, 100 * (share * (1 - share) / result["images"]["test"]) ** 0.5
+
+
 def main() -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for name, label in STAGE_A.items():
         left.plot(*validation(DOCS / "results/2026-11-25-stage-a-h100x2" / f"{name}.jsonl"), label=label)
     left.set(title="stage A, 14 epochs", xlabel="epoch", ylabel="validation accuracy (%)", ylim=(40, 90))
     left.legend()
-    middle.plot(*validation(DOCS / "results/2026-11-25-muon90-h100x2/metrics.jsonl"), marker=".")
-    middle.axvline(54, color="grey", linestyle=":", label="mixing ends")
-    middle.set(title="90 epochs with Muon", xlabel="epoch", ylabel="validation accuracy (%)")
-    middle.legend()
+    middle.plot(*validation(DOCS / "results/2026-11-25-muon90-h100x2/metrics.jsonl"), label="validation, of 90 epochs")
+    runs = [tested(DOCS / f"results/2026-11-25-muon{epochs}-h100x2/result.json") for epochs in (90, 140, 300)]
+    middle.errorbar(*zip(*runs, strict=True), fmt="o", capsize=3, label="test, at the end of a run (1 standard error)")
+    for epochs, accuracy, _ in runs:
+        middle.annotate(f"{accuracy:.2f}", (epochs, accuracy), (-12, -16), textcoords="offset points")
+    middle.axhline(96, color="grey", linestyle=":", label="96 %")
+    middle.set(title="with Muon, one seed each", xlabel="epochs", ylabel="accuracy (%)", ylim=(80, 98), xlim=(0, 330))
+    middle.legend(loc="lower right")
     with (DOCS / "results/2026-11-25-repair-h100.csv").open() as file:
         scores = {row["trial"]: float(row["val/accuracy"]) for row in csv.DictReader(file)}
     places = range(len(CUTS))
@@ -47,7 +58,8 @@ def main() -> None:
     right.axvline(94.24, color="grey", linestyle=":", label="dense")
     right.set(title="whole units removed, not trained on", xlabel="validation accuracy (%)", yticks=list(places))
     right.set_yticklabels([c.replace("-", " ").replace("_mlp", ", mlp") for c in CUTS])
-    right.legend(loc="lower left")
+    right.set_xlim(0, 100)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(DOCS / "images/results.png", dpi=110)
 
 
