@@ -6,6 +6,8 @@ interrupted: same order, same random numbers, same bits on a deterministic devic
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.metrics import SCORE
 from mamba.runs.provenance import check_resume, describe_data
+from mamba.runs.unchanged import changed
 from mamba.train.distributed import Process
 from mamba.train.writer import Copies
 
@@ -119,8 +123,36 @@ def restore(trainer: Trainer) -> None:
     for name, thing in things.items():
         if name in state:
             thing.restore(state[name])
+    if trainer.best["epoch"] and own_best(trainer) is None:
+        warnings.warn(f"{_best_folder(trainer)} is gone or not this run's: the best is looked for anew", stacklevel=2)
+        forget_best(trainer)
     if trainer.process.rank == 0:
         ckpt.remove_best_after(trainer.folder, trainer.epoch)
+
+
+def own_best(trainer: Trainer) -> Path | None:
+    """The checkpoint of the weights that validated best, where it is there and what this run wrote: their accuracy is
+    the run's figure, and is that of no others."""
+    folder, best = _best_folder(trainer), trainer.best
+    if not best["epoch"] or folder.is_symlink() or not (folder / ckpt.DESCRIPTION).exists():
+        return None
+    about = ckpt.read_description(folder)  # of earlier versions it says less
+    known = {"epoch": about.get("epoch"), "accuracy": about.get("metrics", {}).get(SCORE)}
+    config = about.get("config")
+    if any(value not in (None, best[key]) for key, value in known.items()):
+        return None
+    trained = type(trainer.config).stored(config, folder).flat() if isinstance(config, dict) else {}
+    return None if changed(trainer.config.flat(), trained, ("optim.epochs",)) else folder
+
+
+def forget_best(trainer: Trainer) -> None:
+    """As before anything was validated."""
+    trainer.best = {"accuracy": -math.inf, "epoch": 0, "weights": "ema" if trainer.ema else "raw"}
+    trainer.metrics.pop(SCORE, None)
+
+
+def _best_folder(trainer: Trainer) -> Path:
+    return trainer.folder / ckpt.FOLDER / f"best-{trainer.best['epoch']:05d}"
 
 
 def _same_images(trainer: Trainer, before: int) -> None:

@@ -28,6 +28,7 @@ from mamba.models.model import MambaModel, count_parameters
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.confusion import Confusion
 from mamba.runs.environment import environment
+from mamba.runs.metrics import SCORE
 from mamba.runs.provenance import with_split
 from mamba.runs.start import check_models, first_weights, start_of
 from mamba.runs.tracking import Tracker
@@ -43,7 +44,7 @@ from mamba.train.optim import make_optimizer
 from mamba.train.precision import resolve_amp
 from mamba.train.record import Batches
 from mamba.train.schedule import learning_rate
-from mamba.train.state import finish_writing, restore, save, write_checkpoint
+from mamba.train.state import finish_writing, forget_best, own_best, restore, save, write_checkpoint
 from mamba.train.step import OptimizerStep
 from mamba.train.stopwatch import Stopwatch
 from mamba.train.writer import Writer
@@ -289,9 +290,13 @@ class Trainer:
         """Test once, with the weights that validated best (the last ones where nothing was validated)."""
         finish_writing(self)
         model: MambaModel = self.ema.model if self.ema else self.model
-        kept = ckpt.best_checkpoint(self.folder)
+        kept = own_best(self)
         if kept is not None:
             model, _ = ckpt.load_model(kept, device=self.process.device)
+        elif self.best["epoch"]:  # taken away while the run went on: the last weights are what is left
+            forget_best(self)
+            last = self.metrics.get("val/ema_accuracy" if self.ema else "val/accuracy")
+            self.metrics |= {} if last is None else {SCORE: last}
         self.alive.enter("testing")
         views, compared = self._views(model)
         counts = ClassCounts(self.data.classes, self.process.device)

@@ -30,7 +30,7 @@ from mamba.train.evaluate import Score
 from mamba.train.gradients import FlatGradients
 from mamba.train.hooks import TrainHook
 from mamba.train.record import can_record
-from mamba.train.state import finish_writing, save
+from mamba.train.state import finish_writing, save, write_checkpoint
 from mamba.train.trainer import Trainer, fit, initial_model
 from mamba.train.writer import Writer
 from tests.conftest import make_small_config
@@ -534,6 +534,47 @@ def test_resuming_forgets_the_best_of_epochs_that_are_repeated(small_fit, small_
     assert ckpt.best_checkpoint(run) is None
 
 
+def test_the_best_accuracy_is_that_of_weights_that_are_there(small_fit, tmp_path, monkeypatch):
+    """The best of a run was gone, or another run's, and its figure stayed: what was tested were other weights."""
+    scores = {1: 90.0, 2: 95.0, 3: 80.0}
+    original = Trainer.evaluate
+
+    def evaluate(self, model, split, *rest, **named):
+        loss, accuracy = original(self, model, split, *rest, **named)
+        return Score(loss, accuracy if split is self.data.test else scores[self.epoch] - (model is not self.model))
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    small_fit("other", seed=1)
+    for damage in ("gone", "another's"):
+        run = tmp_path / damage
+        assert small_fit(damage)["metrics"]["val/best_accuracy"] == 95.0
+        shutil.rmtree(run / "checkpoints" / "best-00002")
+        if damage == "another's":
+            shutil.copytree(tmp_path / "other" / "checkpoints" / "best-00002", run / "checkpoints" / "best-00002")
+        (run / "result.json").unlink()
+        with pytest.warns(UserWarning, match="best-00002 is gone or not this run's"):
+            result = small_fit(damage, optim__epochs=3)
+        assert result["tested"] == {"weights": "ema", "epoch": 3, "tta_views": 1}
+        assert "val/best_accuracy" not in result["metrics"] or result["metrics"]["val/best_accuracy"] == 79.0
+        assert not result["metrics"].get("val/best_accuracy") == 95.0
+
+
+def test_a_best_that_is_taken_away_while_the_run_goes_on(small_fit, tmp_path):
+    class Thief(TrainHook):
+        def end_epoch(self, epoch):
+            if epoch == 2:
+                for best in (tmp_path / "run" / "checkpoints").glob("best-*"):
+                    shutil.rmtree(best)
+            return {}
+
+        def may_be_best(self, epoch):
+            return epoch == 0
+
+    result = small_fit(hooks=[Thief()])
+    assert result["tested"] == {"weights": "ema", "epoch": 3, "tta_views": 1}
+    assert result["metrics"]["val/best_accuracy"] == result["metrics"]["val/ema_accuracy"]
+
+
 def test_the_last_epoch_is_always_saved(small_fit, tmp_path):
     small_fit(checkpoint__every=5)
     assert ckpt.newest_checkpoint(tmp_path / "run").name == "step-00000012"
@@ -544,6 +585,7 @@ def test_state_comes_back_whole(small_config, small_data, tmp_path):
     trainer.optimizer_step.skipped += torch.tensor([5.0, 2.0])
     trainer.optimizer_step.totals += 3
     trainer.best, trainer.epoch, trainer.step = {"accuracy": 12.0, "epoch": 1, "weights": "ema"}, 1, 2
+    write_checkpoint(trainer, "best-00001", None)
     save(trainer)
     finish_writing(trainer)
     again = Trainer(small_config(), local_process(), tmp_path, small_data)
