@@ -293,10 +293,10 @@ class Trainer:
         kept = own_best(self)
         if kept is not None:
             model, _ = ckpt.load_model(kept, device=self.process.device)
-        elif self.best["epoch"]:  # taken away while the run went on: the last weights are what is left
+        else:  # none was, or it was taken away: the last weights are what is left
             forget_best(self)
-            last = self.metrics.get("val/ema_accuracy" if self.ema else "val/accuracy")
-            self.metrics |= {} if last is None else {SCORE: last}
+            last = self.metrics.get("val/ema_accuracy" if self.ema else "val/accuracy", math.nan)
+            self.metrics |= {SCORE: last} if math.isfinite(last) else {}
         self.alive.enter("testing")
         views, compared = self._views(model)
         counts = ClassCounts(self.data.classes, self.process.device)
