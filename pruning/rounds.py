@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba.config.choices import Registry
+from mamba.config.facts import METHODS as KNOWN
+from mamba.config.facts import MethodFacts
 from mamba.config.schema import PruneConfig, RunConfig
 from mamba.data.fingerprint import fingerprint
 from mamba.data.images import ImageData
@@ -88,6 +90,8 @@ METHODS = Registry(
         "rsst": Method(refill_masks, decays=True),
     },
     besides=("none",),
+    facts=KNOWN,
+    fact=lambda method: MethodFacts(method.choose is not None, method.decays),
 )
 
 

@@ -17,9 +17,13 @@ import pruning
 from mamba.config import choices as config_choices
 from mamba.config.choices import PLUGINS, Registry, load_plugins, words_of
 from mamba.config.cli import parse_train_args
+from mamba.config.counts import idle
+from mamba.config.facts import DATASETS as KNOWN_DATASETS
+from mamba.config.facts import METHODS as KNOWN_METHODS
+from mamba.config.facts import MethodFacts
 from mamba.config.keys import choices, dotted_keys
 from mamba.config.presets import PRESETS
-from mamba.config.resolve import DATASET_SIDES, MODEL_SIZES
+from mamba.config.resolve import MODEL_SIZES
 from mamba.config.schema import CutConfig, RunConfig
 from mamba.data.policies import POLICIES
 from mamba.data.registry import DATASETS, Source, describe, load_data
@@ -78,7 +82,9 @@ def test_keys_list_what_tables_have():
     ones = {name: 0.5 for name in COMPONENTS if name in CutConfig.model_fields}
     assert CutConfig(**ones).rates == ones and len(ones) >= 9
     assert {name for name, component in COMPONENTS.items() if component.refused is None} <= set(CutConfig.model_fields)
-    assert set(DATASET_SIDES) == set(DATASETS)
+    assert {name: source.facts for name, source in DATASETS.items()} == KNOWN_DATASETS
+    facts = {name: MethodFacts(method.choose is not None, method.decays) for name, method in METHODS.items()}
+    assert {**facts, "none": MethodFacts(False, False)} == KNOWN_METHODS
 
 
 @dataclass
@@ -231,8 +237,33 @@ def test_toys_are_gone():
 
 def test_a_data_set_without_a_side_asks_for_one(toys):
     config = RunConfig().with_values({"data.dataset": "toy"})
+    assert config.resolve().data.img_size == 8
+    DATASETS["toy"] = Source(None, DATASETS["toy"].load, 3)
     with pytest.raises(ConfigError, match="data.img_size is needed: data.dataset 'toy' has no side of its own"):
         config.resolve()
+
+
+def test_what_has_no_effect_follows_from_the_entry(toys):
+    """The config knew data sets and methods by their words: of an added one it refused nothing, or all."""
+
+    def refused(work, **values):
+        return set(idle(RunConfig().with_values({k.replace("__", "."): v for k, v in values.items()}), work))
+
+    files = {"data.fit", "data.cache", "data.strict", "data.split_from"}
+    assert files <= refused("train", data__dataset="toy") and "data.root" not in refused("train", data__dataset="toy")
+    DATASETS["toy"] = Source(8, DATASETS["toy"].load, 3, rooted=False, files=True)
+    assert not files & refused("train", data__dataset="toy") and "data.root" in refused("train", data__dataset="toy")
+    chosen, decayed = {"prune.score", "prune.fillback_rate"}, {"prune.ceiling", "prune.grow_fraction"}
+    for method, off in ((Method(), {*chosen, *decayed}), (Method(keep_two_thirds), decayed),
+                        (Method(keep_two_thirds, decays=True), set())):  # fmt: skip
+        METHODS["toy"] = method
+        assert refused("rounds", prune__method="toy") & {*chosen, *decayed} == off
+    with pytest.raises(ConfigError, match="prune.grow_fraction 0.9 of optim.epochs 1 leaves no epoch"):
+        RunConfig().with_values({"prune.method": "toy", "prune.grow_fraction": 0.9, "optim.epochs": 1,
+                                 "optim.warmup_epochs": 0}).resolve()  # fmt: skip
+    read = {"data.magnitude", "optim.decay_epochs", "optim.muon_momentum"}
+    words = {"data__augment": "toy", "optim__schedule": "toy", "optim__optimizer": "toy"}
+    assert not read & refused("train", **words) and read <= refused("train")
 
 
 def test_help_with_a_toy(toys, capsys):

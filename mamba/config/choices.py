@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar, get_args
@@ -36,15 +36,26 @@ class Registry(dict[str, Entry]):
         key: the dotted key.
         entries: those that ship.
         besides: words of the key that need no entry.
+        facts: where the config keeps what it has to know of each word (`mamba.config.facts`).
+        fact: what it has to know of an entry.
     """
 
-    def __init__(self, key: str, entries: Mapping[str, Entry], besides: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        key: str,
+        entries: Mapping[str, Entry],
+        besides: tuple[str, ...] = (),
+        facts: dict[str, Any] | None = None,
+        fact: Callable[[Entry], Any] = lambda entry: None,
+    ) -> None:
         super().__init__(entries)
         self.key, self.besides, self.shipped = key, besides, tuple(entries)
+        self.facts, self.fact = {} if facts is None else facts, fact
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         """Raises ConfigError for a name that is no word, is another's, or an entry of another kind than what ships."""
         self._check(name, entry)
+        self.facts[name] = self.fact(entry)
         super().__setitem__(name, entry)
         words = _added.setdefault(self.key, [])
         if name not in (*words, *self.shipped, *self.besides):
@@ -69,6 +80,7 @@ class Registry(dict[str, Entry]):
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
+        self.facts.pop(name, None)
         if name in _added.get(self.key, []):
             _added[self.key].remove(name)
 

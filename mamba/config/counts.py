@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from mamba.config.facts import DATASETS, METHODS, reads
 from mamba.config.keys import dotted_keys
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
@@ -96,15 +97,25 @@ def idle(config: RunConfig, work: Work) -> dict[str, str]:
     when(not (data.mixup or data.cutmix), "data.mixup and data.cutmix are 0", "data.mix_prob", "data.mix_off_epochs")
     when(data.mix_prob == 0, "data.mix_prob is 0", "data.mixup", "data.cutmix", "data.mix_off_epochs")
     when(data.augment == "none", "data.augment is none", "data.crop", "data.crop_scale")
-    when(data.augment != "randaugment_inc", f"data.augment is {data.augment}", "data.magnitude", "data.magnitude_std")
+    when(
+        not reads("data.augment", data.augment, ("randaugment_inc",)),
+        f"data.augment is {data.augment}",
+        "data.magnitude",
+        "data.magnitude_std",
+    )
     when(data.crop != "resized", f"data.crop is {data.crop}", "data.crop_scale")
-    plain = data.dataset in ("digits", "cifar10", "cifar100")
-    when(plain, f"data.dataset is {data.dataset}", "data.fit", "data.cache", "data.strict", "data.split_from")
-    when(data.dataset == "digits", "data.dataset is digits", "data.root")
+    of, source = DATASETS[data.dataset], f"data.dataset is {data.dataset}"
+    when(not of.files, source, "data.fit", "data.cache", "data.strict", "data.split_from")
+    when(not of.rooted, source, "data.root")
     when(data.split_from is not None, "data.split_from says which images", "data.split_seed", "data.val_fraction")
     when(data.val_fraction == 0, "data.val_fraction is 0", "data.split_seed", "eval.every")
-    when(optim.schedule != "wsd", f"optim.schedule is {optim.schedule}", "optim.decay_epochs")
-    when(optim.optimizer != "muon", f"optim.optimizer is {optim.optimizer}", "optim.muon_momentum")
+    when(
+        not reads("optim.schedule", optim.schedule, ("wsd",)),
+        f"optim.schedule is {optim.schedule}",
+        "optim.decay_epochs",
+    )
+    muon = reads("optim.optimizer", optim.optimizer, ("muon",))
+    when(not muon, f"optim.optimizer is {optim.optimizer}", "optim.muon_momentum")
     when(optim.warmup_epochs == 0, "optim.warmup_epochs is 0", "optim.warmup")
     when(not config.ema.enabled, "ema.enabled is False", "ema.decay")
     when(distill.alpha == 0, "distill.alpha is 0", "distill.temperature", "distill.teacher")
@@ -124,11 +135,14 @@ def idle(config: RunConfig, work: Work) -> dict[str, str]:
         when(True, "model.checkpoint brings its own", *own)
     when(model.checkpoint is None or cuts, "there is no model.checkpoint", "model.new_size")
     if work == "rounds":
-        alone, decays = prune.method in ("none", "magnitude"), prune.method not in ("none", "magnitude", "refill")
-        method = f"prune.method is {prune.method}"
-        when(alone, method, "prune.score", "prune.fillback_rate")
-        when(not decays, method, "prune.ceiling", "prune.schedule", "prune.grow_fraction", "prune.exponent")
-        when(prune.schedule != "power", f"prune.schedule is {prune.schedule}", "prune.exponent")
+        facts, method = METHODS[prune.method], f"prune.method is {prune.method}"
+        when(not facts.chooses, method, "prune.score", "prune.fillback_rate")
+        when(not facts.decays, method, "prune.ceiling", "prune.schedule", "prune.grow_fraction", "prune.exponent")
+        when(
+            not reads("prune.schedule", prune.schedule, ("power",)),
+            f"prune.schedule is {prune.schedule}",
+            "prune.exponent",
+        )
         rates = {"ssm": prune.ssm_rate, "mlp": prune.mlp_rate}
         parts = ("ssm", "mlp") if prune.target == "both" else (prune.target,)
         when(all(rates[part] is not None for part in parts), "each part has a rate of its own", "prune.rate")

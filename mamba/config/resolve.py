@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 from mamba.config import trackers
 from mamba.config.choices import Registry
+from mamba.config.facts import DATASETS, METHODS
 from mamba.errors import ConfigError
 
 if TYPE_CHECKING:
     from mamba.config.schema import ModelConfig, RunConfig
-
-DATASET_SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "folder": 224}
-"""Side in pixels that `data.img_size` takes when it is not given."""
 
 MODEL_SIZES = Registry(
     "model.name",
@@ -46,7 +44,7 @@ def resolved(config: RunConfig) -> RunConfig:
         ConfigError: names the keys, and what is valid.
     """
     trackers.check(config.tracking.backends)
-    side = config.data.img_size or DATASET_SIDES.get(config.data.dataset)
+    side = config.data.img_size or DATASETS[config.data.dataset].side
     if side is None:
         raise ConfigError(f"data.img_size is needed: data.dataset '{config.data.dataset}' has no side of its own")
     model = filled(config.model, side)
@@ -96,7 +94,7 @@ def resolved(config: RunConfig) -> RunConfig:
             f"prune.rewind_epoch {config.prune.rewind_epoch} is not before the end of optim.epochs "
             f"{config.optim.epochs}; it must be"
         )
-    if config.prune.method == "rsst" and config.grow_epochs() >= config.optim.epochs:
+    if METHODS[config.prune.method].decays and config.grow_epochs() >= config.optim.epochs:
         raise ConfigError(
             f"prune.grow_fraction {config.prune.grow_fraction:g} of optim.epochs {config.optim.epochs} leaves no epoch "
             "after the cut; lower it or train for more epochs"

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mamba.config.choices import Registry
-from mamba.config.resolve import DATASET_SIDES
+from mamba.config.facts import DATASETS as KNOWN
+from mamba.config.facts import DatasetFacts
 from mamba.config.schema import DataConfig
 from mamba.data.cifar import load_cifar
 from mamba.data.digits import load_digits_images
@@ -20,24 +21,35 @@ from mamba.data.split import VAL_FRACTION
 class Source:
     """A data set that can be named in `data.dataset`."""
 
-    side: int
-    """Side in pixels that `data.img_size` takes when it is not given."""
+    side: int | None
+    """Side in pixels that `data.img_size` takes when it is not given; None: it has to be given."""
     load: Callable[[DataConfig, int], ImageData]
     """A resolved config and the split's seed -> the data, decoded and split."""
     classes: int | None = None
     """Number of classes, where it is the same for everybody."""
     train_images: int | None = None
     """Size of the training set before the split, likewise; it is balanced."""
+    rooted: bool = True
+    """Whether it lies in `data.root`."""
+    files: bool = False
+    """Whether its images are files, for which `data.fit`, `data.cache`, `data.strict` and `data.split_from` count."""
+
+    @property
+    def facts(self) -> DatasetFacts:
+        """What the config has to know."""
+        return DatasetFacts(self.side, self.rooted, self.files)
 
 
 DATASETS = Registry(
     "data.dataset",
     {
-        "digits": Source(DATASET_SIDES["digits"], load_digits_images, 10),
-        "cifar10": Source(DATASET_SIDES["cifar10"], load_cifar, 10, 50_000),
-        "cifar100": Source(DATASET_SIDES["cifar100"], load_cifar, 100, 50_000),
-        "folder": Source(DATASET_SIDES["folder"], load_folder),
+        "digits": Source(load=load_digits_images, classes=10, **KNOWN["digits"]._asdict()),
+        "cifar10": Source(load=load_cifar, classes=10, train_images=50_000, **KNOWN["cifar10"]._asdict()),
+        "cifar100": Source(load=load_cifar, classes=100, train_images=50_000, **KNOWN["cifar100"]._asdict()),
+        "folder": Source(load=load_folder, **KNOWN["folder"]._asdict()),
     },
+    facts=KNOWN,
+    fact=lambda source: source.facts,
 )
 
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mamba.config.facts import DATASETS
 from mamba.config.schema import RunConfig
 from mamba.data.fingerprint import UNKNOWN
 from mamba.data.split import VAL_FRACTION
@@ -203,11 +204,17 @@ def _config(path: Path) -> dict[str, Any]:
 # --- what was measured on --------------------------------------------------------------------------------------------
 
 
+def _rooted(flat: Mapping[str, Any]) -> bool:
+    """Whether a data set is another one in another folder."""
+    known = DATASETS.get(str(flat.get("data.dataset")))
+    return known is not None and known.files
+
+
 def _group(flat: Mapping[str, Any]) -> str:
     """Data set and split in words: only what has the same is ranked together."""
     if not flat:
         return "data not recorded"
-    root = f" {Path(str(flat['data.root'])).name}" if flat.get("data.dataset") == "folder" else ""
+    root = f" {Path(str(flat['data.root'])).name}" if _rooted(flat) else ""
     if flat.get("data.split_from"):
         return f"{flat['data.dataset']}{root}, validation images of {Path(str(flat['data.split_from'])).name}"
     fraction = finite(flat.get("data.val_fraction"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from mamba.config.resolve import DATASET_SIDES
+from mamba.config.facts import DATASETS as KNOWN
 from mamba.config.schema import DataConfig
 from mamba.data.digits import load_digits_images
 from mamba.data.registry import DATASETS, Source, load_data
@@ -13,7 +13,7 @@ from tests.data.helpers import config
 
 def test_the_registry_is_in_step_with_the_config():
     assert set(DATASETS) == set(get_args(DataConfig.model_fields["dataset"].annotation))
-    assert {name: source.side for name, source in DATASETS.items()} == DATASET_SIDES
+    assert {name: source.facts for name, source in DATASETS.items()} == KNOWN
 
 
 def test_a_data_set_is_one_entry(monkeypatch):
