@@ -42,9 +42,9 @@ def main() -> None:
         left.plot(*validation(DOCS / "results/2026-11-25-stage-a-h100x2" / f"{name}.jsonl"), label=label)
     left.set(title="stage A, 14 epochs", xlabel="epoch", ylabel="validation accuracy (%)", ylim=(40, 90))
     left.legend()
-    middle.plot(*validation(DOCS / "results/2026-11-25-muon90-h100x2/metrics.jsonl"), label="validation, of 90 epochs")
+    middle.plot(*validation(DOCS / "results/2026-11-25-muon90-h100x2/metrics.jsonl"), label="validation (90 epochs)")
     runs = [tested(DOCS / f"results/2026-11-25-muon{epochs}-h100x2/result.json") for epochs in (90, 140, 300)]
-    middle.errorbar(*zip(*runs, strict=True), fmt="o", capsize=3, label="test, at the end of a run (1 standard error)")
+    middle.errorbar(*zip(*runs, strict=True), fmt="o", capsize=3, label="test ± standard error")
     for epochs, accuracy, _ in runs:
         middle.annotate(f"{accuracy:.2f}", (epochs, accuracy), (-12, -16), textcoords="offset points")
     middle.axhline(96, color="grey", linestyle=":", label="96 %")
