@@ -61,12 +61,12 @@ def write_hparams(folder: Path, config: RunConfig, status: str, first: Collectio
         folder: of the run.
         config: of the run.
         status: one of STATUSES.
-        first: the hyperparameters whose columns come first; none: those in which the runs under `out` differ most.
+        first: the hyperparameters whose columns come first, filled up if they are few; none: those in which the runs under `out` differ most.
     """
     if "tensorboard" not in config.tracking.backends:
         return
     shown = comparable(config.flat())
-    first = first or most_different([shown, *neighbours(config.out, folder)])
+    first = filled(first) if first else most_different([shown, *neighbours(config.out, folder)])
     path = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:6]
     name = f"{config.trial or folder.name} {config.name} {path}"  # the trial first: the table cuts it
     write_line(folder, {"status": status, **shown}, status, ["status", *first], HPARAM_METRICS, name)
@@ -144,7 +144,12 @@ def most_different(runs: Iterable[Mapping[str, Any]], many: int = MANY) -> list[
         counts = Counter(str(values[key]) for values in told if key in values)
         others[key] = sum(counts.values()) - max(counts.values())
     differ = sorted((key for key in others if others[key]), key=lambda key: -others[key])
-    return list(dict.fromkeys([*differ, *(key for key in FIRST_HPARAMS if key in others)]))[:many]
+    return filled(differ, [key for key in FIRST_HPARAMS if key in others], many)
+
+
+def filled(first: Iterable[str], others: Iterable[str] = FIRST_HPARAMS, many: int = MANY) -> list[str]:
+    """The keys whose columns come first, with others where they are too few: TensorBoard would take any."""
+    return list(dict.fromkeys([*first, *others]))[:many]
 
 
 @contextmanager

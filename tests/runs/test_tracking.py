@@ -123,6 +123,15 @@ def test_the_first_columns_are_the_keys_that_differ(small_config, tmp_path):
     assert {g.name[:4] for g in groups} == {f"t{i} x" for i in range(5)}, "the trial first: the table cuts names"
 
 
+def test_the_keys_of_a_sweep_are_followed_by_others_that_say_something(small_config, tmp_path):
+    """They were followed by the first of the alphabet, `cut.block` and `cut.conv1d`, 0 in every row."""
+    config = small_config(name="x", trial="t")
+    write_hparams(create_run(config), config, "finished", first=["optim.weight_decay", "model.drop_path"])
+    experiment, _ = hparams_table(tmp_path)
+    differ = {h.name for h in experiment.hparam_infos if h.differs}
+    assert differ == {"status", "optim.weight_decay", "model.drop_path", "optim.lr", "model.name"}
+
+
 def test_two_runs_of_one_name_are_not_averaged(small_config, tmp_path):
     for out in ("a", "b"):
         config = small_config(name="x", trial="t").with_values({"out": tmp_path / out})
