@@ -61,7 +61,8 @@ def write_hparams(folder: Path, config: RunConfig, status: str, first: Collectio
         folder: of the run.
         config: of the run.
         status: one of STATUSES.
-        first: the hyperparameters whose columns come first, filled up if they are few; none: those in which the runs under `out` differ most.
+        first: the hyperparameters whose columns come first, filled up if they are few; none: those in which the runs
+            under `out` differ most.
     """
     if "tensorboard" not in config.tracking.backends:
         return
