@@ -15,6 +15,7 @@ from mamba.data.folder import load_folder
 from mamba.data.images import ImageData
 from mamba.data.sound import check_images
 from mamba.data.split import VAL_FRACTION
+from mamba.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
             set, of a source that was added.
     """
     assert config.img_size is not None, "the config must be resolved"
-    data = DATASETS[config.dataset].load(config, seed)
-    return check_images(data, f"data.dataset '{config.dataset}'", config.img_size)
+    source, where = DATASETS[config.dataset], f"data.dataset '{config.dataset}'"
+    data = check_images(source.load(config, seed), where, config.img_size)
+    if source.classes not in (None, len(data.classes)):
+        raise DataError(f"{where} is registered with {source.classes} classes, and its images are of {len(data.classes)}")
+    return data
 
 
 def describe(config: DataConfig, seed: int) -> tuple[int, int]:

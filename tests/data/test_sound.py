@@ -25,8 +25,8 @@ def images(n=60, side=16, kind=np.uint8, channels=3, seed=0):
 def source():
     """Loads a data set that a module of a user's has registered."""
 
-    def load(found, side=16):
-        DATASETS["mine"] = Source(side=side, load=found)
+    def load(found, side=16, **more):
+        DATASETS["mine"] = Source(side=side, load=found, **more)
         config = RunConfig().with_values({"data.dataset": "mine", "data.img_size": 16}).resolve()
         return load_data(config.data, 0)
 
@@ -104,6 +104,12 @@ def test_data_that_is_none(source, name):
 def test_a_source_that_gives_something_else(source):
     with pytest.raises(DataError, match="data.dataset 'mine' gives a NoneType; valid: an ImageData"):
         source(lambda config, seed: None)
+
+
+def test_a_source_that_gives_other_classes_than_it_says(source):
+    """A dry run counts parameters by what it says."""
+    with pytest.raises(DataError, match="'mine' is registered with 7 classes, and its images are of 2"):
+        source(lambda config, seed: WHOLE, classes=7)
 
 
 def test_what_is_sound_is_taken(source, small_data):
