@@ -328,6 +328,28 @@ def test_optimizers_that_do_not_train_every_parameter_once(small_config, make, t
         del OPTIMIZERS["mine"]
 
 
+def test_heads_and_stems_that_make_another_shape(small_config):
+    class AllTokens(MeanPool):
+        def forward(self, x, norm):
+            return norm(x)
+
+    class OneToken(PatchEmbed):
+        def forward(self, images):
+            return super().forward(images)[:, :1]
+
+    of_head = r"model.head 'mine' makes \(2, 16, 12\) of tokens .*\(batch, 12\)"
+    of_stem = r"model.stem 'mine' makes \(2, 1, 12\) of .*\(batch, 16, 12\)"
+    for registry, entry, told in ((HEADS, AllTokens, of_head), (STEMS, OneToken, of_stem)):
+        registry["mine"] = entry
+        try:
+            config = small_config(**{registry.key.replace(".", "__"): "mine", "model__pos_embed": "none"})
+            model = MambaModel(Architecture.from_config(config.model, 3, 8))
+            with pytest.raises(ConfigError, match=told):
+                model(torch.zeros(2, 3, 8, 8))
+        finally:
+            del registry["mine"]
+
+
 @pytest.mark.parametrize("share", [float("nan"), -1.0, 1.5, "x", None])
 def test_schedules_that_give_no_share(small_config, share):
     LR_SCHEDULES["mine"] = lambda config, step, steps: share

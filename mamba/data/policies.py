@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mamba.config.choices import Registry
 from mamba.data import operations as ops
+from mamba.errors import ConfigError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -175,7 +176,15 @@ def apply_slot(policy: Policy, images: Tensor, codes: Ints, arguments: Tensor) -
     edges = np.flatnonzero(np.diff(codes, prepend=-1, append=-1)).tolist()
     for lo, hi in itertools.pairwise(edges):
         if codes[lo]:
-            images[lo:hi] = policy.apply(images[lo:hi], int(codes[lo]), arguments[lo:hi])
+            some = images[lo:hi]
+            made = policy.apply(some, int(codes[lo]), arguments[lo:hi])
+            if not isinstance(made, Tensor) or made.shape != some.shape or made.dtype != some.dtype:
+                about = f"{tuple(made.shape)} {made.dtype}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+                raise ConfigError(
+                    f"data.augment: {type(policy).__name__} makes {about} of images {tuple(some.shape)} {some.dtype}; "
+                    "valid: as many of the same shape and type"
+                )
+            images[lo:hi] = made
     return images
 
 

@@ -65,7 +65,9 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     source, where = DATASETS[config.dataset], f"data.dataset '{config.dataset}'"
     data = check_images(source.load(config, seed), where, config.img_size)
     if source.classes not in (None, len(data.classes)):
-        raise DataError(f"{where} is registered with {source.classes} classes, and its images are of {len(data.classes)}")
+        raise DataError(
+            f"{where} is registered with {source.classes} classes, and its images are of {len(data.classes)}"
+        )
     return data
 
 

@@ -271,11 +271,22 @@ class MambaModel(nn.Module):
         rotary = (self.cos, self.sin) if self.rotary else None
         for block in self.stack:
             x = block(x, rotary, self.transposition)
-        return self.head(self.pool(x, getattr(self, self.norm_name)))
+        pooled = self.pool(x, getattr(self, self.norm_name))
+        if pooled.ndim != 2 or pooled.shape[1] != self.base.d_model:  # as one that was added may give
+            raise ConfigError(
+                f"model.head '{self.base.head}' makes {tuple(pooled.shape)} of tokens {tuple(x.shape)}; valid: "
+                f"(batch, {self.base.d_model})"
+            )
+        return self.head(pooled)
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Images to (batch, tokens, d_model): class tokens in place, positions added, in the order of the scan."""
         x = self.patch_embed(images)
+        if x.ndim != 3 or x.shape[1] != self.base.grid**2 or x.shape[2] != self.base.d_model:
+            raise ConfigError(
+                f"model.stem '{self.base.stem}' makes {tuple(x.shape)} of images {tuple(images.shape)}; valid: "
+                f"(batch, {self.base.grid**2}, {self.base.d_model})"
+            )
         for name, place in self.class_places.items():
             token = getattr(self, name).expand(x.shape[0], -1, -1)
             x = torch.cat((x[:, :place], token.to(x.dtype), x[:, place:]), dim=1)

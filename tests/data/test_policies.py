@@ -12,6 +12,7 @@ import torch
 
 from mamba.config.schema import DataConfig
 from mamba.data.policies import INCREASING, POLICIES, apply_slot, make_policy
+from mamba.errors import ConfigError
 
 TORCHVISION = ["autoaugment", "autoaugment_imagenet", "randaugment"]
 MEAN = (0.49, 0.48, 0.45)
@@ -111,3 +112,22 @@ def test_level_follows_magnitude():
 def test_policies_can_be_sent_to_loader_processes(name):
     policy = pickle.loads(pickle.dumps(make_policy(name, 32, MEAN)))
     assert policy.draw(np.random.default_rng(0), 4)[0].shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("apply", "told"),
+    [
+        (lambda images: images[:1], r"makes \(1, 3, 32, 32\) torch.uint8 of images \(4, 3, 32, 32\) torch.uint8"),
+        (lambda images: images / 255, r"makes \(4, 3, 32, 32\) torch.float32 of images"),
+        (lambda images: None, "makes a NoneType"),
+    ],
+)
+def test_a_policy_gives_as_many_images_of_the_same_kind(apply, told):
+    """One image was laid over all of its run, whatever their classes; fractions became black."""
+
+    class Mine:
+        def apply(self, images, code, arguments):
+            return apply(images)
+
+    with pytest.raises(ConfigError, match=f"data.augment: Mine {told}"):
+        apply_slot(Mine(), pictures(4), np.ones(4, np.int64), torch.zeros(4))
