@@ -149,6 +149,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # some libraries complain at the end of what is left
-    measure = sys.modules.get("pruning.measure")
-    if measure is not None:  # a speed that no test looks at need not be taken long
-        measure.TURNS, measure.SECONDS = 1, 0.02
+    if "torch" in sys.modules:
+        from pruning import measure
+
+        measure.TURNS, measure.SECONDS = 1, 0.02  # a speed that no test looks at need not be taken long

@@ -6,9 +6,15 @@ import pytest
 
 from tests.fuzz.targets import TARGETS
 
-IN_CI = {"spaces": 300}
+IN_CI = {"spaces": 120}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_whatever_comes_is_handled(name, tmp_path):
-    TARGETS[name].run(IN_CI.get(name, 100), tmp_path)
+    TARGETS[name].run(IN_CI.get(name, 50), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TARGETS)
+def test_whatever_else_comes_is_handled(name, tmp_path):
+    TARGETS[name].run(300, tmp_path, start=1)

@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,9 +182,19 @@ def run_sweep(
         watcher.ending = True
         stopping()
 
+    _uncounted()
     with ended_by_signals(end):
         tuner.fit()
     return search.exhausted() and not watcher.running
+
+
+def _uncounted() -> None:
+    """For its statistics of use Ray looks which of its own callbacks a sweep has, and imports wandb, MLflow, Comet and
+    Aim for it, where they are installed: seconds before the first trial."""
+    with suppress(ImportError, AttributeError):
+        from ray.air._internal import usage
+
+        usage.tag_callbacks = lambda callbacks: False
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torchvision.models import VisionTransformer
 
 from benchmarks import others
 from benchmarks.side_by_side import facts, scanning
@@ -11,6 +10,8 @@ from benchmarks.side_by_side import facts, scanning
 
 def test_both_ways_of_attention_are_torchvisions():
     """Outputs and gradients, from the same weights."""
+    from torchvision.models import VisionTransformer  # a slow import, and every process reads this file
+
     torch.manual_seed(0)
     models = [others.vit_small(5, 16, fused, toy=True) for fused in (True, False)]
     plain = VisionTransformer(16, 2, 2, 6, 24, 96, num_classes=5)

@@ -59,13 +59,14 @@ def runs(tmp_path_factory):
     cut_model = cut(dense, {**rates, "linear_B_C:shared": 0.5, "linear_gate:element": 0.5}, shrink=True)
     start = ckpt.save_checkpoint(root / "start", cut_model.model, None, {}, None, {FILE: cut_model.masks})
     whole = make_small_config(root, **SETTINGS | {"model__drop_path": 0.3}, checkpoint__keep=3)
+    short = {**SETTINGS, "optim__epochs": 2}
     made = {
-        "two": (make_small_config(root, **SETTINGS), None),
-        "buckets": (make_small_config(root, **SETTINGS), ["buckets", 1000]),
+        "two": (make_small_config(root, **short), None),
+        "buckets": (make_small_config(root, **short), ["buckets", 1000]),
         "poisoned": (make_small_config(root, **SETTINGS, optim__epochs=1), ["poison", 1]),
         "whole": (whole, None),
         "parts": (whole, ["resumed", "whole"]),
-        "pruned": (make_small_config(root, **SETTINGS, model__checkpoint=start, penalty__kind="group"), None),
+        "pruned": (make_small_config(root, **short, model__checkpoint=start, penalty__kind="group"), None),
     }
     conv = {"model__stem": "conv", "optim__epochs": 2, "ema__decay": 0.5}
     for ways in ("ddp", "flat"):

@@ -9,7 +9,9 @@ import torch
 
 from mamba.errors import TrainingError
 from mamba.runs import checkpoint as ckpt
+from mamba.runs.folder import epochs_of
 from mamba.train.distributed import Process
+from mamba.train.hooks import TrainHook
 from mamba.train.trainer import fit
 from ray_jobs.launch import tasks
 from ray_jobs.launch.tasks import Channel, serve_tasks
@@ -139,6 +141,61 @@ def test_a_restarted_group_takes_the_task_without_an_answer(store, monkeypatch):
     channel.put(6, None)
     ended.join(5)
     assert done == [5] and not ended.is_alive()
+
+
+class RayTrain:
+    """In the place of a TorchTrainer: what each attempt raises starts the next, as often as its config allows."""
+
+    attempts = 0
+
+    def __init__(self, serve, train_loop_config, scaling_config, run_config):
+        self.channel = Channel(train_loop_config["channel"])
+        self.failures = run_config.failure_config.max_failures
+
+    def fit(self):
+        for left in reversed(range(1 + self.failures)):
+            RayTrain.attempts += 1
+            try:
+                return serve_tasks(self.channel, Process())
+            except RuntimeError:
+                if not left:
+                    raise
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_a_worker_that_dies_in_mid_run_starts_again_from_the_last_checkpoint(
+    failures, small_config, small_data, tmp_path, store, monkeypatch
+):
+    """Bit for bit, no epoch twice, and as often as the config says."""
+    config, died = small_config(), []
+    (tmp_path / "whole").mkdir()
+    fit(config, Process(), tmp_path / "whole", small_data)
+
+    def dying(config, process, folder, hooks=()):
+        hook = TrainHook()
+        hook.begin_epoch = lambda epoch, epochs: die() if epoch == 2 and not died else None
+        return fit(config, process, folder, small_data, [*hooks, hook])
+
+    def die():
+        died.append(1)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(tasks, "fit", dying)
+    monkeypatch.setattr("ray_jobs.launch.lean.trainer_class", lambda private: RayTrain)
+    monkeypatch.setattr(RayTrain, "attempts", 0)
+    folder = tmp_path / "runs" / "small" / "one"
+    folder.mkdir(parents=True)
+    with Workers(1, False, 1, folder / ".ray", max_failures=failures) as workers:
+        if not failures:
+            with pytest.raises(TrainingError, match="killed"):
+                workers.train(config, folder, print)
+            assert [e["epoch"] for e in epochs_of(folder)] == [1, 2] and RayTrain.attempts == 1
+            return
+        assert workers.train(config, folder, print)["status"] == "finished"
+        workers.channel.put(workers.number + 1, None)
+    assert RayTrain.attempts == 2 and [e["epoch"] for e in epochs_of(folder)] == [1, 2, 3]
+    whole = weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole[key]) for key, value in weights(folder).items())
 
 
 def test_errors_of_all_ranks_are_a_sentence(group, small_config, tmp_path):
