@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mamba.config import trackers
 from mamba.config.choices import Registry
@@ -216,6 +216,21 @@ def _check_conv_stem(stem: str, layers: int | None, patch: int, stride: int, sid
         )
     if side % stride:
         raise ConfigError(f"data.img_size {side} does not go {where}; valid: a multiple of {stride} (model.stride)")
+
+
+def is_range(workers: object) -> bool:
+    """Whether a number of workers was given as the least and the most: a list, or text with a comma."""
+    return isinstance(workers, list | tuple) or (isinstance(workers, str) and "," in workers)
+
+
+def workers_of(given: Any) -> tuple[int, int]:
+    """The least and the most of a range of workers; raises ConfigError where it is none."""
+    parts = given.strip("[] ").split(",") if isinstance(given, str) else given
+    whole = [int(part) for part in parts if str(part).strip().isdecimal()]
+    if len(parts) != 2 or len(whole) != 2 or not 1 <= whole[0] <= whole[1]:
+        raise ConfigError(f"scaling.num_workers {str(given)[:60]}: valid is a whole number, or the least and the most, "
+                          "both at least 1: [1, 8]")  # fmt: skip
+    return whole[0], whole[1]
 
 
 def check_workers(config: RunConfig, num_workers: int, gpu: bool) -> None:

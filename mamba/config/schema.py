@@ -8,12 +8,14 @@ HPARAMS tab and in the results table. Each field states its own bounds; what fie
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mamba.config import resolve, trackers
 from mamba.config.keys import Group, Keyed
+from mamba.config.resolve import is_range
+from mamba.errors import ConfigError
 
 SizeName = Literal["mamba_tiny", "mamba_small", "mamba_base", "vim_tiny", "vim_small", "vim_base"]
 Target = Literal["ssm", "mlp", "both"]
@@ -362,7 +364,8 @@ class ScalingConfig(Group):
 
     num_workers: int | None = Field(None, ge=0, le=4096)
     """Training processes under Ray Train; None: one per GPU of the cluster, else one on CPU; 0: this process,
-    without a cluster (tests, debuggers)."""
+    without a cluster (tests, debuggers). The least and the most of them, [1, 8] in a file and 1,8 on the command line,
+    give `min_workers` too."""
     min_workers: int | None = Field(None, ge=1, le=4096)
     """As few workers as this are enough to go on where a node is lost, from the last checkpoint; of the numbers up to
     num_workers those count that divide the batch. None: num_workers, always."""
@@ -370,6 +373,19 @@ class ScalingConfig(Group):
     """CPUs reserved for each worker; None: an equal share of the cluster's."""
     max_failures: int = Field(3, ge=0, le=MANY)
     """Times that Ray restarts the run from its last checkpoint when a worker dies."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range(cls, values: Any) -> Any:
+        """Both ends of a range of workers, to where each belongs."""
+        given = values.get("num_workers") if isinstance(values, dict) else None
+        if not is_range(given):
+            return values
+        if values.get("min_workers") is not None:
+            raise ConfigError("scaling.num_workers has its least in its list, and scaling.min_workers is given: leave "
+                              "one out")  # fmt: skip
+        least, most = resolve.workers_of(given)
+        return {**values, "num_workers": most, "min_workers": least}
 
 
 class TrackingConfig(Group):
@@ -413,6 +429,11 @@ class RunConfig(Keyed):
     checkpoint: CheckpointConfig = CheckpointConfig()
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def with_values(self, values: dict[str, Any]) -> Self:
+        if is_range(values.get("scaling.num_workers")):  # it replaces what the config had of both
+            values = {"scaling.min_workers": None, **values}
+        return super().with_values(values)
 
     def resolve(self) -> RunConfig:
         """A copy with every value that follows from others, and with absolute paths.

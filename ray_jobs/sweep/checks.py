@@ -144,8 +144,11 @@ def _check_typed(
     """What was typed counts in some trial, or in the baseline's training."""
     if "trial" in given:
         raise ConfigError(f"--trial {config.trial} has no effect: the trials of a sweep have names of their own")
-    if "scaling.min_workers" in given:
-        raise ConfigError("--scaling.min_workers has no effect in a sweep: a trial keeps the workers it began with")
+    if config.scaling.min_workers is not None and {"scaling.min_workers", "scaling.num_workers"} & set(given):
+        raise ConfigError(
+            "--scaling.min_workers, and a range of --scaling.num_workers, have no effect in a sweep: a trial keeps the "
+            "workers it began with"
+        )
     works: list[Work] = [space.kind]
     if space.kind == "measure" and any(c.cut.finetune_epochs for c in configs):
         works = ["finetune"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mamba.config.cli import parse_train_args
+from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 from ray_jobs.launch.elastic import elastic_trainer, possible_counts
 from ray_jobs.train import main
@@ -42,6 +45,35 @@ def test_other_ends_of_the_range_are_refused(small_config, least, most, said):
         possible_counts(small_config(data__batch_size=64, scaling__min_workers=least), most, gpu=False)
 
 
+@pytest.mark.parametrize("given", ["1,8", " 1, 8", "[1, 8]", [1, 8], (1, 8)])
+def test_a_list_is_the_least_and_the_most(given, tmp_path):
+    config = RunConfig().with_values({"scaling.num_workers": given})
+    assert (config.scaling.min_workers, config.scaling.num_workers) == (1, 8)
+    assert RunConfig(scaling={"num_workers": given}).scaling == config.scaling
+    narrower = config.with_values({"scaling.num_workers": [2, 4]})
+    assert (narrower.scaling.min_workers, narrower.scaling.num_workers) == (2, 4)
+    assert config.with_values({"scaling.num_workers": 4}).scaling.min_workers == 1
+    (tmp_path / "c.yaml").write_text(f"scaling:\n  num_workers: {given if isinstance(given, str) else list(given)}\n")
+    read = parse_train_args(["--config", str(tmp_path / "c.yaml")]).config
+    assert read.scaling == config.scaling == RunConfig.from_yaml(tmp_path / "c.yaml").scaling
+    assert "num_workers: 8\n  min_workers: 1\n" in config.to_yaml()
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [({"num_workers": [1, 8], "min_workers": 2}, "has its least in its list, and scaling.min_workers is given"),
+     ({"num_workers": [8, 1]}, "scaling.num_workers [8, 1]: valid is a whole number, or the least and the most"),
+     ({"num_workers": "0,8"}, "both at least 1"), ({"num_workers": [1, 2, 3]}, "the least and the most"),
+     ({"num_workers": "1,x"}, "scaling.num_workers 1,x: valid"), ({"num_workers": [1.5, 2]}, "scaling.num_workers"),
+     ({"num_workers": [1, 5000]}, "scaling.num_workers: should be less than or equal to 4096")],
+)  # fmt: skip
+def test_lists_that_cannot_be(values, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        RunConfig().with_values({f"scaling.{key}": value for key, value in values.items()})
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        RunConfig(scaling=values)
+
+
 def test_a_range_that_cannot_be_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ray_jobs.launch.ahead.plausible", lambda config: False)
     words = [*FAST, "--scaling.num-workers", "2", "--out", str(tmp_path / "runs")]
@@ -49,6 +81,10 @@ def test_a_range_that_cannot_be_is_refused_before_anything_starts(tmp_path, caps
     assert "scaling.min_workers 3 is above the 2 workers" in capsys.readouterr().err
     assert tune(["--space", "quickstart", "--scaling.min-workers", "1", "--out", str(tmp_path / "runs")]) == 2
     assert "no effect in a sweep" in capsys.readouterr().err
+    assert tune(["--space", "quickstart", "--scaling.num-workers", "1,2", "--out", str(tmp_path / "runs")]) == 2
+    assert "no effect in a sweep" in capsys.readouterr().err
+    assert main([*words[:-4], "--scaling.num-workers", "3,4", "--out", str(tmp_path / "runs")]) == 2
+    assert "min_workers 3 cannot be: data.batch_size 64 is not divisible by workers" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -156,7 +156,8 @@ class RayTrain:
         for left in reversed(range(1 + self.failures)):
             RayTrain.attempts += 1
             try:
-                return serve_tasks(self.channel, Process())
+                serve_tasks(self.channel, Process())
+                return
             except RuntimeError:
                 if not left:
                     raise
