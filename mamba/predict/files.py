@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mamba.data.cache import Job
 from mamba.data.files import ImageFiles
+from mamba.data.held import hashes_of, unpack
 from mamba.data.images import ImageData, ImageSet
 from mamba.data.listing import Files, endings, is_hidden, list_split, pack
 from mamba.data.transform import Transform
@@ -98,6 +99,21 @@ def seen_in_training(found: Found, classes: Sequence[str], description: Mapping[
         if len(rows) and train.get(name, "").split()[1:2] == [found.files.digest(rows)]:
             same.append(name)
     return same
+
+
+def of_training_folder(found: Found, description: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of these images the model's run validated on, by names and sizes, and on how many it did: where most
+    are here, the others are of its training folder too, whatever has changed there. (0, 0) where that is not known."""
+    known = description.get("data")
+    split = known.get("split") if isinstance(known, Mapping) else None
+    held = split.get("held") if isinstance(split, Mapping) else None
+    if held is None or found.labels is None:
+        return 0, 0
+    try:
+        was = unpack(held)
+    except ValueError:
+        return 0, 0
+    return int(np.isin(was, hashes_of(found.files, range(len(found.files)))).sum()), len(was)
 
 
 def _labelled(folder: Path, inside: Sequence[str], classes: Sequence[str]) -> Found:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mamba.errors import ConfigError, reason
-from mamba.predict.files import find_images, seen_in_training
+from mamba.predict.files import find_images, of_training_folder, seen_in_training
 from mamba.predict.outcome import predict_found, write_predictions
 from mamba.predict.predictor import load
 from ray_jobs.report.predictions import show_outcome, write_outcome
@@ -39,6 +39,12 @@ def predict_files(args: Namespace) -> int:
     if outcome.confusion is not None:
         seen = seen_in_training(found, predictor.classes, predictor.description)
         note = f"these are the images that the model was trained on ({_classes(seen)})" if seen else ""
+        here, held = of_training_folder(found, predictor.description)
+        if not seen and 2 * here > held:
+            note = (
+                f"{here} of the {held} images that the model was validated on are among these, so this is the folder "
+                "that it was trained on, changed since"
+            )
         show_outcome(console, outcome.confusion)
         if note:
             console.print(f"note: {note}: on others it is right less often", markup=False)
@@ -62,10 +68,24 @@ def check_options(args: Namespace) -> None:
     out: Path = args.out
     if out.suffix in (".html", ".json") or out.is_dir():
         raise ConfigError(f"--out {out}: give a .csv file; the page of labelled images lies beside it")
+    for own in (out, out.with_suffix(".json"), out.with_suffix(".html")):
+        if own.is_file() and not _ours(own):
+            raise ConfigError(f"--out {out}: {own} is there and is none of predict.py's; choose another name")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: its folder cannot be made ({reason(error)})") from None
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file is what an earlier call left, which a new one replaces."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return False
+    marks = {".json": b'"images from"', ".html": b"Predictions of"}
+    return not start or (marks[path.suffix] in start if path.suffix in marks else start.startswith(b"image,"))
 
 
 def _classes(names: list[str]) -> str:

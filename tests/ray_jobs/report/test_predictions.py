@@ -7,6 +7,9 @@ import json
 
 import pytest
 
+from mamba.data.held import hashes_of, pack
+from mamba.predict.files import find_images
+from mamba.runs.files import read_sealed, write_sealed
 from ray_jobs.predict import main
 from tests.predict.conftest import checkpoint, write_images
 
@@ -58,3 +61,33 @@ def test_a_name_that_is_html_stays_text(tmp_path):
     run, images = checkpoint(tmp_path / "run", classes), write_images(tmp_path / "images", classes)
     assert main([str(run), str(images), "--out", str(tmp_path / "p.csv")]) == 0
     assert "<b>dark" not in (tmp_path / "p.html").read_text().replace("<b>&lt;b&gt;dark", "")
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.json", "p.html"])
+def test_files_of_others_are_not_replaced(tmp_path, capsys, name):
+    """`--out labels.csv` replaced labels.json, too."""
+    run, images, out = checkpoint(tmp_path / "run"), write_images(tmp_path / "images"), tmp_path / "p.csv"
+    (tmp_path / name).write_text("what was there")
+    assert main([str(run), str(images), "--out", str(out)]) == 2
+    assert f"{tmp_path / name} is there and is none of predict.py's" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "what was there"
+    (tmp_path / name).unlink()
+    assert main([str(run), str(images), "--out", str(out)]) == main([str(run), str(images), "--out", str(out)]) == 0
+
+
+def test_the_folder_that_a_model_was_trained_on_is_known_again_after_it_has_changed(tmp_path, capsys):
+    images = write_images(tmp_path / "images", count=8)
+    files = find_images([images], FIRST).files
+    held = {"held": pack(hashes_of(files, [8, 9, 17, 18]))}
+    run = checkpoint(tmp_path / "run")
+    folder = next((run / "checkpoints").iterdir())
+    tree = read_sealed(folder / "config.json")
+    write_sealed(folder / "config.json", {**tree, "data": {"sets": {"train": {}}, "split": held}})
+    (images / "dark" / "0.png").unlink()
+    assert main([str(run), str(images), "--out", str(tmp_path / "p.csv")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: 3 of the 4 images that the model was validated on are among these, so this is the folder" in said
+    for row in (9, 17):
+        (images / files.name(row)).unlink()
+    assert main([str(run), str(images), "--out", str(tmp_path / "p.csv")]) == 0
+    assert "note:" not in capsys.readouterr().out
