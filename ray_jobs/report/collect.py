@@ -119,6 +119,9 @@ def _one(path: Path, name: str) -> dict[str, Any]:
     trained = result.get("config")
     if isinstance(trained, dict) and (other := changed(flat, trained)):
         raise FolderError(f"{path / 'config.yaml'} was changed since: {other}")
+    whose = [str(trained[key]) for key in ("name", "trial") if trained.get(key)] if isinstance(trained, dict) else []
+    if len(whose) == 2 and flat and whose != [flat["name"], flat["trial"]]:
+        raise FolderError(f"{path / 'result.json'} is that of run {'/'.join(whose)}: a copy")
     values = {key: value for key, value in flat.items() if value != defaults.get(key) and key not in OWN}
     row = _row(name, path, result, {**values, **({"seed": flat["seed"]} if flat else {})}, flat)
     kept = _kept(path, result)

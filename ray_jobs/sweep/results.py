@@ -17,10 +17,12 @@ from typing import Any
 
 from mamba.config.keys import current
 from mamba.errors import FolderError
-from mamba.runs.files import read_sealed, unsealed, write_sealed
+from mamba.runs.files import read_json, read_sealed, unsealed, write_sealed
 
 TRIAL = "trial.json"
 BASELINE = "baseline.json"
+OWNER = "experiment"
+"""Key of a baseline's: the id of its experiment."""
 STATUSES = ("finished", "stopped early", "failed")
 """How a trial can end."""
 
@@ -95,7 +97,7 @@ def refused(folder: Path) -> list[str]:
             found.append(str(error))
     with suppress(FileNotFoundError):
         try:
-            read_sealed(folder / BASELINE)
+            _own_baseline(folder)
         except FolderError as error:
             found.append(str(error))
     return found
@@ -105,7 +107,7 @@ def baseline_of(folder: Path) -> dict[str, float]:
     """Metrics of the model that an experiment cuts; empty where there is none, before the first trial, or where they
     are damaged or were changed (`refused` says so)."""
     try:
-        tree = read_sealed(folder / BASELINE)
+        tree = _own_baseline(folder)
     except (FileNotFoundError, FolderError):  # measured again by the next trial
         return {}
     return {key: v for key, v in tree.items() if isinstance(v, int | float)}
@@ -114,5 +116,23 @@ def baseline_of(folder: Path) -> dict[str, float]:
 def write_baseline(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
     """Add metrics to the baseline's; returns all of them."""
     merged = {**baseline_of(folder), **metrics}
-    write_sealed(folder / BASELINE, merged)
+    write_sealed(folder / BASELINE, {**merged, OWNER: _owner(folder)})
     return merged
+
+
+def _own_baseline(folder: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError where there is none, FolderError for one that is damaged or another experiment's."""
+    path = folder / BASELINE
+    tree = read_sealed(path)
+    if tree.get(OWNER) is not None and tree[OWNER] != _owner(folder):
+        raise FolderError(f"{path} is that of another experiment: a copy; remove it to measure the model again")
+    return tree
+
+
+def _owner(folder: Path) -> str | None:
+    """The id of the experiment in a folder."""
+    try:
+        found = read_json(folder / "experiment.json").get("id")
+    except (FileNotFoundError, FolderError):  # whoever reads it says so
+        return None
+    return found if isinstance(found, str) else None

@@ -148,7 +148,7 @@ def test_seeds_are_merged_only_where_each_has_its_accuracy(mixed):
 
 def test_a_config_that_was_changed_since_is_named(mixed, tmp_path, capsys):
     folder = mixed / "digits" / "changed"
-    config = {"optim.lr": 0.5, "scaling.num_workers": 3, "trial": "elsewhere", "key.of.later": 1}
+    config = {"optim.lr": 0.5, "scaling.num_workers": 3, "data.root": "elsewhere", "trial": None, "key.of.later": 1}
     run_left_behind(folder, trained(97.0, config={**config, "seed": 0}), optim__lr=0.5)
     assert [row["values"]["optim.lr"] for row in collect([folder]).rows] == [0.5]
     file = folder / "config.yaml"
@@ -198,3 +198,24 @@ def test_trials_that_keep_no_model_are_on_the_data_of_their_experiment(mixed):
     write_sealed(mixed / "ablation" / "inputs.json", {"data": {"k": fingerprint_of()}, "models": {}, "config": {}})
     facts = [row["data"]["files"] for row in collect([mixed / "ablation"]).rows]
     assert len(facts) == 2 and len(set(facts)) == 1
+
+
+def test_a_result_that_is_another_runs_is_named(tmp_path):
+    """Two runs of one config on two folders of images: the result of one stood for the other."""
+    for name in ("one", "two"):
+        run_left_behind(tmp_path / "x" / name, trained(90.0, config={"name": "x", "trial": name, "optim.lr": 1e-3}))
+    before = [row["trial"] for row in collect([tmp_path / "x"]).rows]
+    (tmp_path / "x" / "two" / "result.json").write_bytes((tmp_path / "x" / "one" / "result.json").read_bytes())
+    found = collect([tmp_path / "x"])
+    assert before == ["x/one", "x/two"] and [row["trial"] for row in found.rows] == ["x/one"]
+    assert "two/result.json is that of run x/one: a copy" in found.skipped[0]
+
+
+def test_a_baseline_that_is_another_experiments_is_named(tmp_path):
+    for name, dense in (("one", 90.0), ("two", 50.0)):
+        left_behind(tmp_path / name, space_of(grids=[{"cut.mlp": [0.1]}]), [lost({"cut.mlp": 0.1}, 1.0, dense=dense)],
+                    {"val/accuracy": dense, "val/images": 143.0})  # fmt: skip
+    (tmp_path / "two" / "baseline.json").write_bytes((tmp_path / "one" / "baseline.json").read_bytes())
+    found = collect([tmp_path])
+    assert [row["trial"].partition("/")[2] for row in found.rows if row["status"] == "baseline"] == ["one (baseline)"]
+    assert any("two/baseline.json is that of another experiment" in sentence for sentence in found.skipped)
