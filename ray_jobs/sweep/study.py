@@ -134,6 +134,7 @@ def open_study(space: Space, folder: Path, storage: str | None, seed: int, owner
         )
     with in_sentences(url):
         _rebuild(study, space, folder)
+        _check_same(study, space, folder, url)
         done = len(study.get_trials(deepcopy=False))
     # a continued study must not draw its first points again
     study.sampler = optuna.samplers.TPESampler(seed=seed + done, constant_liar=True, n_startup_trials=8)
@@ -151,6 +152,23 @@ def _rebuild(study: optuna.Study, space: Space, folder: Path) -> None:
             study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"reason": "lost with the study"}))
         else:
             study.add_trial(frozen(space, result))
+
+
+def _check_same(study: optuna.Study, space: Space, folder: Path, where: str) -> None:
+    """Raises ConfigError where a trial was run with other values than the study knows of it: it would learn from
+    results that are of other points, and run a trial again that was another one."""
+    for row in study.get_trials(deepcopy=False):
+        result = read_trial(folder / f"trial-{row.number:04d}")
+        for key, param in current(row.params, where).items() if result else ():
+            if key not in space.search or key not in result["values"]:
+                continue
+            said, ran = space.search[key].value(param), result["values"][key]
+            numbers = isinstance(said, int | float) and isinstance(ran, int | float)
+            if not (math.isclose(said, ran, rel_tol=1e-9) if numbers else said == ran):
+                raise ConfigError(
+                    f"{where} says {key} {said} of trial-{row.number:04d}, which ran with {ran}: it was changed, or is "
+                    "another search's; remove it, and it is made again from the trials' own values"
+                )
 
 
 def frozen(space: Space, result: Mapping[str, Any]) -> FrozenTrial:

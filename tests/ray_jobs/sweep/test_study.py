@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sqlite3
 
 import optuna
 import pytest
@@ -64,6 +66,23 @@ def test_a_lost_study_is_made_again_from_the_trials_own_values(tmp_path):
     ]
     assert again.study.best_value == 50.0
     assert again.suggest("x")["trial"] == "trial-0003"
+
+
+def test_a_study_whose_parameters_are_not_those_of_the_trials_is_refused(tmp_path):
+    """What was drawn next followed from results at points where nothing had run."""
+    own, folder = make(tmp_path)
+    first = _search(own, folder)
+    handed = first.suggest("0")
+    first.settled(handed["trial"], leave(folder, handed, {"val/best_accuracy": 50.0}))
+    assert _search(own, folder).study.best_value == 50.0
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as base, base:
+        base.execute("UPDATE trial_params SET param_value = 0.0031 WHERE param_name = 'optim.lr'")
+    with pytest.raises(
+        ConfigError, match=r"study.db says optim.lr 0.0031 of trial-0000, which ran with 0.00\d+: .*remove"
+    ):
+        _search(own, folder)
+    (folder / "study.db").unlink()
+    assert _search(own, folder).study.best_value == 50.0
 
 
 def test_a_trial_whose_result_is_gone_or_damaged_runs_again_as_it_was(tmp_path):
