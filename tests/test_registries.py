@@ -20,6 +20,7 @@ from mamba.config.cli import parse_train_args
 from mamba.config.counts import idle
 from mamba.config.facts import DATASETS as KNOWN_DATASETS
 from mamba.config.facts import METHODS as KNOWN_METHODS
+from mamba.config.facts import MIXERS as KNOWN_MIXERS
 from mamba.config.facts import MethodFacts
 from mamba.config.keys import choices, dotted_keys
 from mamba.config.presets import PRESETS
@@ -85,6 +86,7 @@ def test_keys_list_what_tables_have():
     assert {name: source.facts for name, source in DATASETS.items()} == KNOWN_DATASETS
     facts = {name: MethodFacts(method.choose is not None, method.decays) for name, method in METHODS.items()}
     assert {**facts, "none": MethodFacts(False, False)} == KNOWN_METHODS
+    assert {name: mixer.facts for name, mixer in MIXERS.items()} == KNOWN_MIXERS
 
 
 @dataclass

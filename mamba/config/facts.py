@@ -29,6 +29,13 @@ class MethodFacts(NamedTuple):
     """What leaves is decayed while it trains, as `prune.ceiling` and its like say."""
 
 
+class MixerFacts(NamedTuple):
+    """Of a word of `model.mixer`."""
+
+    back_after: int | None
+    """Blocks after which some scan has gone from the last token to the first; None: none ever does."""
+
+
 DATASETS = {
     "digits": DatasetFacts(8, rooted=False),
     "cifar10": DatasetFacts(32),
@@ -40,6 +47,14 @@ METHODS = {
     "magnitude": MethodFacts(chooses=False, decays=False),
     "refill": MethodFacts(chooses=True, decays=False),
     "rsst": MethodFacts(chooses=True, decays=True),
+}
+MIXERS = {
+    "forward": MixerFacts(None),
+    "bidirectional": MixerFacts(1),
+    "bidirectional_shared": MixerFacts(1),
+    "multiscale": MixerFacts(None),
+    "alternating": MixerFacts(2),
+    "cross": MixerFacts(2),
 }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba.config import trackers
 from mamba.config.choices import Registry
-from mamba.config.facts import DATASETS, METHODS
+from mamba.config.facts import DATASETS, METHODS, MIXERS
 from mamba.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -175,15 +175,28 @@ def check_model(model: ModelConfig, side: int) -> None:
         )
     if model.pos_embed in ("rope", "both") and d_model % 4:
         raise ConfigError(f"model.pos_embed '{model.pos_embed}' needs a model.d_model divisible by 4, got {d_model}")
-    if model.class_token == "start" and model.mixer in ("forward", "multiscale"):
-        raise ConfigError(
-            f"model.class_token 'start' with model.mixer '{model.mixer}' sees no image: scans go on from it; "
-            "valid mixers: bidirectional, bidirectional_shared, alternating, cross; valid class tokens: none, middle, "
-            "double"
-        )
+    check_class_token(model)
     for key, ratio in (("expand", model.expand), ("mlp_ratio", model.mlp_ratio)):
         if ratio and int(ratio * d_model) < 1:
             raise ConfigError(f"model.{key} {ratio:g} of model.d_model {d_model} gives no channel; choose more")
+
+
+def check_class_token(model: ModelConfig) -> None:
+    """Raises ConfigError where a filled model config has a class token at the start that no scan goes back to."""
+    assert model.mixer is not None and model.depth is not None
+    after = MIXERS[model.mixer].back_after
+    if model.class_token != "start" or (after is not None and after <= model.depth):
+        return
+    if after is None:
+        back = ", ".join(name for name, known in MIXERS.items() if known.back_after is not None)
+        raise ConfigError(
+            f"model.class_token 'start' with model.mixer '{model.mixer}' sees no image: scans go on from it; valid "
+            f"mixers: {back}; valid class tokens: none, middle, double"
+        )
+    raise ConfigError(
+        f"model.class_token 'start' sees no image: none of {model.depth} blocks of model.mixer '{model.mixer}' reads "
+        "back to it; valid class tokens: none, middle, double"
+    )
 
 
 def _check_size(model: ModelConfig, side: int) -> None:

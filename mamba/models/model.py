@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba.config.resolve import check_class_token
 from mamba.config.schema import ModelConfig, SizeName
 from mamba.errors import ConfigError
 from mamba.models.block import NORMS, MambaBlock, drop
@@ -117,12 +118,7 @@ class Architecture:
         )
         directions = MIXERS[config.mixer].directions
         directions = tuple(directions[i % len(directions)] for i in range(config.depth))
-        backwards = any(p.reverse for p in MIXERS[config.mixer].paths) or any(DIRECTIONS[d].reverse for d in directions)
-        if config.class_token == "start" and not backwards:
-            raise ConfigError(
-                f"model.class_token 'start' sees no image: none of {config.depth} blocks of model.mixer "
-                f"'{config.mixer}' reads back to it; valid class tokens: none, middle, double"
-            )
+        check_class_token(config)
         return cls(
             img_size=img_size,
             patch_size=config.patch_size,

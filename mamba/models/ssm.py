@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba.config.choices import Registry
+from mamba.config.facts import MIXERS as KNOWN
+from mamba.config.facts import MixerFacts
 from mamba.models.embed import permute
 from mamba.ops.conv import causal_conv1d, causal_conv_silu
 from mamba.ops.mixer import mixer, serves
@@ -78,6 +80,14 @@ class Mixer:
         if not self.directions or set(self.directions) - set(DIRECTIONS):
             raise ValueError(f"a mixer's directions are {self.directions}; valid: some of {', '.join(DIRECTIONS)}")
 
+    @property
+    def facts(self) -> MixerFacts:
+        """What the config has to know."""
+        if any(path.reverse for path in self.paths):
+            return MixerFacts(1)
+        back = (i + 1 for i, name in enumerate(self.directions) if DIRECTIONS[name].reverse)
+        return MixerFacts(next(back, None))
+
 
 MIXERS = Registry(
     "model.mixer",
@@ -89,6 +99,8 @@ MIXERS = Registry(
         "alternating": Mixer((ScanPath(),), directions=("forward", "backward")),
         "cross": Mixer((ScanPath(),), directions=("forward", "backward", "across", "across_backward")),
     },
+    facts=KNOWN,
+    fact=lambda mixer: mixer.facts,
 )
 """`model.mixer`: forward is Mamba's own; bidirectional_shared is Vision Mamba's (https://arxiv.org/abs/2401.09417);
 alternating as in Mamba-ND (https://arxiv.org/abs/2402.05892); cross takes the four directions of VMamba's cross-scan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 ELSEWHERE = frozenset(
@@ -24,8 +24,18 @@ def changed(says: Mapping[str, Any], trained: Mapping[str, Any], besides: tuple[
         trained: likewise, as a checkpoint, a result or a series keeps it; what it does not have is not compared.
         besides: keys that may differ too.
     """
+    key = differs(says, trained, {*ELSEWHERE, *besides})
+    return None if key is None else f"it says {key} {says[key]}, and it was {trained[key]}"
+
+
+def differs(says: Mapping[str, Any], trained: Mapping[str, Any], free: Collection[str]) -> str | None:
+    """The first key of what was trained with that a config gives another value; None: there is none.
+
+    Args:
+        says, trained: as in `changed`.
+        free: keys, and groups of keys, that may differ.
+    """
     for key, value in trained.items():
-        free = key in besides or key in ELSEWHERE or key.partition(".")[0] in ELSEWHERE
-        if not free and key in says and says[key] != value:
-            return f"it says {key} {says[key]}, and it was {value}"
+        if key not in free and key.partition(".")[0] not in free and key in says and says[key] != value:
+            return key
     return None

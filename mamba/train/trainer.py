@@ -65,10 +65,12 @@ def fit(
         ForgeError: data, checkpoint or training errors, each a sentence for the user.
     """
     with out_of_memory_told(), Heartbeat(folder, process) as alive:
+        start = start_of(config, folder)
         if data is None:
-            data = load_data(with_split(config, start_of(config, folder)).data, config.seed)
+            data = load_data(with_split(config, start).data, config.seed)
         else:
             check_images(data, "the data given")
+        check_models(config, data, start)
         alive.enter("making the model")
         trainer = Trainer(config, process, folder, data, hooks, alive)
         try:
@@ -94,7 +96,6 @@ class Trainer:
         self.alive = alive or Heartbeat(folder, process)
         optim, classes, side = config.optim, len(data.classes), data.side
         self.writer = Writer()  # of checkpoints, on rank 0
-        check_models(config, data, start_of(config, folder))
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = initial_model(config, folder, classes, side, process).to(process.device)
         self.ema = ModelEma(self.model, config.ema.decay) if config.ema.enabled else None

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mamba.runs.metrics import SCORE
 from pruning.components import COMPONENTS, ELEMENT
+from ray_jobs.sweep.front import unbeaten
 
 Row = Mapping[str, Any]
 AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
@@ -187,8 +188,7 @@ def _without_seed(name: str) -> str:
 
 def front(rows: Sequence[AnyRow], objectives: Mapping[str, str]) -> list[AnyRow]:
     """The finished trials that no other beats: at least as good in every objective and better in one; best first by
-    the first objective. With one objective, its best trials. Ours beside Optuna's `best_trials`, since grids have a
-    front too and no study."""
+    the first objective. With one objective, its best trials."""
     signs = {key: -1.0 if mode == "max" else 1.0 for key, mode in objectives.items()}
     done, points = [], []
     for row in finished(rows):
@@ -198,11 +198,7 @@ def front(rows: Sequence[AnyRow], objectives: Mapping[str, str]) -> list[AnyRow]
             done.append(row)
             points.append(tuple(sign * value for sign, value in zip(signs.values(), known, strict=True)))
 
-    def beaten(point: tuple[float, ...]) -> bool:
-        return any(q != point and all(b <= a for a, b in zip(point, q, strict=True)) for q in points)
-
-    best = [(point, row) for point, row in zip(points, done, strict=True) if not beaten(point)]
-    return [row for _, row in sorted(best, key=lambda item: item[0])]
+    return [done[place] for place in sorted(unbeaten(points), key=lambda place: points[place])]
 
 
 def changed(rows: Sequence[AnyRow], keys: Iterable[str], baseline: Mapping[str, float]) -> list[AnyRow]:

@@ -10,6 +10,7 @@ from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 from mamba.runs.folder import CONFIG, finished_result, read_config, write_config
 from mamba.runs.start import prepare_resume
+from mamba.runs.unchanged import differs
 from ray_jobs.launch.console import Display, stop_on_signal
 from ray_jobs.launch.ending import continued_by
 from ray_jobs.launch.run import preflight, run
@@ -25,10 +26,9 @@ def trained_baseline(config: RunConfig, folder: Path) -> Path:
     here = folder / "baseline"
     if (here / CONFIG).exists():
         begun, asked = read_config(here).flat(), own.flat()
-        other = [k for k in asked if begun[k] != asked[k] and k.partition(".")[0] not in ("out", "scaling", "tracking")]
-        if other:
+        if key := differs(begun, asked, ("out", "scaling", "tracking")):
             raise ConfigError(
-                f"{here} was trained with {other[0]} {begun[other[0]]}, and {asked[other[0]]} is asked for: choose "
+                f"{here} was trained with {key} {begun[key]}, and {asked[key]} is asked for: choose "
                 f"another --name, or give --checkpoint {here}"
             )
     if finished_result(here) is None:

@@ -159,7 +159,9 @@ def _check_same(study: optuna.Study, space: Space, folder: Path, where: str) -> 
     results that are of other points, and run a trial again that was another one."""
     for row in study.get_trials(deepcopy=False):
         result = read_trial(folder / f"trial-{row.number:04d}")
-        for key, param in current(row.params, where).items() if result else ():
+        if result is None:
+            continue
+        for key, param in current(row.params, where).items():
             if key not in space.search or key not in result["values"]:
                 continue
             said, ran = space.search[key].value(param), result["values"][key]

@@ -7,6 +7,7 @@ from typing import Any
 
 from mamba.errors import ConfigError
 from ray_jobs.sweep.experiment import load
+from ray_jobs.sweep.front import unbeaten
 from ray_jobs.sweep.results import read_trial
 from ray_jobs.sweep.space import Range, Space
 from ray_jobs.sweep.study import verdict
@@ -29,11 +30,7 @@ def best_of(folder: Path, space: Space) -> list[dict[str, Any]]:
             modes = other.space.objectives.values()
             signed = [v if mode == "min" else -v for v, mode in zip(values, modes, strict=True)]
             done.append((signed, result["values"]))
-    best = [
-        values
-        for signed, values in done
-        if not any(o != signed and all(a <= b for a, b in zip(o, signed, strict=True)) for o, _ in done)
-    ]
+    best = [done[place][1] for place in unbeaten([signed for signed, _ in done])]
     found = []
     for values in best if len(other.space.objectives) > 1 else best[:1]:
         params = {k: w.drawn(values[k]) for k, w in space.search.items() if k in values and _within(w, values[k])}

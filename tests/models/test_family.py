@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mamba.config.schema import ModelConfig
+from mamba.config.schema import ModelConfig, RunConfig
 from mamba.errors import ConfigError
 from mamba.models.embed import STEMS, permute, rotary_tables, sequence_order, transposition
 from mamba.models.heads import HEADS
@@ -56,8 +56,13 @@ def test_a_class_token_that_no_scan_goes_back_to_is_refused(monkeypatch, paths, 
     config = ModelConfig.model_construct(
         **{**ModelConfig().model_dump(), "d_model": 8, "depth": depth, "mixer": mixer, "class_token": "start"}
     )
-    with pytest.raises(ConfigError, match=f"'start' sees no image: none of {depth} blocks of model.mixer '{mixer}'"):
+    told = f"none of {depth} blocks of model.mixer" if mixer == "alternating" else f"with model.mixer '{mixer}' sees no"
+    with pytest.raises(ConfigError, match=f"'start' .*{told}"):
         Architecture.from_config(config, 3, 8)
+    with pytest.raises(ConfigError, match=f"'start' .*{told}"):
+        RunConfig().with_values(
+            {f"model.{k}": v for k, v in config if k in ("depth", "mixer", "class_token")}
+        ).resolve()
 
 
 # --- every choice ----------------------------------------------------------------------------------------------------
