@@ -48,6 +48,10 @@ class Process:
         """Called on every rank after each epoch, with the same metrics; their `epoch` is how many are completed.
         `checkpoint` is the folder of the training state, where one was saved."""
 
+    def leaving(self) -> bool:
+        """Whether this process was told that a machine of the run is about to go away: the run is to save and end."""
+        return False
+
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks."""
         self.begin_sum(values).wait()

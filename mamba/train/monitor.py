@@ -61,12 +61,13 @@ class Monitor:
         self.looks.clear()
 
     def stop_requested(self) -> bool:
-        """Rank 0 looks for the file; the answer travels with the step's other flags, so all ranks stop together."""
+        """Rank 0 looks for the file, and whether a machine will go away; the answer travels with the step's other
+        flags, so all ranks stop together."""
         now = time.perf_counter()
         if self.process.rank != 0 or now - self.looked_for_stop < LOG_EVERY_S:
             return False
         self.looked_for_stop = now
-        return stop_requested(self.folder)
+        return stop_requested(self.folder) or self.process.leaving()
 
     def due(self, step: int) -> bool:
         """Whether to look after this step of the epoch."""

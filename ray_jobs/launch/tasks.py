@@ -11,6 +11,7 @@ import pickle
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from mamba.config.schema import RunConfig
 from mamba.data.registry import load_data
 from mamba.errors import ForgeError
-from mamba.runs.files import write_json
+from mamba.runs.files import append, write_json
+from mamba.runs.folder import LOG, stop_requested
 from mamba.train.distributed import Process, own_device
 from mamba.train.precision import resolve_amp
 from mamba.train.trainer import fit
@@ -77,8 +79,21 @@ class Channel:
         return None if found is None else pickle.loads(found)
 
 
+class Drained(RuntimeError):
+    """Ends a worker whose run has saved where it is, so that the group starts again on the machines that stay."""
+
+
 class RayProcess(Process):
     """A Ray Train worker; the process group is Ray's."""
+
+    def leaving(self) -> bool:
+        """Of elastic runs, where Ray's watcher tells every worker of a node that is drained. Ray's public function for
+        it is a barrier of all workers, which no step should wait for."""
+        with suppress(ImportError, AttributeError):
+            from ray.train.v2._internal.execution.context import get_train_context
+
+            return get_train_context().preemption_context.preemption_info is not None
+        return False
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         import ray.train
@@ -127,11 +142,17 @@ def train_task(process: Process, needs: dict[str, Any]) -> dict[str, Any]:
     write_json(folder / ".ray" / f"worker-{process.rank}.json", about)
     try:
         config = RunConfig(**needs["config"])
-        return fit(config, process, folder, hooks=hooks_for(config, process.rank, folder))
+        result = fit(config, process, folder, hooks=hooks_for(config, process.rank, folder))
     except ForgeError as error:
         if process.world_size == 1 or error.every_rank:
             return {"error": str(error)}
         raise
+    if result["status"] == "interrupted" and process.leaving() and not stop_requested(folder):
+        where = f"epoch {result['epoch'] + 1}, after {result['step']} of its steps"
+        if process.rank == 0:
+            append(folder / LOG, f"a machine of this run is about to go away: saved in {where}\n")
+        raise Drained(f"saved in {where}: a machine of this run is about to go away")
+    return result
 
 
 def measured(spec: dict[str, Any]) -> list[dict[str, float]]:

@@ -88,15 +88,21 @@ def test_a_range_that_cannot_be_is_refused_before_anything_starts(tmp_path, caps
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_policy_takes_the_largest_number_that_there_is_room_for():
-    pytest.importorskip("ray")
-    from ray.train import ScalingConfig
+def test_the_policies_take_the_largest_number_there_is_room_for_and_drains_for_no_failures(monkeypatch):
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from ray_jobs.launch.tasks import Drained
+
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5")
 
     taken = {}
 
     class Asked(elastic_trainer((1, 2, 4))):
         def __init__(self):
             self.scaling_config = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 2})
+            self.run_config = RunConfig(failure_config=FailureConfig(max_failures=0))
 
     base = Asked.__mro__[2]
     original = base._initialize_and_run_controller
@@ -106,14 +112,34 @@ def test_the_policy_takes_the_largest_number_that_there_is_room_for():
     finally:
         base._initialize_and_run_controller = original
     room = lambda *cpus: {str(i): {"CPU": c} for i, c in enumerate(cpus)}  # noqa: E731
+    monkeypatch.setattr("ray_jobs.launch.elastic._draining", lambda: {"1"} if len(drained) else set())
+    drained = []
     count = taken["scaling_policy"]._count_possible_workers
     assert [count(room(*cpus)) for cpus in [(8,), (4, 2), (2, 2), (3,), (1, 1)]] == [4, 2, 2, 1, 0]
+    drained.append("1")
+    assert [count(room(*cpus)) for cpus in [(8,), (4, 2), (2, 2)]] == [4, 2, 1], "room on a node that goes away"
+    decide = taken["failure_policy"].make_decision
+    drain = WorkerGroupError("saved", {0: Drained("saved"), 1: RuntimeError("its neighbour ended")})
+    assert [decide(drain).name for _ in range(3)] == ["RETRY"] * 3, "a drain counted as a failure"
+    assert decide(WorkerGroupError("died", {0: RuntimeError("died")})).name == "RAISE"
+    assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1"
+
+
+def drain(address, node):
+    """The notice that a cloud gives of a spot machine; it goes away a minute later."""
+    ray = str(Path(sys.executable).parent / "ray")
+    words = ["--address", address, "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    words += ["--reason-message", "its time is up", "--deadline-remaining-seconds", "60"]
+    done = subprocess.run([ray, "drain-node", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_two_workers_go_on_as_one_where_a_node_is_lost(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["killed", "drained"])
+def test_two_workers_go_on_as_one_where_a_node_is_lost(how, tmp_path, monkeypatch):
+    """A node that is drained costs no step, and none of the failures that are allowed."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
@@ -123,7 +149,8 @@ def test_two_workers_go_on_as_one_where_a_node_is_lost(tmp_path, monkeypatch):
     try:
         lost = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
-        words = ["--scaling.num-workers", "2", "--scaling.min-workers", "1", "--out", str(tmp_path / "two")]
+        words = ["--scaling.num-workers", "1,2", "--out", str(tmp_path / "two")]
+        words += ["--scaling.max-failures", "0"] if how == "drained" else []
         log = (tmp_path / "log").open("w")
         driver = subprocess.Popen(
             [sys.executable, str(ROOT / "ray_jobs" / "train.py"), *FAST, *words],
@@ -136,7 +163,10 @@ def test_two_workers_go_on_as_one_where_a_node_is_lost(tmp_path, monkeypatch):
                 assert driver.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.02)
             before = len(epochs(folder))
-            cluster.remove_node(lost, allow_graceful=False)
+            if how == "drained":
+                drain(cluster.address, lost)
+            else:
+                cluster.remove_node(lost, allow_graceful=False)
             assert driver.wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
         finally:
             driver.kill()
@@ -146,6 +176,9 @@ def test_two_workers_go_on_as_one_where_a_node_is_lost(tmp_path, monkeypatch):
     print((tmp_path / "log").read_text())
     alone, found = epochs(tmp_path / "alone" / "quickstart" / "one"), epochs(folder)
     assert before < 12, "it was over before the node was lost"
+    assert ("a machine of this run is about to go away: saved in epoch" in (folder / "train.log").read_text()) == (
+        how == "drained"
+    )
     assert [e["epoch"] for e in found] == list(range(1, 13))
     result = json.loads((folder / "result.json").read_text())
     assert result["world_size"] == 1, "it ended with two workers"

@@ -9,10 +9,10 @@ import torch
 
 from mamba.errors import TrainingError
 from mamba.runs import checkpoint as ckpt
-from mamba.runs.folder import epochs_of
+from mamba.runs.folder import epochs_of, request_stop
 from mamba.train.distributed import Process
 from mamba.train.hooks import TrainHook
-from mamba.train.trainer import fit
+from mamba.train.trainer import Trainer, fit
 from ray_jobs.launch import tasks
 from ray_jobs.launch.tasks import Channel, serve_tasks
 from ray_jobs.launch.workers import Workers
@@ -197,6 +197,39 @@ def test_a_worker_that_dies_in_mid_run_starts_again_from_the_last_checkpoint(
     assert RayTrain.attempts == 2 and [e["epoch"] for e in epochs_of(folder)] == [1, 2, 3]
     whole = weights(tmp_path / "whole")
     assert all(torch.equal(value, whole[key]) for key, value in weights(folder).items())
+
+
+def test_a_machine_that_is_about_to_go_away_costs_no_step(small_config, small_data, tmp_path, monkeypatch):
+    """The run saves at once, in mid-epoch, and ends its worker; what comes next goes on there, bit for bit."""
+    monkeypatch.setattr("mamba.train.monitor.LOG_EVERY_S", 0)
+    config = small_config()
+    (tmp_path / "whole").mkdir()
+    fit(config, Process(), tmp_path / "whole", small_data)
+    taken, step = [], Trainer.train_step
+
+    def counted(self, micro_batches):
+        taken.append(self.global_step)
+        return step(self, micro_batches)
+
+    class Leaving(Process):
+        def leaving(self):
+            return len(taken) >= 6
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    monkeypatch.setattr("mamba.train.trainer.load_data", lambda *_: small_data)
+    folder = tmp_path / "one"
+    folder.mkdir()
+    task = {"config": config.model_dump(mode="json"), "folder": str(folder)}
+    with pytest.raises(tasks.Drained, match="saved in epoch 2, after 2 of its steps"):
+        tasks.train_task(Leaving(), task)
+    assert "about to go away" in (folder / "train.log").read_text()
+    assert tasks.train_task(Process(), task)["status"] == "finished"
+    assert taken == list(range(12)), "a step was taken twice, or left out"
+    whole = weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole[key]) for key, value in weights(folder).items())
+    (tmp_path / "asked").mkdir()
+    request_stop(tmp_path / "asked")
+    assert tasks.train_task(Leaving(), {**task, "folder": str(tmp_path / "asked")})["status"] == "interrupted"
 
 
 def test_errors_of_all_ranks_are_a_sentence(group, small_config, tmp_path):
