@@ -103,6 +103,7 @@ class ImageData:
             if part is not None and 0 < len(part) < FEW:
                 points = 100 / len(part)
                 lines.append(f"{name} of {len(part)} images: one is {points:.{0 if points >= 10 else 1}f} points")
+        lines += self._validated_on_training_images()
         train, test = self.train.pixel_hashes, self.test.pixel_hashes
         if train is not None and test is not None:
             both = int(np.isin(test[self.test.index], train).sum())
@@ -116,6 +117,17 @@ class ImageData:
                     "not compared with data.cache files)"
                 )
         return lines
+
+    def _validated_on_training_images(self) -> list[str]:
+        """Where an image lies twice in the training set, one may be trained on and the other validated on."""
+        if self.val is None:
+            return []
+        train, val = self.train.pixel_hashes, self.val.pixel_hashes
+        if train is None or val is None:
+            return []
+        both = int(np.isin(val[self.val.index], train[self.train.index]).sum())
+        more = f"{both:,} of {len(self.val):,} validation images are training images too, pixel for pixel: the "
+        return [more + "validation accuracy is too high by as much as those are known"] if both else []
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -253,6 +253,19 @@ def test_duplicates_and_tiny_splits_are_said(tmp_path):
     assert said == [words]
 
 
+def test_images_that_lie_twice_in_the_training_set_are_said_where_they_are_validated_on(tmp_path):
+    root = write_folder(tmp_path)
+    said = [line for line in load(root).remarks() if "validation images are training images" in line]
+    assert said == []
+    for file in sorted(root.glob("train/*/*.png")):
+        shutil.copy(file, file.with_name(f"{file.stem} copy.png"))
+    data = load(root)
+    (said,) = [line for line in data.remarks() if "validation images are training images" in line]
+    hashes = data.train.pixel_hashes
+    both = np.isin(hashes[data.val.index], hashes[data.train.index]).sum()
+    assert said.startswith(f"{both} of {len(data.val)} validation images are training images too") and both > 0
+
+
 def test_copies_are_told_from_files_of_the_same_size(tmp_path, monkeypatch):
     root = write_folder(tmp_path, count=2)
     for i, file in enumerate(sorted(root.rglob("*.png"))):
