@@ -97,6 +97,8 @@ def idle(config: RunConfig, work: Work) -> dict[str, str]:
     when(not (data.mixup or data.cutmix), "data.mixup and data.cutmix are 0", "data.mix_prob", "data.mix_off_epochs")
     when(data.mix_prob == 0, "data.mix_prob is 0", "data.mixup", "data.cutmix", "data.mix_off_epochs")
     when(data.augment == "none", "data.augment is none", "data.crop", "data.crop_scale")
+    one_way = "data.augment is none, so training shows each image in one way"
+    when(data.augment == "none", one_way, "eval.tta_views", "eval.tta_always")
     when(
         not reads("data.augment", data.augment, ("randaugment_inc",)),
         f"data.augment is {data.augment}",

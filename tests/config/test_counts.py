@@ -83,3 +83,12 @@ def test_a_stem_that_the_checkpoint_brings_is_not_that_of_the_config(tmp_path):
     check_given(["train"], ["model.sync_batchnorm", "model.new_head"], [beside])
     with pytest.raises(ConfigError, match=r"model\.stem is patch"):
         check_given(["train"], ["model.sync_batchnorm"], [RunConfig()])
+
+
+def test_views_that_training_does_not_show_are_refused():
+    """Five were asked for, and one was used."""
+    plain = RunConfig().with_values({"data.augment": "none", "eval.tta_views": 5, "eval.tta_always": True})
+    for key in ("eval.tta_views", "eval.tta_always"):
+        with pytest.raises(ConfigError, match=f"--{key} .* has no effect: data.augment is none"):
+            check_given(["train"], [key], [plain])
+    check_given(["train"], ["eval.tta_views"], [plain.with_values({"data.augment": "basic"})])
