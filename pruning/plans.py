@@ -1,4 +1,4 @@
-"""Named plans: the three stages of pruning a Mamba that the project's analysis proposed, as data."""
+"""Plans of one cut: the three stages of pruning that the project's analysis proposed, as data, and the user's own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from mamba.config.schema import CutConfig
 from mamba.errors import ConfigError
 from mamba.models.model import MambaModel
 from pruning.components import covered
 from pruning.cut import cut
-from pruning.importance import Batches
+from pruning.importance import SCORES, Batches
 from pruning.lite import build_mamba_lite, record_of_lite, transfer_pruned_weights
 from pruning.shrink import Shrunk, Slices, shrink
 
@@ -26,6 +27,8 @@ class Plan:
     how: dict[str, Any] = field(default_factory=dict)
     shrink: bool = True
     lite: dict[str, Any] = field(default_factory=dict)
+    own: bool = False
+    """The user's rates: a component that the model does not have is refused, not left out."""
 
 
 PLANS: dict[str, Plan] = {
@@ -51,11 +54,36 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def get_plan(name: str) -> Plan:
-    """Raises ConfigError where there is no such plan."""
+OWN = "own"
+"""The name of the plan that `cut.*` is."""
+
+
+def get_plan(name: str, told: CutConfig | None = None) -> Plan:
+    """The plan of a name; OWN: that of `told`. Raises ConfigError where there is none, or it cuts nothing."""
+    if name == OWN and told is not None:
+        return own_plan(told)
     if name not in PLANS:
-        raise ConfigError(f"unknown plan '{name}'; valid: {', '.join(PLANS)}")
+        raise ConfigError(f"unknown plan '{name}'; valid: {', '.join([*PLANS, OWN])}")
     return PLANS[name]
+
+
+def own_plan(told: CutConfig) -> Plan:
+    """The cut that `cut.*` says.
+
+    Raises:
+        ConfigError: every rate is 0.
+    """
+    if not told.rates:
+        raise ConfigError("cut.*: nothing is cut; set at least one component's rate above 0")
+    what = ", ".join(f"{name} {rate:g}" for name, rate in told.rates.items())
+    how = {"scope": told.scope, "score": told.criterion, "layers": None if told.layer is None else [told.layer]}
+    units = "whole units" if told.structured else "single weights"
+    return Plan(f"{what}: {units} by {told.criterion}", told.rates, how, told.structured, own=True)
+
+
+def reads_images(plan: Plan, repair: bool) -> bool:
+    """Whether a plan needs calibration images."""
+    return repair or SCORES[plan.how.get("score", "l1")].calibrated
 
 
 def apply_plan(
@@ -75,14 +103,27 @@ def apply_plan(
     Raises:
         ConfigError: an unknown plan, or one that does not fit the model.
     """
-    plan = get_plan(name)
+    return carry_out(get_plan(name), model, score, calibration, seed, masks, repair)
+
+
+def carry_out(
+    plan: Plan,
+    model: MambaModel,
+    score: str = "l1",
+    calibration: Batches | None = None,
+    seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
+    repair: bool = False,
+) -> Shrunk:
+    """As `apply_plan`, of any plan."""
     if plan.lite:
         if repair:
-            raise ConfigError(f"cut.repair does not go with plan '{name}', which rebuilds the model; leave it out")
+            raise ConfigError("cut.repair does not go with plan 'stage3', which rebuilds the model; leave it out")
         model = shrink(model, masks or {}).model
         lite = build_mamba_lite(model, **plan.lite)
         taken = transfer_pruned_weights(model, lite, score, calibration)
         return Shrunk(lite, {}, Slices({}), record_of_lite(model, lite, taken))
-    rates = {what: rate for what, rate in plan.rates.items() if any(covered(model, what.partition(":")[0]))}
+    there = {what: rate for what, rate in plan.rates.items() if any(covered(model, what.partition(":")[0]))}
+    rates = plan.rates if plan.own else there
     how: dict[str, Any] = {"score": score, "calibration": calibration, "seed": seed, "masks": masks, "repair": repair}
-    return cut(model, rates, plan.shrink, **how, **plan.how)
+    return cut(model, rates, plan.shrink, **{**how, **plan.how})

@@ -49,8 +49,9 @@ class TrainArgs:
 class PruneArgs(TrainArgs):
     """What `ray_jobs/prune.py` was asked to do."""
 
-    plan: Annotated[str | None, arg(metavar="{stage1,stage2,stage2_output,stage3}")] = None
-    """Instead of rounds: apply this plan once to --checkpoint, and print what it cost and bought."""
+    plan: Annotated[str | None, arg(metavar="{stage1,stage2,stage2_output,stage3,own}")] = None
+    """Instead of rounds: apply this plan once to --checkpoint, and print what it cost and bought; own: the rates of
+    cut.*."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mamba.config.keys import dotted_keys
 from mamba.config.schema import RunConfig
 from mamba.errors import ConfigError
 
-Work = Literal["train", "rounds", "plan", "rsst_plan", "measure", "finetune"]
+Work = Literal["train", "rounds", "plan", "rsst_plan", "own_plan", "own_rsst_plan", "measure", "finetune"]
 
 TRAINING_DATA = frozenset(
     {
@@ -30,11 +30,14 @@ ALWAYS = ("name", "out", "trial", "seed", "scaling", "model.checkpoint")
 TRAINING = (*ALWAYS, "data", "model", "optim", "ema", "distill", "eval", "penalty", "checkpoint", "tracking")
 IMAGES = tuple(key for key in dotted_keys() if key.startswith("data.") and key[5:] not in TRAINING_DATA)
 MEASURING = (*ALWAYS, *IMAGES, "eval.batch_size", "optim.amp", "tracking")
+CUTS = tuple(key for key in dotted_keys() if key.startswith("cut.") and key != "cut.finetune_epochs")
 COUNTS: dict[Work, tuple[str, ...]] = {
     "train": TRAINING,
     "rounds": (*TRAINING, "prune"),
     "plan": (*ALWAYS, *IMAGES, "eval.batch_size", "optim.amp", "cut.repair"),
     "rsst_plan": (*TRAINING, "cut.repair"),
+    "own_plan": (*ALWAYS, *IMAGES, "eval.batch_size", "optim.amp", *CUTS),
+    "own_rsst_plan": (*TRAINING, *CUTS),
     "measure": (*MEASURING, "cut"),
     "finetune": (*TRAINING, "cut"),
 }
@@ -44,6 +47,8 @@ WORDS: dict[Work, str] = {
     "rounds": "rounds of pruning (prune.py)",
     "plan": "a plan (prune.py --plan)",
     "rsst_plan": "a plan after training under a penalty (prune.py --plan --penalty.kind)",
+    "own_plan": "a cut of one's own (prune.py --plan own)",
+    "own_rsst_plan": "a cut of one's own after training under a penalty (prune.py --plan own --penalty.kind)",
     "measure": "cuts of a trained model (ablate.py, tune.py with kind measure)",
     "finetune": "cuts that are fine-tuned (cut.finetune_epochs)",
 }
@@ -53,6 +58,13 @@ def trains_first(config: RunConfig, given: Iterable[str]) -> bool:
     """Whether a penalty was asked for beside a plan: the model is then trained under it first. One of the run that made
     the model, whose config is taken over, does not count: that run is over."""
     return config.penalty.kind != "off" and "penalty.kind" in given
+
+
+def work_of(plan: str, config: RunConfig, given: Iterable[str]) -> Work:
+    """What a plan of this name does."""
+    if plan == "own":
+        return "own_rsst_plan" if trains_first(config, given) else "own_plan"
+    return "rsst_plan" if trains_first(config, given) else "plan"
 
 
 def counts(key: str, work: Work) -> bool:
@@ -148,12 +160,13 @@ def idle(config: RunConfig, work: Work) -> dict[str, str]:
         rates = {"ssm": prune.ssm_rate, "mlp": prune.mlp_rate}
         parts = ("ssm", "mlp") if prune.target == "both" else (prune.target,)
         when(all(rates[part] is not None for part in parts), "each part has a rate of its own", "prune.rate")
-    if cuts:
-        cut = config.cut
-        when(True, "cut.finetune_epochs says how long a cut model is trained", "optim.epochs")
+    cut = config.cut
+    if cuts or work in ("own_plan", "own_rsst_plan"):
         when(cut.layer is not None, "cut.layer is the only one", "cut.scope")
         when(not cut.structured, "cut.structured is False", "cut.gate_elements")
         when(cut.linear_gate == 0, "cut.linear_gate is 0", "cut.gate_elements")
+    if cuts:
+        when(True, "cut.finetune_epochs says how long a cut model is trained", "optim.epochs")
         short = optim.warmup_epochs >= 0.2 * cut.finetune_epochs > 0
         when(short, "fine-tuning warms up for a fifth of cut.finetune_epochs at most", "optim.warmup_epochs")
         fixed = cut.finetune_epochs == 0 and cut.criterion in ("l1", "l2") and not cut.repair

@@ -27,7 +27,7 @@ def dry_run(config: RunConfig, plan: str | None = None, given: Sequence[str] = (
     config = with_split(config.resolve())
     check_early(config)
     if plan is not None:
-        get_plan(plan)
+        get_plan(plan, config.cut)
         if config.model.checkpoint is None:
             raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
     classes, train_images = describe(config.data, config.seed)
@@ -49,7 +49,7 @@ def dry_run(config: RunConfig, plan: str | None = None, given: Sequence[str] = (
         if plan is not None:
             trains = trains_first(config, given)
             how = f"after a training under penalty.kind {config.penalty.kind}" if trains else "nothing is trained"
-            print(f"# plan {plan}: {get_plan(plan).purpose}; applied once, {how}")
+            print(f"# plan {plan}: {get_plan(plan, config.cut).purpose}; applied once, {how}")
             if trains:
                 print(f"# steps: {steps:,} an epoch, {steps * config.optim.epochs:,} in all")
             return 0

@@ -25,7 +25,8 @@ def intent(args: TrainArgs) -> str:
     own = {key.partition(".")[0] for key in args.over} - PLACES
     hints = ["all that can be changed: --help"] if not own and args.file is None else []
     if isinstance(args, PruneArgs) and args.plan is not None:
-        return f"pruning {subject} once, by the plan {args.plan}"
+        how = "the rates of cut.*" if args.plan == "own" else f"the plan {args.plan}"
+        return f"pruning {subject} once, by {how}"
     if isinstance(args, PruneArgs):
         prune = config.prune
         given = {"mixers": prune.ssm_rate, "MLPs": prune.mlp_rate}

@@ -19,7 +19,7 @@ from mamba.runs.folder import create_run, exclusive, finished_result, write_conf
 from mamba.runs.provenance import with_split
 from mamba.runs.tracking import Tracker
 from pruning.lite import describe
-from pruning.plans import apply_plan, get_plan
+from pruning.plans import carry_out, get_plan, reads_images
 from pruning.record import save_record
 from pruning.report import Trained, before_after_table
 from pruning.rounds import calibration_batches
@@ -41,8 +41,8 @@ def run_plan(args: PruneArgs) -> int:
         ForgeError: with a sentence for the user.
     """
     assert args.plan is not None
-    plan = get_plan(args.plan)
     config = args.config.resolve()
+    plan = get_plan(args.plan, config.cut)
     if config.model.checkpoint is None:
         raise ConfigError("--plan prunes a trained model: give --checkpoint, a run's folder or a checkpoint's")
     config = with_split(config)
@@ -50,9 +50,11 @@ def run_plan(args: PruneArgs) -> int:
     given = config.model.checkpoint
     model, description = ckpt.load_model(given)
     preflight(config)
-    images = calibration_batches(load_data(config.data, config.seed), config.seed) if config.cut.repair else None
-    how: dict[str, Any] = {"calibration": images, "seed": config.seed, "repair": config.cut.repair}
-    pruned = apply_plan(model, args.plan, masks=masks_of(given), **how)  # what does not fit is refused before a folder
+    repair, images = config.cut.repair, None
+    if reads_images(plan, repair):
+        images = calibration_batches(load_data(config.data, config.seed), config.seed)
+    how: dict[str, Any] = {"calibration": images, "seed": config.seed, "repair": repair}
+    pruned = carry_out(plan, model, masks=masks_of(given), **how)  # what does not fit is refused before a folder
     kept = config.with_values({"prune.method": "none", "penalty.kind": "off"})
     folder = create_run(kept)
     trained: Trained | None = None
@@ -63,7 +65,7 @@ def run_plan(args: PruneArgs) -> int:
                 return 130
             model, description = ckpt.load_model(start, weights="raw")
             trained = _trained(config, folder)
-            pruned = apply_plan(model, args.plan, masks=masks_of(start), **how)
+            pruned = carry_out(plan, model, masks=masks_of(start), **how)
         description = {**of_cut(description), "plan": args.plan}
         path = save_pruned(folder / "checkpoints" / "best-00000", pruned.model, pruned.masks, description)
         assert pruned.record is not None

@@ -1,5 +1,5 @@
 """How a trained model was trained: the config that its checkpoint keeps, from which prune, tune and ablate start; and
-the command that trains on what pruning left."""
+the commands that make a trial's cut again and train on what pruning left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from mamba.config.cli import TrainArgs
-from mamba.config.schema import RunConfig
+from mamba.config.schema import CutConfig, RunConfig
 from mamba.errors import ConfigError
 
 
@@ -36,6 +36,18 @@ def to_train(args: TrainArgs) -> RunConfig:
     if "model.checkpoint" in args.given and not {"prune.method", "prune.round"} & set(args.given):
         return args.config.with_values({"prune.method": "none", "prune.round": 0})
     return args.config
+
+
+def cut_again(checkpoint: Path, config: RunConfig) -> str:
+    """The command that cuts a model as a trial's config says, and writes what is left."""
+    words = ["python", "ray_jobs/prune.py", "--plan", "own", "--checkpoint", str(checkpoint)]
+    usual, own = CutConfig().model_dump(), config.cut.model_dump()
+    for key, value in own.items():
+        if value != usual[key] and key != "finetune_epochs":
+            words += [f"--cut.{key}", str(value)]
+    if config.cut.repair or config.cut.criterion not in ("l1", "l2"):  # something in it is random
+        words += ["--seed", str(config.seed)]
+    return shlex.join(words)
 
 
 def train_on(folder: Path, model: Path, config: RunConfig) -> str:

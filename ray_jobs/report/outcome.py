@@ -13,6 +13,7 @@ from mamba.config.help import quiet_pipe
 from mamba.errors import ForgeError
 from mamba.runs.inputs import keep_inputs
 from ray_jobs.launch.ending import continued_by
+from ray_jobs.launch.recipe import cut_again
 from ray_jobs.report.findings import findings
 from ray_jobs.report.rows import ranked
 from ray_jobs.report.table import show, write_results
@@ -103,6 +104,10 @@ def conclude(folder: Path, script: str) -> int:
         console.print(f"failed: {row['trial']}: {row['reason']}", markup=False)
     text = findings(rows, results.baseline_of(folder), told.space.objectives)
     console.print(text, markup=False)
+    if told.space.kind == "measure" and told.checkpoint and best and best[0]["status"] == "finished":
+        config = told.config.with_values(best[0]["values"])
+        if not config.cut.finetune_epochs:  # else the trial's folder has the model
+            console.print(f"the model of {best[0]['trial']}: {cut_again(told.checkpoint, config)}", markup=False)
     if rows:
         from ray_jobs.report.page import write_report  # draws: nothing that a sweep should wait for before it starts
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from mamba.config.schema import RunConfig
-from mamba.errors import ConfigError
 from mamba.models.model import MambaModel
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.environment import environment
@@ -21,9 +20,8 @@ from mamba.train.evaluate import evaluate
 from mamba.train.precision import resolve_amp
 from mamba.train.trainer import fit
 from pruning import measure as meter
-from pruning.cut import cut
-from pruning.importance import SCORES
 from pruning.masks import Masks
+from pruning.plans import carry_out, own_plan, reads_images
 from pruning.record import save_record
 from pruning.rounds import ShowCut, calibration_batches, hooks_for
 from pruning.show import PICTURE, cut_picture
@@ -43,23 +41,11 @@ def cut_model(shared: Shared, config: RunConfig, device: torch.device) -> Shrunk
     """The trained model, cut as `cut.*` says; what its checkpoint had masked stays masked."""
     assert shared.checkpoint is not None
     model, _, masks = trained_model(shared.checkpoint, device)
-    how = config.cut
-    batches = None
-    if how.repair or SCORES[how.criterion].calibrated:
+    plan, repair, batches = own_plan(config.cut), config.cut.repair, None
+    if reads_images(plan, repair):
         data = data_of(shared, config)
         batches = [(x.to(device), y.to(device)) for x, y in calibration_batches(data, config.seed)]
-    return cut(
-        model,
-        how.rates,
-        shrink=how.structured,
-        scope=how.scope,
-        score=how.criterion,
-        calibration=batches,
-        layers=None if how.layer is None else [how.layer],
-        repair=how.repair,
-        seed=config.seed,
-        masks=masks,
-    )
+    return carry_out(plan, model, calibration=batches, seed=config.seed, masks=masks, repair=repair)
 
 
 def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Report) -> dict[str, Any]:
@@ -69,8 +55,7 @@ def measure_trial(shared: Shared, config: RunConfig, folder: Path, report: Repor
     _, description, _ = trained_model(shared.checkpoint, device)
     data, epochs = data_of(shared, config), config.cut.finetune_epochs
     assert data.val is not None
-    if not config.cut.rates:
-        raise ConfigError("cut.*: nothing is cut; set at least one component's rate above 0")
+    own_plan(config.cut)  # refused before anything is measured
     baseline = measured_baseline(shared, config, device)
     pruned = cut_model(shared, config, device)
     smaller = pruned.model

@@ -18,6 +18,8 @@ NOT_READ = {
     "rounds": {"cut"},
     "plan": {"ema", "distill", "penalty", "checkpoint", "tracking", "prune"},
     "rsst_plan": {"prune"},
+    "own_plan": {"ema", "distill", "penalty", "checkpoint", "tracking", "prune"},
+    "own_rsst_plan": {"prune"},
     "measure": {"ema", "distill", "penalty", "checkpoint", "prune"},
     "finetune": {"prune"},
 }
@@ -49,7 +51,7 @@ def test_every_idle_key_is_one():
 @pytest.mark.parametrize(
     "script, words, message",
     [
-        (train, ["--cut.mlp", "0.5"], "--cut.mlp 0.5 has no effect in a training (train.py): it counts in cuts of"),
+        (train, ["--cut.mlp", "0.5"], "--cut.mlp 0.5 has no effect in a training (train.py): it counts in a cut of"),
         (train, ["--prune.rate", "0.3", "--dry-run"], "it counts in rounds of pruning (prune.py); leave it out"),
         (train, ["--data.root", "pictures"], "--data.root pictures has no effect: data.dataset is digits; leave it"),
         (train, ["--penalty.strength", "0.1"], "penalty.kind is off"),

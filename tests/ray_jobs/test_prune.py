@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from mamba.runs import checkpoint as ckpt
+from ray_jobs.launch.recipe import cut_again, recipe_of
 from ray_jobs.prune import main
 from ray_jobs.report.collect import collect
+from ray_jobs.sweep.shared import Shared
+from ray_jobs.sweep.trial import run_trial
 from ray_jobs.train import main as train_main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -90,6 +93,29 @@ def test_rounds_from_a_trained_model(trained, tmp_path, capsys):
     assert main(["--resume", str(folder)]) == 0, "a finished series shows its table again"
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cut.mlp": 0.5, "cut.linear_out": 0.25, "cut.structured": True, "cut.repair": True, "seed": 3},
+        {"cut.mlp": 0.7, "cut.criterion": "random", "cut.scope": "layerwise", "seed": 5},
+    ],
+)
+def test_the_cut_of_a_trial_is_made_again_as_a_model(trained, tmp_path, capsys, values):
+    config = recipe_of(trained).with_values({"out": tmp_path, "name": "sweep", **values})
+    (tmp_path / "sweep").mkdir()
+    shared = Shared("measure", tmp_path / "sweep", config.model_dump(mode="json"), trained, 1, 1, False)
+    found = run_trial(shared, "a", values, lambda report: None)["metrics"]
+    words = shlex.split(cut_again(trained, config))
+    assert words[:2] == ["python", "ray_jobs/prune.py"]
+    assert main([*words[2:], *LOCAL, "--out", str(tmp_path), "--trial", "p"]) == 0
+    assert "mlp 0." in capsys.readouterr().out
+    report = json.loads((tmp_path / "prune" / "p" / "pruned.json").read_text())
+    for key in ("val/accuracy", "val/loss", "model/params", "model/macs"):
+        assert report["after"].get(key, found[key]) == found[key], key
+    made, _ = ckpt.load_model(tmp_path / "prune" / "p")
+    assert sum(p.numel() for p in made.parameters()) == found["model/params"]
+
+
 def test_a_plan_and_fine_tuning_after_it(trained, tmp_path, capsys):
     assert main(["--plan", "stage2", "--checkpoint", str(trained), *LOCAL, "--out", str(tmp_path), "--trial", "p"]) == 0
     out = capsys.readouterr().out
@@ -155,6 +181,16 @@ def test_rsst_of_a_plan_trains_under_the_penalty_first_then_cuts(trained, tmp_pa
         (["--method", "none"], "prunes nothing"),
         (["--plan", "stage9", "--checkpoint", "CHECKPOINT"], "unknown plan 'stage9'; valid: stage1"),
         (["--plan", "stage2"], "give --checkpoint"),
+        (["--plan", "own", "--checkpoint", "CHECKPOINT"], "cut.*: nothing is cut"),
+        (["--plan", "own", "--checkpoint", "CHECKPOINT", "--cut.stem", "0.5"], "stem"),
+        (
+            ["--plan", "own", "--checkpoint", "CHECKPOINT", "--cut.mlp", "0.5", "--cut.finetune-epochs", "2"],
+            "no effect",
+        ),
+        (
+            ["--plan", "own", "--checkpoint", "CHECKPOINT", "--cut.mlp", "0.5", "--cut.gate-elements", "True"],
+            "no effect",
+        ),
         (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--penalty.strength", "1e-3"], "no effect in a plan"),
         (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--rate", "0.5", "--dry-run"], "--prune.rate 0.5 has no"),
         (["--plan", "stage2", "--checkpoint", "CHECKPOINT", "--cut.mlp", "0.5"], "--cut.mlp 0.5 has no effect"),
