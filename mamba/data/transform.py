@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ def is_one(images: Any) -> bool:
 
 def as_list(images: Picture | Sequence[Picture]) -> list[Picture]:
     """One image, a batch or a sequence, as a list; raises DataError where there is none."""
+    if not is_one(images) and (isinstance(images, Mapping) or not isinstance(images, Iterable)):
+        raise DataError(
+            f"a {type(images).__name__} is no image; valid: a file, a picture, an array, a tensor, or a list"
+        )
     found: list[Any] = [images] if is_one(images) else [*images]  # type: ignore[misc]
     if not found:
         raise DataError("there are no images to predict")

@@ -84,6 +84,8 @@ class Predictor:
         Raises:
             DataError: something that is no image, or whose numbers have an unknown range.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size {batch_size}: valid are whole numbers from 1")
         found = as_list(images)
         parts = (found[at : at + batch_size] for at in range(0, len(found), batch_size))
         return torch.cat([self.of_batch(self.transform(part)).cpu() for part in parts])
@@ -112,6 +114,7 @@ class Predictor:
             batch_size: images of a forward pass.
 
         Raises:
+            ConfigError: numbers below 1.
             DataError: something that is no image, or whose numbers have an unknown range.
         """
         found = list(self.predictions(self.probabilities(images, batch_size), k))
@@ -119,6 +122,8 @@ class Predictor:
 
     def predictions(self, rows: Tensor, k: int = 5) -> Iterator[Prediction]:
         """Rows of probabilities (n, classes) in words."""
+        if k < 1:
+            raise ConfigError(f"k {k}: valid are whole numbers from 1")
         values, places = rows.topk(min(k, len(self.classes)), dim=-1)
         for row, names in zip(values.tolist(), places.tolist(), strict=True):
             top = tuple((self.classes[name], value) for name, value in zip(names, row, strict=True))
@@ -145,8 +150,10 @@ def load(
 
     Raises:
         CheckpointError: no checkpoint there, one that is damaged, or that does not name its classes and statistics.
-        ConfigError: a device that is not there.
+        ConfigError: a device that is not there, a word or a number that is not valid.
     """
+    if views < 1:
+        raise ConfigError(f"views {views}: valid are whole numbers from 1")
     device = device_named(device)
     model, description = load_model(path, weights, device)
     return Predictor(model, description, str(path), views)

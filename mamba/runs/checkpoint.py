@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from mamba.config.choices import PLUGINS, load_plugins
 from mamba.config.versions import FORMAT, check_format
 from mamba.data.transform import transform_of
-from mamba.errors import CheckpointError, FolderError
+from mamba.errors import CheckpointError, ConfigError, FolderError
 from mamba.models.embed import STEMS
 from mamba.models.heads import HEADS
 from mamba.models.model import Architecture, MambaModel, count_parameters
@@ -243,7 +243,9 @@ def build(architecture: Architecture, folder: Path) -> MambaModel:
 
 
 def weights_file(description: Mapping[str, Any], weights: Literal["best", "raw", "ema"]) -> str:
-    """Which file holds the weights that are asked for."""
+    """Which file holds the weights that are asked for; raises ConfigError for a word that names none."""
+    if weights not in ("best", "raw", "ema"):
+        raise ConfigError(f"weights {weights!r}: valid are best, raw, ema")
     use_ema = weights == "ema" or (weights == "best" and description.get("weights") == "ema")
     return EMA_WEIGHTS if use_ema else WEIGHTS
 

@@ -12,7 +12,7 @@ from PIL import Image
 import mamba
 from mamba.data.registry import load_data
 from mamba.data.transform import Transform
-from mamba.errors import CheckpointError, ConfigError
+from mamba.errors import CheckpointError, ConfigError, DataError
 from mamba.runs.checkpoint import save_checkpoint
 from tests.data.helpers import config, write_folder
 from tests.predict.conftest import checkpoint
@@ -93,3 +93,19 @@ def test_what_is_refused(tmp_path, run):
         other = save_checkpoint(tmp_path / key, model, None, {**description, key: value}, None)
         with pytest.raises(CheckpointError, match=words):
             mamba.load(other)
+
+
+def test_words_and_numbers_that_mean_nothing(run, images):
+    """`weights="rwa"` gave the raw ones."""
+    with pytest.raises(ConfigError, match="weights 'rwa': valid are best, raw, ema"):
+        mamba.load(run, weights="rwa")
+    for views in (0, -1):
+        with pytest.raises(ConfigError, match=f"views {views}: valid are whole numbers from 1"):
+            mamba.load(run, views=views)
+    model, image = mamba.load(run), images / "dark" / "0.png"
+    for named, told in (({"k": 0}, "k 0"), ({"k": -1}, "k -1"), ({"batch_size": 0}, "batch_size 0")):
+        with pytest.raises(ConfigError, match=f"{told}: valid are whole numbers from 1"):
+            model.predict(image, **named)
+    for nothing in (None, {"a": 1}, 5):
+        with pytest.raises(DataError, match="is no image; valid: a file, a picture"):
+            model.predict(nothing)
