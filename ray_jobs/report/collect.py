@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,7 +23,7 @@ from mamba.data.fingerprint import UNKNOWN
 from mamba.data.split import VAL_FRACTION
 from mamba.errors import CheckpointError, ConfigError, FolderError, ForgeError
 from mamba.runs.checkpoint import best_checkpoint, find_checkpoint, read_description
-from mamba.runs.files import as_metrics, read_sealed
+from mamba.runs.files import SEAL, as_metrics, read_json, read_sealed
 from mamba.runs.folder import epochs_of, finished_result
 from mamba.runs.inputs import INPUTS
 from mamba.runs.metrics import SCORE, best_accuracy
@@ -55,6 +56,9 @@ def collect(folders: Iterable[Path]) -> Found:
         ConfigError: there is no such folder.
     """
     found = Found()
+    first: dict[tuple[str, ...], Path] = {}
+    copies: Counter[tuple[Path, Path]] = Counter()
+    done: set[Path] = set()
     _experiment.cache_clear()
     for given in folders:
         if not given.is_dir():
@@ -64,6 +68,12 @@ def collect(folders: Iterable[Path]) -> Found:
         for path in sorted(paths):
             if ".ray" in path.parts:  # Tune's own
                 continue
+            other = first.setdefault(_identity(path) or (str(path),), path)
+            if other != path:
+                copies[path.parent, other.parent] += 1
+            if other != path or path in done:
+                continue
+            done.add(path)
             name = here.name if path == here else f"{here.name}/{path.relative_to(here)}"
             try:
                 found.rows += _rows(path, name)
@@ -73,8 +83,23 @@ def collect(folders: Iterable[Path]) -> Found:
                     found.skipped += [sentence for sentence in refused(path) if str(path / BASELINE) in sentence]
             except (ForgeError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 found.skipped.append(_reason(path, error))
+    for (here, there), n in copies.items():
+        of = "copies of those" if n > 1 else "a copy of that"
+        found.skipped.append(f"{n} result{'s' * (n > 1)} in {here}: {of} in {there}")
     _split_by_files(found.rows)
     return found
+
+
+def _identity(path: Path) -> tuple[str, ...]:
+    """The checksums of a folder's results, which hold times to the millisecond; empty where it has none (earlier
+    versions). Of two folders with the same, one is a copy: as a repeat it would be evidence that there is not."""
+    seals = []
+    for name in (TRIAL, "result.json", PLAN, experiment.FILE):
+        try:
+            seals.append(read_json(path / name).get(SEAL))
+        except (OSError, FolderError):  # whoever reads it says so
+            continue
+    return tuple(f"{seal}" for seal in seals if seal)
 
 
 def _reason(path: Path, error: Exception) -> str:

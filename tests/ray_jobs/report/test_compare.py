@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 
 import pytest
 
+from mamba.runs.files import write_sealed
 from ray_jobs.compare import main as compare
 from ray_jobs.report.collect import collect, merged
 from tests.ray_jobs.report.experiments import left_behind, lost, row, run_left_behind, space_of
@@ -193,8 +195,6 @@ def test_other_files_test_sets_and_pixels_are_told_apart_and_other_sides_are_not
 
 
 def test_trials_that_keep_no_model_are_on_the_data_of_their_experiment(mixed):
-    from mamba.runs.files import write_sealed
-
     write_sealed(mixed / "ablation" / "inputs.json", {"data": {"k": fingerprint_of()}, "models": {}, "config": {}})
     facts = [row["data"]["files"] for row in collect([mixed / "ablation"]).rows]
     assert len(facts) == 2 and len(set(facts)) == 1
@@ -219,3 +219,16 @@ def test_a_baseline_that_is_another_experiments_is_named(tmp_path):
     found = collect([tmp_path])
     assert [row["trial"].partition("/")[2] for row in found.rows if row["status"] == "baseline"] == ["one (baseline)"]
     assert any("two/baseline.json is that of another experiment" in sentence for sentence in found.skipped)
+
+
+def test_nothing_is_evidence_twice(tmp_path, capsys):
+    """A folder that was given twice, and one that lies within another, and a copy, stood there as repeats."""
+    for name in ("one", "two"):
+        run_left_behind(tmp_path / "x" / name, None)
+        write_sealed(tmp_path / "x" / name / "result.json", trained(90.0, folder=name))
+    x = tmp_path / "x"
+    assert [row["trial"] for row in collect([x, x, x / "one", x]).rows] == ["x/one", "x/two"]
+    shutil.copytree(x, tmp_path / "y" / "kept")
+    found = collect([x, tmp_path])
+    assert [row["trial"] for row in found.rows] == ["x/one", "x/two"]
+    assert found.skipped == [f"2 results in {tmp_path}/y/kept: copies of those in {x}"]
