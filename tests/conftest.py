@@ -119,16 +119,23 @@ def starts_ray(file: str) -> bool:
     return "pytest.mark.cluster" in (ROOT / file).read_text()
 
 
+@cache
+def interprets(file: str) -> bool:
+    """Has a test file, relative to the root, tests of Triton's interpreter, which one process is started for?"""
+    return "(in_the_interpreter" in (ROOT / file).read_text()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """The tests of a file stay together, for they share what is trained for them; those that start Ray are one group,
-    which begins. (Marks of groups do nothing here: https://github.com/pytest-dev/pytest-xdist/issues/1386.)"""
+    which begins, and those that have Triton interpret its kernels another. (Marks of groups do nothing here:
+    https://github.com/pytest-dev/pytest-xdist/issues/1386.)"""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "Ray" if starts_ray(file) else file
+            return "Ray" if starts_ray(file) else "Triton" if interprets(file) else file
 
     config.option.loadscopereorder = False  # as collected, not the most tests first
     return Files(config, log)
