@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from mamba.errors import ConfigError
 from mamba.models.block import MambaBlock
 from mamba.models.model import MambaModel
-from mamba.models.ssm import MIXERS
 
 ELEMENT = "element"
 
@@ -33,7 +32,7 @@ class Part:
     """The slices of one tensor along one axis, or those of one named segment of it."""
 
     tensor: str
-    """In the table, its name within the mixer or the MLP; of a part that was found, its name within the block."""
+    """In the table, its name within the mixer or the MLP (`each`); of a part that was found, its name within the block."""
     axis: int
     segment: str | None = None
     """Of a fused projection: which of its parts (`MambaBlock.segments`)."""
@@ -74,17 +73,10 @@ class Component:
         return ((ELEMENT,) if self.covers else ()) + tuple(self.groups) + self.replacements
 
 
-SUFFIXES = tuple(dict.fromkeys(path.suffix for mixer in MIXERS.values() for path in mixer.paths))
-"""Endings of the names of what a mixer has once for each of its scans: none for the first, `_b` for the reversed."""
-
-
 def each(*parts: tuple[str, int] | tuple[str, int, str], scored: bool = True) -> tuple[Part, ...]:
-    """(tensor, axis) or (tensor, axis, segment), for each scan; `{}` stands for the suffix."""
-    return tuple(
-        Part(name.format(s), axis, segment[0].format(s) if segment else None, scored)
-        for s in SUFFIXES
-        for name, axis, *segment in parts
-    )
+    """(tensor, axis) or (tensor, axis, segment), of which a mixer has one for each of its scans; `{}` stands for the
+    scan's suffix, which `find_all` fills in: none for the first, `_b` for the reversed."""
+    return tuple(Part(name, axis, segment[0] if segment else None, scored) for name, axis, *segment in parts)
 
 
 GROUPS: dict[str, Group] = {
@@ -232,7 +224,7 @@ def find_all(block: MambaBlock, parts: Sequence[Part]) -> list[Found]:
     """Those of some parts of the table that a block has."""
     tensors, segments = tensors_of(block), block.segments()
     found: list[Found] = []
-    for part in parts:
+    for part in _of_scans([path.suffix for path in block.token_mixer.paths], parts):
         for name in (f"{block.mixer_name}.{part.tensor}", f"mlp.{part.tensor}"):
             if name not in tensors:
                 continue
@@ -244,6 +236,15 @@ def find_all(block: MambaBlock, parts: Sequence[Part]) -> list[Found]:
                 start = sum(segments[name][before] for before in order[: order.index(part.segment)])
                 found.append((here, tensors[name], slice(start, start + segments[name][part.segment])))
     return found
+
+
+def _of_scans(suffixes: Sequence[str], parts: Sequence[Part]) -> Iterator[Part]:
+    """Those that a mixer has for each of its scans so often, scan after scan; the others once."""
+    for suffix in suffixes:
+        for part in parts:
+            tensor, segment = part.tensor.format(suffix), part.segment and part.segment.format(suffix)
+            if suffix == suffixes[0] or (tensor, segment) != (part.tensor, part.segment):
+                yield replace(part, tensor=tensor, segment=segment)
 
 
 def parts_of(block: MambaBlock, group: Group) -> list[Found]:

@@ -141,7 +141,8 @@ def idle(config: RunConfig, work: Work) -> dict[str, str]:
     when(config.scaling.num_workers in (0, 1), "one process trains", "model.sync_batchnorm", "scaling.min_workers")
     cuts = work in ("measure", "finetune")
     if model.checkpoint is None:
-        when(model.stem == "patch", "model.stem is patch", "model.sync_batchnorm")
+        normed = reads("model.stem", model.stem, ("conv",))
+        when(not normed, f"model.stem is {model.stem}", "model.sync_batchnorm")
         when(not cuts, "there is no model.checkpoint", "model.new_head")
         when(model.pos_embed in ("learned", "none"), f"model.pos_embed is {model.pos_embed}", "model.rope_grid")
     else:

@@ -128,6 +128,7 @@ def _written(model: MambaModel, form: str, path: Path, side: int, facts: dict[st
             program = torch.export.export(model, (torch.zeros(2, 3, side, side),), dynamic_shapes=shapes)
         torch.export.save(program, path, extra_files={f"{key}.txt": value for key, value in facts.items()})
         return torch.export.load(path).module()
+    assert form == "safetensors", form
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path, facts)
     with safe_open(path, "pt") as file:
         again = MambaModel(Architecture.from_dict(json.loads(file.metadata()["architecture"])))

@@ -90,13 +90,13 @@ def make_muon(model: MambaModel, config: OptimConfig) -> Muon:
     return Muon(groups, parts, config.lr, (config.beta1, config.beta2), config.muon_momentum)
 
 
-OPTIMIZERS: Registry[Callable[[MambaModel, OptimConfig], torch.optim.AdamW]] = Registry(
+OPTIMIZERS: Registry[Callable[[MambaModel, OptimConfig], torch.optim.Optimizer]] = Registry(
     "optim.optimizer", {"adamw": make_adamw, "muon": make_muon}
 )
-"""`optim.optimizer`. Each is made of AdamW's groups and state, which checkpoints and pruning know."""
+"""`optim.optimizer`. Those that ship are made of AdamW's groups and state, which pruning shrinks along."""
 
 
-def make_optimizer(model: MambaModel, config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(model: MambaModel, config: OptimConfig) -> torch.optim.Optimizer:
     """Raises ConfigError where one that was added does not train every parameter once, at the rates of `optim.*`."""
     optimizer = OPTIMIZERS[config.optimizer](model, config)
     if config.optimizer not in OPTIMIZERS.shipped:

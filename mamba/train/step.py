@@ -61,7 +61,7 @@ class OptimizerStep:
         process: Process,
         model: MambaModel,
         ema: ModelEma[MambaModel] | None,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         loss: TrainingLoss,
         amp: torch.dtype | None,
         hooks: Sequence[TrainHook] = (),

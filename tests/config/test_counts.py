@@ -85,6 +85,9 @@ def test_a_stem_that_the_checkpoint_brings_is_not_that_of_the_config(tmp_path):
     check_given(["train"], ["model.sync_batchnorm", "model.new_head"], [beside])
     with pytest.raises(ConfigError, match=r"model\.stem is patch"):
         check_given(["train"], ["model.sync_batchnorm"], [RunConfig()])
+    cct = RunConfig().with_values({"model.stem": "cct", "scaling.num_workers": 2})
+    with pytest.raises(ConfigError, match=r"model\.stem is cct"):  # its convolutions have no batch norm
+        check_given(["train"], ["model.sync_batchnorm"], [cct])
 
 
 def test_views_that_training_does_not_show_are_refused():

@@ -21,7 +21,8 @@ from mamba.runs.checkpoint import load_model, save_checkpoint
 from mamba.train.optim import parameter_groups
 from tests.models.plain_loops import ROPE, agree, images, small
 
-MIXERS = ("forward", "bidirectional", "bidirectional_shared", "multiscale", "alternating", "cross")
+MIXERS = tuple(REGISTRY.shipped)
+"""Each has its slow twin in tests/models/plain_loops.py."""
 CLASS_TOKENS = ("none", "start", "middle", "double")
 POSITIONS = ("learned", "rope", "both", "none")
 

@@ -13,7 +13,7 @@ import mamba
 from mamba.errors import ConfigError
 from mamba.ops.scan import bidirectional_scan, scans_by, selective_scan
 from mamba.predict import export as exporting
-from mamba.predict.export import export
+from mamba.predict.export import FORMATS, export
 from mamba.predict.onnx import require_onnx, scan_for_onnx
 from mamba.predict.predictor import Predictor
 from ray_jobs.export import main
@@ -126,3 +126,10 @@ def test_without_the_extra(monkeypatch, tmp_path, capsys):
         require_onnx()
     assert main([str(checkpoint(tmp_path / "run")), "--out", str(tmp_path / "m.onnx")]) == 2
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_the_command_offers_every_format(capsys):
+    with pytest.raises(SystemExit):
+        main(["RUN", "--format", "none"])
+    offered = capsys.readouterr().err.partition("choose from ")[2]
+    assert re.findall(r"\w+", offered) == list(FORMATS)

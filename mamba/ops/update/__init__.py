@@ -37,7 +37,7 @@ def is_known(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer) in (torch.optim.AdamW, Muon) and same and plain
 
 
-def make_update(optimizer: torch.optim.AdamW, average: Average | None, clip: float | None, fused: bool) -> Update:
+def make_update(optimizer: torch.optim.Optimizer, average: Average | None, clip: float | None, fused: bool) -> Update:
     """Of an optimizer whose state has been restored.
 
     Args:

@@ -12,7 +12,7 @@ from mamba.ops.update.muon import Muon
 class PlainUpdate:
     """As `mamba.ops.update.triton.FusedUpdate`, on any device. Learning rates are those of the optimizer's groups."""
 
-    def __init__(self, optimizer: torch.optim.AdamW, average: Average | None, clip: float | None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, average: Average | None, clip: float | None) -> None:
         self.optimizer, self.average, self.clip = optimizer, average, clip
         self.skips = isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
         """Whether its `step` looks at `found_inf`; others are asked on the host."""

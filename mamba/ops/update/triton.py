@@ -75,7 +75,7 @@ class FusedUpdate:
     Make it after their state was restored: it keeps the addresses. A step is `norm()`, then `apply()`.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, average: Average | None, clip: float | None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, average: Average | None, clip: float | None) -> None:
         self.matrices = optimizer.matrices() if isinstance(optimizer, Muon) else None
         mine: list[Tensor] = []
         scales, decays = [], []
