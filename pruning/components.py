@@ -32,7 +32,7 @@ class Part:
     """The slices of one tensor along one axis, or those of one named segment of it."""
 
     tensor: str
-    """In the table, its name within the mixer or the MLP (`each`); of a part that was found, its name within the block."""
+    """In the table, its name within the mixer or the MLP (`each`); of a part that was found, within the block."""
     axis: int
     segment: str | None = None
     """Of a fused projection: which of its parts (`MambaBlock.segments`)."""
