@@ -235,8 +235,8 @@ def _parse(
                 if granularity == "width" and replacement != "separable":
                     continue
                 raise ConfigError(
-                    f"'{other}:{granularity}' and '{replacement}' both change {rewritten[0].format('')}, and the second "
-                    "rewrites it; cut one, then the other"
+                    f"'{other}:{granularity}' and '{replacement}' both change {rewritten[0].format('')}, and the "
+                    "second rewrites it; cut one, then the other"
                 )
     return cuts
 
