@@ -38,7 +38,8 @@ def dry_run(config: RunConfig, plan: str | None = None, given: Sequence[str] = (
     if own.checkpoint is None:
         parameters = parameters_of(own, classes, side)
     else:
-        check_start(own.checkpoint, classes, side, "model.checkpoint", own.new_head, own.new_size)
+        key = "model.checkpoint" if plan is None else "--checkpoint"  # whose remedies a plan does not take
+        check_start(own.checkpoint, classes, side, key, own.new_head, own.new_size)
         config, parameters = described(config), parameters_in(own.checkpoint)
     if teacher is not None:
         check_start(teacher, classes, side, "distill.teacher")

@@ -12,11 +12,13 @@ from mamba.config.cli import PruneArgs
 from mamba.config.counts import trains_first
 from mamba.config.schema import RunConfig
 from mamba.data import load_data
+from mamba.data.registry import describe as describe_data
 from mamba.errors import ConfigError
 from mamba.runs import checkpoint as ckpt
 from mamba.runs.files import write_sealed
 from mamba.runs.folder import create_run, exclusive, finished_result, write_config
 from mamba.runs.provenance import with_split
+from mamba.runs.start import check_start
 from mamba.runs.tracking import Tracker
 from pruning.lite import describe
 from pruning.plans import carry_out, get_plan, reads_images
@@ -49,6 +51,9 @@ def run_plan(args: PruneArgs) -> int:
     assert config.model.checkpoint is not None
     given = config.model.checkpoint
     model, description = ckpt.load_model(given)
+    classes, _ = describe_data(config.data, config.seed)
+    assert config.data.img_size is not None  # resolved
+    check_start(given, classes, config.data.img_size, "--checkpoint")
     preflight(config)
     repair, images = config.cut.repair, None
     if reads_images(plan, repair):

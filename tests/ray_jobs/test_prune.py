@@ -213,6 +213,16 @@ def test_bad_input_is_named_before_anything_starts(trained, tmp_path, capsys, wo
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_plan_gives_no_advice_that_it_does_not_take(trained, tmp_path, capsys, dry):
+    """It said to set model.new_size, which a plan refuses."""
+    words = ["--plan", "stage2", "--checkpoint", str(trained), "--data.img-size", "16", "--out", str(tmp_path / "runs")]
+    assert main([*words, *LOCAL, *dry]) == 2
+    told = capsys.readouterr().err
+    assert "is for 10 classes at 8 pixels, and the data has 10 classes at 16 pixels" in told and "set " not in told
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.long
 def test_a_killed_series_goes_on_where_it_was(tmp_path):
     words = ["--method", "rsst", "--rounds", "1", "--rate", "0.4", "--optim.epochs", "12", "--data.batch-size", "32"]
