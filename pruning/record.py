@@ -117,13 +117,13 @@ def save_record(folder: Path, record: Record | None) -> None:
         write_sealed(folder / FILE, {"rows": rows, "thresholds": dict(record.thresholds)})
 
 
-def load_record(folder: Path) -> Record | None:
+def load_record(folder: str | Path) -> Record | None:
     """What `save_record` wrote; None where a folder has none.
 
     Raises:
         FolderError: it is damaged or was changed.
     """
-    path = folder / FILE
+    path = Path(folder) / FILE
     if not path.exists():
         return None
     tree = read_sealed(path)

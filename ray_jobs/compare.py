@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from mamba.config.help import quiet_pipe
     from ray_jobs.report.collect import collect
-    from ray_jobs.report.comparison import show_groups, write_index
+    from ray_jobs.report.comparison import check_places, show_groups, write_index
     from ray_jobs.report.table import write_results
 
     try:
+        check_places(args.csv, args.html)
         found = collect(args.folders)
         for sentence in found.skipped:
             print(f"left out: {sentence}", file=sys.stderr)

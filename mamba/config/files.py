@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ class _Loader(_Base):
                 raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {name} is given twice")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: Any) -> Any:
+        """YAML 1.1 reads 1:30 as 90, 010 as 8 and 1_0 as 10."""
+        if not _NUMBER.fullmatch(node.value):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {node.value} is no decimal number; write it as one")
+        if node.tag.endswith(":int"):
+            return int(node.value)
+        return float(re.sub(r"\.(?=[a-z])", "", node.value.lower()))  # .inf and .nan are YAML's
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+_FLOAT = r"([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_NUMBER = re.compile(rf"[-+]?(0|[1-9][0-9]*|{_FLOAT})")
 
 
 def _check(text: str) -> None:

@@ -27,6 +27,10 @@ from mamba.config.versions import check_format
 from mamba.errors import ConfigError
 
 
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_takes_bool(part) for part in get_args(annotation))
+
+
 class Group(BaseModel):
     """Keys that belong together. Frozen, complete, finite; a bad value is a ConfigError with dotted keys."""
 
@@ -42,6 +46,8 @@ class Group(BaseModel):
     @classmethod
     def _or_added(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         """A word that was added from outside is as good as one that is listed."""
+        if isinstance(value, bool) and not _takes_bool(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError(f"{value} is no number and no word")  # pydantic would take True for 1
         try:
             return check(value)
         except ValidationError:

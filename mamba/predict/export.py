@@ -75,6 +75,8 @@ def export(predictor: Predictor, form: str, path: Path) -> Exported:
     """
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: valid are {', '.join(FORMATS)}")
+    if path.is_file():  # of another run, or what somebody else wrote
+        raise ConfigError(f"--out {path} is there already; remove it, or choose another place")
     if form == "onnx":
         require_onnx()
     model, side = predictor.model.float().cpu().eval(), predictor.transform.side

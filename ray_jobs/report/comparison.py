@@ -22,6 +22,10 @@ from ray_jobs.sweep.results import baseline_of, rows
 Rows = list[dict[str, Any]]
 NOTE = "± is the standard deviation over seeds, or the standard error that the images give; click on a heading to sort"
 
+TITLE = "Experiments and runs"
+TABLE = "trial,status,reason,seconds,experiment,group"
+"""How the two files begin that compare.py writes."""
+
 
 def groups_of(found: Sequence[dict[str, Any]], by: str) -> Iterator[tuple[str, Rows, Rows]]:
     """(data and split in words, its rows from the best to the worst, those that cannot be ranked), seeds merged."""
@@ -48,6 +52,15 @@ def show_groups(found: Sequence[dict[str, Any]], by: str) -> None:
             show(unranked, first=[by])
 
 
+def check_places(table: Path | None, index: Path | None) -> None:
+    """Raises ConfigError where compare.py would write over what it did not write."""
+    if table is not None and table == index:
+        raise ConfigError(f"--csv and --html are both {table}; choose two places")
+    for key, path, begins in (("--csv", table, TABLE), ("--html", index, f"<title>{TITLE}</title>")):
+        if path is not None and path.is_file() and begins not in path.read_bytes()[:1000].decode(errors="replace"):
+            raise ConfigError(f"{key} {path} is there already, and compare.py did not write it; choose another place")
+
+
 def write_index(path: Path, found: Found, by: str) -> Path:
     """Write the page; returns its path.
 
@@ -67,7 +80,7 @@ def write_index(path: Path, found: Found, by: str) -> Path:
         parts.append("<h2>Left out</h2><ul>" + "".join(f"<li>{html.escape(s)}</li>" for s in found.skipped) + "</ul>")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page("Experiments and runs", *parts))
+        path.write_text(page(TITLE, *parts))
     except OSError as error:
         raise ConfigError(f"the page {path} cannot be written: {error.strerror or error}") from None
     return path

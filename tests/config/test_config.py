@@ -253,3 +253,12 @@ def test_a_size_that_is_named_is_that_size(tmp_path):
     (tmp_path / "config.yaml").write_text(parse_train_args([]).config.resolve().to_yaml())
     words = ["--config", str(tmp_path / "config.yaml"), "--model.name", "mamba_small"]
     assert parse_train_args(words).config.resolve().model.depth == 24
+
+
+@pytest.mark.parametrize("text", ["1:30", "010", "1_0", "0x10", "true", "off"])
+def test_a_file_says_numbers_as_people_read_them(tmp_path, text):
+    """YAML 1.1 took these for 90, 8, 10 and 16, and pydantic the others for 1 and 0."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"optim:\n  epochs: {text}\n")
+    with pytest.raises(ConfigError, match=r"no decimal number|no number"):
+        RunConfig.from_yaml(file)

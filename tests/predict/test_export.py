@@ -96,9 +96,13 @@ def test_a_file_that_differs_is_removed(run, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="logits differ from ours by 1.0e-03, more than 1e-04"):
         export(mamba.load(run, device="cpu"), "safetensors", tmp_path / "new" / "m.safetensors")
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_what_is_there_already_stays(run, tmp_path):
+    """Weights of another run, a table, a run's own config.yaml were written over without a word."""
     mine = tmp_path / "mine.safetensors"
     mine.write_text("what was there")
-    with pytest.raises(ConfigError, match="logits differ"):
+    with pytest.raises(ConfigError, match=f"--out {mine} is there already; remove it, or choose another place"):
         export(mamba.load(run, device="cpu"), "safetensors", mine)
     assert mine.read_text() == "what was there" and not list(tmp_path.glob(".partial*"))
 

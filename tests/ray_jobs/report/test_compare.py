@@ -115,6 +115,20 @@ def test_older_formats_are_read(tmp_path):
     assert rows["runs/exp/plain"]["metrics"]["val/best_accuracy"] == 77.0
 
 
+def test_nothing_of_others_is_written_over(mixed, tmp_path, capsys):
+    """Notes, and a run's own result.json, were replaced without a word; one place for both files lost the table."""
+    mine = tmp_path / "notes.csv"
+    mine.write_text("precious")
+    for key in ("--csv", "--html"):
+        assert compare([str(mixed), key, str(mine)]) == 2
+        assert f"{key} {mine} is there already, and compare.py did not write it" in capsys.readouterr().err
+    assert compare([str(mixed), "--csv", str(tmp_path / "a"), "--html", str(tmp_path / "a")]) == 2
+    assert "choose two places" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert mine.read_text() == "precious"
+    for _ in range(2):  # its own files it writes again
+        assert compare([str(mixed), "--csv", str(tmp_path / "a.csv"), "--html", str(tmp_path / "a.html")]) == 0
+
+
 def test_the_csv_has_every_trial_and_makes_its_folder(mixed, tmp_path, capsys):
     target = tmp_path / "new" / "all.csv"
     assert compare([str(mixed), "--csv", str(target)]) == 0
