@@ -23,6 +23,8 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ
 """Is this one of several processes that run tests?"""
 if WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # each has a core
+    if os.environ["PYTEST_XDIST_WORKER"] != "gw0" and hasattr(os, "nice"):
+        os.nice(5)  # gw0 begins with Ray's tests, the longest chain: the others fill what it leaves
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
